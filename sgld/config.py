@@ -1,0 +1,437 @@
+"""Settings: every knob of the process, built once from defaults < config file < environment < command line.
+
+The only module that reads `os.environ`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from sgld.convert import fields_of, knob, knob_of, structure
+from sgld.errors import BadRequest, UnknownField, nearest
+from sgld.params import SamplingParams
+
+DEMO_MODEL = "sgld/demo"
+MODEL, PARALLEL, PRECISION, ATTENTION, MEMORY, LORA, SERVER, STORAGE, LOGGING = (
+    "model",
+    "parallelism",
+    "precision",
+    "attention",
+    "memory",
+    "LoRA",
+    "server",
+    "storage",
+    "logging",
+)
+DTYPES = ("fp32", "fp16", "bf16")
+COMPONENTS = (
+    "transformer",
+    "transformer_2",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "scheduler",
+    "image_encoder",
+    "image_processor",
+    "feature_extractor",
+    "audio_vae",
+    "vocoder",
+    "connectors",
+)
+
+
+@attrs.frozen
+class VaeConfig:
+    """Fields of `vae_config`, by the names of the replaced system."""
+
+    load_encoder: bool = knob(True, "keep the VAE's encoder; false saves its memory", group=MEMORY)
+    load_decoder: bool = knob(True, "keep the VAE's decoder", group=MEMORY)
+    use_tiling: bool | None = knob(None, "the same as vae_tiling", group=MEMORY)
+    tile_sample_min_height: int | None = knob(None, "tile height in pixels", group=MEMORY, min=16)
+    tile_sample_min_width: int | None = knob(None, "tile width in pixels", group=MEMORY, min=16)
+    tile_sample_stride_height: int | None = knob(None, "pixels from tile to tile", group=MEMORY, min=16)
+    tile_sample_stride_width: int | None = knob(None, "pixels from tile to tile", group=MEMORY, min=16)
+    tile_sample_min_num_frames: int | None = knob(
+        None, "tile length in frames", group=MEMORY, min=1, pending="tiling in time"
+    )
+    tile_sample_stride_num_frames: int | None = knob(
+        None, "frames from tile to tile", group=MEMORY, min=1, pending="tiling in time"
+    )
+    blend_num_frames: int | None = knob(
+        None, "frames blended between tiles", group=MEMORY, min=0, pending="tiling in time"
+    )
+    use_temporal_tiling: bool = knob(False, "tile in time too", group=MEMORY, pending="tiling in time")
+    use_parallel_tiling: bool = knob(False, "spread tiles over the workers", group=MEMORY, pending="parallel decode")
+    use_parallel_decode: bool = knob(
+        False, "spread the decode over the workers", group=MEMORY, pending="parallel decode"
+    )
+    parallel_decode_mode: str | None = knob(
+        None,
+        "how to split the decode",
+        group=MEMORY,
+        choices=("tiled", "patch", "spatial_shard", "spatial", "auto"),
+        pending="parallel decode",
+    )
+
+
+@attrs.frozen
+class Settings:
+    """What one process runs: model, workers, server. Requests bring `SamplingParams`."""
+
+    model_path: str = knob(DEMO_MODEL, "local folder or Hugging Face id", group=MODEL, aliases=("model",))
+    revision: str | None = knob(None, "commit, tag or branch of the repository", group=MODEL)
+    model_subfolder: str | None = knob(None, "folder inside the repository", group=MODEL, pending="model subfolders")
+    model_variant: str | None = knob(None, "weights variant, such as fp16", group=MODEL, pending="weight variants")
+    served_model_name: str | None = knob(None, "model id shown by the server", group=MODEL, shown_default="model-path")
+    component_paths: dict[str, str] = knob(
+        {}, "folder for a component, as in --vae-path; its key must stand in model_index.json", group=MODEL
+    )
+    transformer_weights_path: str | None = knob(
+        None, "quantized transformer weights", group=MODEL, pending="quantized weights"
+    )
+    quantization: str | None = knob(None, "quantize weights while loading", group=MODEL, pending="quantized weights")
+    backend: str = knob(
+        "auto",
+        "native code, or a diffusers pipeline; auto takes native where it stands",
+        group=MODEL,
+        choices=("auto", "sglang", "diffusers"),
+    )
+    trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL, pending="the diffusers backend")
+    model_overlay_registry: str | None = knob(
+        None,
+        "JSON text or file of overlays",
+        group=MODEL,
+        env="SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY",
+        pending="overlay repositories",
+    )
+
+    num_gpus: int = knob(1, "workers: one a GPU, or that many processes on a CPU", group=PARALLEL, min=1, max=1024)
+    tp_size: int = knob(1, "tensor parallel text encoder", group=PARALLEL, min=1, pending="tensor parallelism above 1")
+    sp_degree: int | None = knob(
+        None, "sequence parallel degree", group=PARALLEL, aliases=("sp_size",), min=1, shown_default="num-gpus"
+    )
+    ulysses_degree: int | None = knob(
+        None, "workers that split attention heads", group=PARALLEL, min=1, shown_default="num-gpus"
+    )
+    ring_degree: int = knob(
+        1, "workers that pass keys and values around", group=PARALLEL, min=1, pending="ring attention above 1"
+    )
+    enable_cfg_parallel: bool = knob(
+        False, "guidance branches on different workers", group=PARALLEL, pending="guidance parallelism"
+    )
+    dist_timeout: int = knob(3600, "seconds until a collective gives up", group=PARALLEL, min=1)
+
+    precision: str | None = knob(
+        None,
+        "precision of every component that has none of its own",
+        group=PRECISION,
+        choices=DTYPES,
+        shown_default="fp32 on a CPU, bf16 on CUDA",
+    )
+    dit_precision: str | None = knob(
+        None, "precision of the diffusion transformer", group=PRECISION, choices=DTYPES, shown_default="precision"
+    )
+    vae_precision: str | None = knob(
+        None, "precision of the VAE", group=PRECISION, choices=DTYPES, shown_default="fp32"
+    )
+    text_encoder_precisions: list[str] | None = knob(
+        None, "precision of each text encoder", group=PRECISION, choices=DTYPES, shown_default="precision"
+    )
+
+    attention_backend: str | None = knob(
+        None,
+        "attention kernel",
+        group=ATTENTION,
+        choices=("torch_sdpa", "fa", "sage_attn", "sage_attn_3"),
+        shown_default="torch_sdpa",
+    )
+    component_attention_backends: dict[str, str] = knob(
+        {},
+        "attention kernel of a component, as in transformer=fa",
+        group=ATTENTION,
+        pending="attention kernels per component",
+    )
+    attention_backend_config: dict[str, Any] | None = knob(
+        None, "settings of the attention kernel", group=ATTENTION, pending="attention kernel settings"
+    )
+    diffusers_attention_backend: str | None = knob(
+        None, "attention kernel of a diffusers pipeline", group=ATTENTION, pending="the diffusers backend"
+    )
+    mask_strategy_file_path: str | None = knob(
+        None, "mask file of sliding tile attention", group=ATTENTION, pending="sliding tile attention"
+    )
+    cache_dit_config: str | None = knob(
+        None, "Cache-DiT file of a diffusers pipeline", group=ATTENTION, pending="the diffusers backend"
+    )
+    enable_torch_compile: bool = knob(
+        False, "compile the transformer with torch.compile", group=ATTENTION, pending="torch.compile"
+    )
+
+    text_encoder_cpu_offload: bool = knob(
+        False, "keep text encoders in host memory between uses", group=MEMORY, pending="offload"
+    )
+    image_encoder_cpu_offload: bool = knob(False, "the same for the image encoder", group=MEMORY, pending="offload")
+    dit_cpu_offload: bool = knob(False, "the same for the transformer", group=MEMORY, pending="offload")
+    vae_cpu_offload: bool = knob(False, "the same for the VAE", group=MEMORY, pending="offload")
+    dit_layerwise_offload: bool = knob(False, "the same, block by block", group=MEMORY, pending="offload")
+    pin_cpu_memory: bool = knob(True, "pin host memory of offloaded weights", group=MEMORY)
+    vae_tiling: bool = knob(False, "decode tile by tile", group=MEMORY)
+    vae_slicing: bool = knob(False, "decode one sample at a time", group=MEMORY)
+    vae_sp: bool = knob(False, "decode on all workers", group=MEMORY, pending="parallel decode")
+    vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
+
+    lora_path: list[str] | None = knob(None, "LoRA adapter", group=LORA, pending="LoRA")
+    lora_nickname: list[str] | None = knob(None, "its name", group=LORA, pending="LoRA")
+    lora_scale: list[float] | None = knob(None, "its strength", group=LORA, pending="LoRA")
+    lora_target: list[str] | None = knob(None, "what it changes", group=LORA, pending="LoRA")
+
+    host: str = knob("127.0.0.1", "address to listen on", group=SERVER, serve_only=True)
+    port: int = knob(30010, "port to listen on; 0 takes any free one", group=SERVER, serve_only=True, min=0, max=65535)
+    warmup: str = knob(
+        "server",
+        "one generation before the server says healthy",
+        group=SERVER,
+        serve_only=True,
+        choices=("server", "off"),
+        aliases=("warmup_mode",),
+    )
+
+    output_path: str = knob("outputs", "folder of the results", group=STORAGE)
+    cloud_storage_type: str | None = knob(
+        None,
+        "object storage for results",
+        group=STORAGE,
+        serve_only=True,
+        env="SGLANG_CLOUD_STORAGE_TYPE",
+        choices=("s3",),
+        pending="object storage",
+    )
+    s3_bucket_name: str | None = knob(
+        None, "bucket", group=STORAGE, serve_only=True, env="SGLANG_S3_BUCKET_NAME", pending="object storage"
+    )
+    s3_endpoint_url: str | None = knob(
+        None,
+        "endpoint other than AWS",
+        group=STORAGE,
+        serve_only=True,
+        env="SGLANG_S3_ENDPOINT_URL",
+        pending="object storage",
+    )
+    s3_access_key_id: str | None = knob(
+        None,
+        "access key",
+        group=STORAGE,
+        serve_only=True,
+        secret=True,
+        env="SGLANG_S3_ACCESS_KEY_ID",
+        pending="object storage",
+    )
+    s3_secret_access_key: str | None = knob(
+        None,
+        "secret key",
+        group=STORAGE,
+        serve_only=True,
+        secret=True,
+        env="SGLANG_S3_SECRET_ACCESS_KEY",
+        pending="object storage",
+    )
+
+    log_level: str = knob(
+        "info",
+        "least level that is logged; debug adds tracebacks",
+        group=LOGGING,
+        choices=("debug", "info", "warning", "error"),
+    )
+
+
+@attrs.frozen
+class RunOptions:
+    """What only `sgld generate` knows: files in, files out."""
+
+    prompt_path: str | None = knob(None, "text file with one prompt a line", group="files")
+    output_file_name: str | None = knob(
+        None,
+        "name as you want it; its extension decides the format",
+        group="files",
+        shown_default="from prompt, time and seed",
+    )
+    output_file_path: str | None = knob(None, "folder and name in one", group="files")
+    overwrite: bool = knob(False, "replace an existing file", group="files")
+    save_output: bool = knob(True, "write the result; false only measures", group="files")
+    return_frames: bool = knob(False, "write raw frames u8 [N,H,W,3] as .npy instead of an encoded file", group="files")
+    return_file_paths_only: bool = knob(True, "print paths only; the replaced system's name, always so", group="files")
+    data_type: str | None = knob(
+        None,
+        "make a video or an image",
+        group="files",
+        choices=("video", "image"),
+        shown_default="by extension, then the model's own",
+    )
+    json: bool = knob(False, "print one JSON object per output instead of its path", group="files")
+    perf_dump_path: str | None = knob(
+        None, "write milliseconds per stage and step, and peak memory, as JSON", group="debugging"
+    )
+
+
+SECTIONS: tuple[type, ...] = (Settings, SamplingParams, RunOptions)
+_DOTTED = ("vae_config", "component_paths", "component_attention_backends")
+_WRAPPERS = ("pipeline_config",)  # the replaced system nests vae_config in it
+
+
+def _names() -> tuple[dict[str, type], dict[str, str]]:
+    """Every knob's section, and every alias's knob."""
+    sections: dict[str, type] = {}
+    aliases: dict[str, str] = {}
+    for cls in SECTIONS:
+        for name, field in fields_of(cls).items():
+            sections[name] = cls
+            aliases.update(dict.fromkeys(knob_of(field).aliases, name))
+    return sections, aliases
+
+
+SECTION_OF, ALIASES = _names()
+
+
+def known_names() -> list[str]:
+    """Every key a config file may hold, aliases and component paths included."""
+    return [*SECTION_OF, *ALIASES, *(f"{component}_path" for component in COMPONENTS)]
+
+
+def normalize(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Plain values under the knobs' own names: dashes, aliases, dotted and component keys resolved.
+
+    Raises:
+        UnknownField: naming the key, its place and the nearest known one.
+    """
+    merged: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name in _WRAPPERS and isinstance(value, Mapping):
+            merged = merge(merged, normalize(value, where))
+            continue
+        merged = merge(merged, _placed(name, value, key, where))
+    return merged
+
+
+def _placed(name: str, value: Any, key: str, where: str) -> dict[str, Any]:
+    head, _, rest = name.partition(".")
+    if rest and head in _WRAPPERS:
+        return _placed(rest, value, key, where)
+    if rest and head in _DOTTED:
+        return {head: {rest: value}}
+    if name.removesuffix("_path") in COMPONENTS and name.endswith("_path"):
+        return {"component_paths": {name.removesuffix("_path"): value}} if value is not None else {}
+    name = ALIASES.get(name, name)
+    if name not in SECTION_OF:
+        raise UnknownField(f"{where}: unknown key {key!r}{nearest(name, known_names())}", key)
+    return {name: value}
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers win; null never does; maps of knobs are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if value is None:
+                continue
+            old = merged.get(name)
+            merged[name] = merge(old, value) if name in _DOTTED and isinstance(old, Mapping) else value
+    return merged
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The values of a JSON or YAML config file, normalized."""
+    file = Path(path).expanduser()
+    if file.suffix not in (".json", ".yaml", ".yml"):
+        raise BadRequest(f"config: {path!r} must end in .json, .yaml or .yml", "config")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise BadRequest(f"config: {path!r} cannot be read: {error.strerror}", "config") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise BadRequest(f"config: {path!r} is not valid {file.suffix[1:]}: {_first_line(error)}", "config") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise BadRequest(f"config: {path!r} must hold a map of names to values", "config")
+    return normalize(values, path)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The knobs that documented environment variables set."""
+    values: dict[str, Any] = {}
+    for cls in SECTIONS:
+        for name, field in fields_of(cls).items():
+            text = environ.get(knob_of(field).env or "", "")
+            if text:
+                values[name] = from_text(text, field.type)
+    return values
+
+
+def from_text(text: str, kind: Any) -> Any:
+    """A word of a command line or environment as a plain value; what does not parse stays text for the converter."""
+    options = [kind, *typing.get_args(kind)]
+    if bool in options and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    for number in (int, float):
+        if number in options:
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    return text
+
+
+def section(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """Those of the merged values that belong to `cls`."""
+    return {name: value for name, value in values.items() if SECTION_OF[name] is cls}
+
+
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Settings from merged values, with the rules that tie several fields together."""
+    settings = structure(section(values, Settings), Settings)
+    _check_degrees(settings)
+    unknown = [name for name in settings.component_paths if name not in COMPONENTS]
+    if unknown:
+        raise BadRequest(
+            f"component_paths: {unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", "component_paths"
+        )
+    return settings
+
+
+def _check_degrees(settings: Settings) -> None:
+    """The workers are all used: sp_degree = ulysses_degree x ring_degree = num_gpus."""
+    gpus, ring = settings.num_gpus, settings.ring_degree
+    if settings.sp_degree not in (None, gpus):
+        raise BadRequest(f"sp_degree: {settings.sp_degree} is not num_gpus ({gpus}); leave it out", "sp_degree")
+    if settings.ulysses_degree is not None and settings.ulysses_degree * ring != gpus:
+        raise BadRequest(
+            f"ulysses_degree: {settings.ulysses_degree} x ring_degree {ring} is not num_gpus ({gpus}); leave it out",
+            "ulysses_degree",
+        )
+
+
+def environment(*names: str) -> dict[str, str]:
+    """Those of `names` that are set: the one way other modules see the environment."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def set_default_environment(**values: str) -> None:
+    """Set what is not set, for libraries that read the environment themselves."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,266 @@
+"""Knobs, and the one strict converter that turns plain dicts into them.
+
+A knob is an attrs field made by `knob(...)`. Its metadata carries the help text, the allowed values and the
+feature it waits for; flags, config keys, request fields and documents are all derived from it.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, Union
+
+import attrs
+from cattrs import BaseValidationError, Converter, ForbiddenExtraKeysError
+from cattrs.errors import AttributeValidationNote
+from cattrs.gen import make_dict_structure_fn
+
+from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Knob:
+    """What is known of a knob beside its name, type and default."""
+
+    help: str
+    group: str = ""
+    choices: tuple[str, ...] = ()
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    aliases: tuple[str, ...] = ()
+    env: str | None = None
+    pending: str | None = None  # the feature this knob waits for
+    per_model: bool = False  # absent means: the model's own value
+    serve_only: bool = False
+    secret: bool = False
+    shown_default: str | None = None
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    group: str = "",
+    choices: tuple[str, ...] = (),
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    aliases: tuple[str, ...] = (),
+    env: str | None = None,
+    pending: str | None = None,
+    per_model: bool = False,
+    serve_only: bool = False,
+    secret: bool = False,
+    shown_default: str | None = None,
+) -> Any:
+    """An attrs field that is a knob; a list or dict default is copied for each instance."""
+    meta = Knob(
+        help, group, choices, min, max, above, aliases, env, pending, per_model, serve_only, secret, shown_default
+    )
+    settled: dict[str, Any] = {"metadata": {"knob": meta}, "validator": _check, "repr": not secret}
+    if isinstance(default, list | dict):
+        return attrs.field(factory=lambda: default.copy(), **settled)
+    return attrs.field(default=default, **settled)
+
+
+def _check(_: object, field: attrs.Attribute[Any], value: Any) -> None:
+    """Range and choice of one value; of each element, where the value is a list."""
+    meta: Knob = field.metadata["knob"]
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if item is None or isinstance(item, dict):
+            continue
+        if meta.choices and item not in meta.choices:
+            allowed = ", ".join(meta.choices)
+            raise BadRequest(
+                f"{field.name}: {item!r} is not one of {allowed}{nearest(str(item), meta.choices)}", field.name
+            )
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            _check_range(field.name, item, meta)
+
+
+def _check_range(name: str, value: float, meta: Knob) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRequest(f"{name}: {value} is not a finite number", name)
+    low = (meta.min is not None and value < meta.min) or (meta.above is not None and value <= meta.above)
+    high = meta.max is not None and value > meta.max
+    if low or high:
+        raise BadRequest(f"{name}: {value} is out of range; allowed is {describe_range(meta)}", name)
+
+
+def describe_range(meta: Knob) -> str:
+    """`1 to 10`, `at least 1`, `more than 0`, `at most 5`."""
+    if meta.min is not None and meta.max is not None:
+        return f"{meta.min:g} to {meta.max:g}"
+    if meta.above is not None:
+        return f"more than {meta.above:g}"
+    return f"at least {meta.min:g}" if meta.min is not None else f"at most {meta.max:g}"
+
+
+def fields_of(cls: type) -> dict[str, attrs.Attribute[Any]]:
+    """The attrs fields by name, their types resolved."""
+    attrs.resolve_types(cls)
+    return {field.name: field for field in attrs.fields(cls)}
+
+
+def knob_of(field: attrs.Attribute[Any]) -> Knob:
+    """The metadata of a knob."""
+    meta: Knob = field.metadata["knob"]
+    return meta
+
+
+def type_name(kind: Any) -> str:
+    """A type in a user's words: `int`, `number`, `true or false`, `list of int`."""
+    options = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(type_name(option) for option in options)
+    if typing.get_origin(kind) in (list, tuple):
+        return f"list of {type_name(options[0])}"
+    if typing.get_origin(kind) is dict or kind is dict or attrs.has(kind):
+        return "map"
+    return {bool: "true or false", int: "int", float: "number", str: "text"}.get(
+        kind, getattr(kind, "__name__", str(kind))
+    )
+
+
+def _wrong(value: Any, kind: Any) -> ValueError:
+    return ValueError(f"{value!r} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
+
+
+def _exactly(kind: type) -> Callable[[Any, Any], Any]:
+    """A hook that takes only values whose type is `kind` itself: no int(12.7), no bool("false")."""
+
+    def hook(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise _wrong(value, kind)
+        return value
+
+    return hook
+
+
+def _number(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise _wrong(value, float)
+    return float(value)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (Union, types.UnionType)
+
+
+def _union(value: Any, kind: Any) -> Any:
+    """The first option of the union that takes the value as it is; None only where the union names it."""
+    if value is None and type(None) in typing.get_args(kind):
+        return None
+    for option in typing.get_args(kind):
+        if option is type(None):
+            continue
+        try:
+            return _CONVERTER.structure(value, option)
+        except (ValueError, TypeError, BaseValidationError):
+            continue
+    raise _wrong(value, kind)
+
+
+def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
+    """Lists and tuples of one item type; a string is no list."""
+    item = typing.get_args(kind)[0]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise _wrong(value, kind)
+        return typing.get_origin(kind)(_CONVERTER.structure(entry, item) for entry in value)
+
+    return hook
+
+
+def _attrs_class(cls: type, converter: Converter) -> Callable[[Any, Any], Any]:
+    """None means the default, at every level; unknown keys are refused."""
+    inner = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+
+    def hook(value: Any, kind: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise _wrong(value, cls)
+        return inner({name: item for name, item in value.items() if item is not None}, kind)
+
+    return hook
+
+
+def _strict_converter() -> Converter:
+    converter = Converter(detailed_validation=True)
+    for kind in (bool, int, str):
+        converter.register_structure_hook(kind, _exactly(kind))
+    converter.register_structure_hook(float, _number)
+    converter.register_structure_hook_func(_is_union, _union)
+    converter.register_structure_hook_factory(lambda kind: typing.get_origin(kind) in (list, tuple), _sequence)
+    converter.register_structure_hook_factory(attrs.has, _attrs_class)
+    return converter
+
+
+_CONVERTER = _strict_converter()
+
+
+def structure(values: Mapping[str, Any], cls: type[T]) -> T:
+    """Build `cls` from plain values, strictly. None means the default.
+
+    Raises:
+        UnknownField: a key that is no field, with the nearest one.
+        BadRequest: a wrong type or range, naming field, value and what is allowed.
+    """
+    fields_of(cls)  # resolves the string annotations that cattrs reads
+    try:
+        return _CONVERTER.structure(values, cls)
+    except BaseValidationError as group:
+        raise _first_error(group) from None
+
+
+def _first_error(error: BaseException, path: str = "") -> SgldError:
+    """The first leaf of a cattrs error group, as one of ours, with its dotted path."""
+    for note in getattr(error, "__notes__", []):
+        if isinstance(note, AttributeValidationNote):
+            path = f"{path}.{note.name}" if path else note.name
+    if isinstance(error, BaseExceptionGroup):
+        return _first_error(error.exceptions[0], path)
+    if isinstance(error, ForbiddenExtraKeysError):
+        name = sorted(error.extra_fields)[0]
+        full = f"{path}.{name}" if path else name
+        return UnknownField(f"unknown key {full!r}{nearest(name, fields_of(error.cl))}", full)
+    if isinstance(error, SgldError):  # from a validator, which knows only the field's own name
+        prefix = f"{path}." if path else ""
+        return type(error)(f"{prefix}{error.message}", f"{prefix}{error.param}")
+    return BadRequest(f"{path}: {error}", path)
+
+
+def refuse_unbuilt(instance: Any, spelled: Mapping[str, str] | None = None) -> None:
+    """Raise `NotBuilt` for the first knob that was set but whose feature does not stand yet."""
+    for name, field in fields_of(type(instance)).items():
+        value = getattr(instance, name)
+        if attrs.has(type(value)):
+            refuse_unbuilt(value, spelled)
+        elif (meta := knob_of(field)).pending and value != default_of(field):
+            shown = (spelled or {}).get(name, name)
+            raise NotBuilt(f"{shown}: {meta.pending} is not built yet in this version of sgld; leave it out", name)
+
+
+def default_of(field: attrs.Attribute[Any]) -> Any:
+    """The default a field has when nobody sets it."""
+    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+        return field.default.factory()
+    return field.default
+
+
+def plain(value: Any) -> Any:
+    """attrs instances, tuples and paths as plain JSON values."""
+    if attrs.has(type(value)):
+        return {name: plain(getattr(value, name)) for name in fields_of(type(value))}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    return value
