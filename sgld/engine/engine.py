@@ -1,0 +1,143 @@
+"""Engine: the asyncio face of the workers. `generate` and `serve` both drive this one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from sgld.config import Settings
+from sgld.engine.cancel import CancelToken
+from sgld.engine.group import Emit, WorkerGroup
+from sgld.engine.hub import resolve_model
+from sgld.errors import SgldError
+from sgld.messages import Event, Generate, Media
+from sgld.params import ModelInfo, SamplingParams
+from sgld.worker.entry import run_rank
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Engine:
+    """One worker group behind one executor thread. Cancelling the task that awaits `generate` cancels the job.
+
+    States: new -> loading -> ready <-> restarting; failed when the model cannot be loaded again; stopped.
+    """
+
+    def __init__(self, settings: Settings, group: WorkerGroup | None = None):
+        self.settings = settings
+        self.state = "new"
+        self.group = group or WorkerGroup(settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout)
+        self._executor = ThreadPoolExecutor(1, "sgld-executor")
+        self._watched: list[int] = []
+        self._reviving: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def load(self, emit: Emit) -> ModelInfo:
+        """Resolve the model to a folder (a download runs in a thread), start the workers and load it."""
+        self.state = "loading"
+        command = await anyio.to_thread.run_sync(resolve_model, self.settings)
+        info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+        self._become_ready()
+        return info
+
+    async def generate(self, job_id: str, params: SamplingParams, emit: Emit) -> Media:
+        """Make one output. Jobs run in the order of their calls, one at a time.
+
+        Raises:
+            errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
+            SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
+        """
+        token = CancelToken()
+        command = Generate(job_id, params)
+        future = self._submit(self.group.run, command, self._on_loop(emit), token)
+        future.add_done_callback(lambda done: _close(token, done))
+        try:
+            media: Media = await asyncio.shield(future)
+            return media
+        except asyncio.CancelledError:
+            token.set()
+            raise
+
+    async def stop(self) -> None:
+        """Let the running job end, stop the workers, and free the thread."""
+        self.state = "stopped"
+        self._unwatch()
+        if self._reviving is not None:
+            await asyncio.wait([self._reviving])
+            self._unwatch()
+        await self._in_executor(self.group.stop)
+        self._executor.shutdown()
+
+    def kill(self) -> None:
+        """End the workers at once, from the loop: the command under way fails with `WorkerDied`."""
+        for pid in self.group.pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def _submit(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def _in_executor(self, function: Callable[..., T], *args: Any) -> T:
+        """`function` on the executor thread; it runs to its end even if the caller is cancelled."""
+        return await asyncio.shield(self._submit(function, *args))
+
+    def _on_loop(self, emit: Emit) -> Emit:
+        loop = asyncio.get_running_loop()
+
+        def from_thread(event: Event) -> None:
+            loop.call_soon_threadsafe(emit, event)
+
+        return from_thread
+
+    def _become_ready(self) -> None:
+        if self.state != "stopped":
+            self.state = "ready"
+            self._watch()
+
+    def _watch(self) -> None:
+        """Hear of a death while idle: the loop watches copies of the sentinels; it never talks to a rank."""
+        loop = asyncio.get_running_loop()
+        self._watched = [os.dup(sentinel) for sentinel in self.group.sentinels]
+        for descriptor in self._watched:
+            loop.add_reader(descriptor, self._on_death)
+
+    def _unwatch(self) -> None:
+        for descriptor in self._watched:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+        self._watched = []
+
+    def _on_death(self) -> None:
+        self._unwatch()
+        self.state = "restarting"
+        self._reviving = asyncio.create_task(self._revive())
+
+    async def _revive(self) -> None:
+        try:
+            await self._in_executor(self.group.revive)
+        except SgldError as error:
+            self.state = "failed"
+            log.error("the workers could not be restarted: %s", error)
+        else:
+            self._become_ready()
+
+
+def _close(token: CancelToken, done: asyncio.Future[Any]) -> None:
+    token.close()
+    if not done.cancelled() and (error := done.exception()):  # retrieved: its awaiter may be gone
+        log.debug("job ended with %r", error)

@@ -1,0 +1,306 @@
+"""WorkerGroup: spawned ranks and the one blocking call that gives them a command.
+
+Only the executor thread calls into a group. Every command is answered by one terminal event from every rank;
+anything else (a dead rank, a rank that fails while its peers wait in a collective, a cancel that is not heeded)
+kills the whole group, and the next command finds a new one with the same model loaded.
+
+torch.multiprocessing's spawn context is `multiprocessing`'s own plus reducers for tensors. No tensor crosses here,
+so the parent takes the plain context and never imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from sgld.engine.cancel import CancelToken
+from sgld.errors import Cancelled as CancelledError
+from sgld.errors import WorkerDied, from_code
+from sgld.messages import (
+    Cancel,
+    Cancelled,
+    Command,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Load,
+    Progress,
+    Seat,
+    Stop,
+    Terminal,
+)
+from sgld.params import ModelInfo
+
+log = logging.getLogger(__name__)
+Emit = Callable[[Event], None]
+
+
+def _ignore(_: Event) -> None:
+    """An emit for commands whose events nobody follows."""
+
+
+@attrs.frozen
+class Patience:
+    """How long a group waits before it gives its ranks up, in seconds."""
+
+    after_failure: float = 10.0  # for the peers of a rank that failed
+    after_cancel: float = 30.0  # for a cancelled step to end; at least three times the last step
+    to_stop: float = 5.0
+
+
+@attrs.define
+class _Rank:
+    number: int
+    process: BaseProcess
+    connection: Connection
+
+    def died(self) -> str:
+        self.process.join(1)
+        code = self.process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return f"worker {self.number} died ({how})"
+
+
+class WorkerGroup:
+    """`size` ranks, each running `target(seat, connection)`."""
+
+    def __init__(
+        self,
+        size: int,
+        target: Callable[[Seat, Connection], None],
+        *,
+        dist_timeout_s: int = 3600,
+        patience: Patience | None = None,
+    ):
+        self.size = size
+        self.restarts = 0
+        self._target = target
+        self._dist_timeout_s = dist_timeout_s
+        self._patience = patience or Patience()
+        self._ranks: list[_Rank] = []
+        self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
+        self._load: Load | None = None
+
+    @property
+    def sentinels(self) -> list[int]:
+        """One descriptor per rank, readable once that rank is gone."""
+        return [rank.process.sentinel for rank in self._ranks]
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, rank 0 first."""
+        return [rank.process.pid or 0 for rank in self._ranks]
+
+    def load(self, command: Load, emit: Emit = _ignore) -> ModelInfo:
+        """Load a model; a restarted group loads it again."""
+        info: ModelInfo = self._call(command, emit, None)
+        self._load = command
+        return info
+
+    def run(self, command: Command, emit: Emit = _ignore, token: CancelToken | None = None) -> Any:
+        """Give every rank `command`, block until all have answered, and return rank 0's value.
+
+        Raises:
+            CancelledError: the token was set; before the command was sent, no rank ever hears of it.
+            WorkerDied: the group was killed; the next call starts a new one.
+            SgldError: what the ranks failed with.
+        """
+        if token is not None and token.is_set:
+            raise CancelledError("cancelled before it started")
+        self.revive()
+        return self._call(command, emit, token)
+
+    def revive(self) -> None:
+        """Replace the group when a rank has died, and load the model again."""
+        if self._ranks and not wait(self.sentinels, 0):
+            return
+        if self._ranks:
+            log.warning("%s; restarting the workers", self._first_death())
+            self.restarts += 1
+        self.kill()
+        if self._load is not None:
+            self._call(self._load, _ignore, None)
+
+    def stop(self) -> None:
+        """Let the ranks end by themselves; kill those that do not."""
+        for rank in self._ranks:
+            try:
+                rank.connection.send(Stop())
+            except OSError:
+                log.debug("worker %d had gone before it was stopped", rank.number)
+        deadline = time.monotonic() + self._patience.to_stop
+        for rank in self._ranks:
+            rank.process.join(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """End every rank now and leave nothing behind."""
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            rank.process.join()
+            rank.connection.close()
+            rank.process.close()
+        self._ranks = []
+        if self._rendezvous is not None:
+            self._rendezvous.cleanup()
+            self._rendezvous = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-")
+        store = Path(self._rendezvous.name) / "store"
+        with _interrupts_blocked():
+            for number in range(self.size):
+                ours, theirs = context.Pipe()
+                seat = Seat(number, self.size, store, self._dist_timeout_s)
+                process = context.Process(
+                    target=self._target, args=(seat, theirs), name=f"sgld-rank{number}", daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._ranks.append(_Rank(number, process, ours))
+
+    def _call(self, command: Command, emit: Emit, token: CancelToken | None) -> Any:
+        if not self._ranks:
+            self._start()
+        call = _Call(self._ranks, command, emit, token, self._patience)
+        try:
+            return call.result()
+        except _GroupLost as lost:
+            self.kill()
+            self.restarts += 1
+            raise lost.error from None
+
+    def _first_death(self) -> str:
+        return next(rank.died() for rank in self._ranks if wait([rank.process.sentinel], 0))
+
+
+class _GroupLost(Exception):
+    """The ranks can no longer be trusted; `error` is what the caller hears."""
+
+    def __init__(self, error: WorkerDied | CancelledError):
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Call:
+    """One command under way: who has answered what, and how long the rest may still take."""
+
+    def __init__(self, ranks: list[_Rank], command: Command, emit: Emit, token: CancelToken | None, patience: Patience):
+        self._ranks = ranks
+        self._command = command
+        self._emit = emit
+        self._token = token
+        self._patience = patience
+        self._pending = {rank.connection: rank for rank in ranks}
+        self._answers: dict[int, Terminal] = {}
+        self._deadline: float | None = None
+        self._step_started = time.monotonic()
+        self._last_step_s = 0.0
+
+    def result(self) -> Any:
+        for rank in self._ranks:
+            self._send(rank, self._command)
+        while self._pending:
+            self._wait()
+        failures = [answer for answer in self._answers.values() if isinstance(answer, Failed)]
+        if failures:
+            raise self._error(failures[0])
+        first = self._answers[0]
+        if isinstance(first, Cancelled):
+            raise CancelledError(f"cancelled before step {first.step + 1}")
+        assert isinstance(first, Done)
+        return first.value
+
+    def _wait(self) -> None:
+        timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        sentinels = {rank.process.sentinel: rank for rank in self._pending.values()}
+        token = [self._token] if self._token is not None else []
+        ready = wait([*self._pending, *sentinels, *token], timeout)
+        if not ready:
+            raise self._out_of_patience()
+        for item in ready:
+            if isinstance(item, CancelToken):
+                self._cancel()
+            elif isinstance(item, Connection) and item in self._pending:
+                self._receive(self._pending[item])
+        # a rank may have answered and exited: its pipe is read to the end before its death counts
+        for item in ready:
+            if isinstance(item, int) and sentinels[item].connection in self._pending:
+                self._drain(sentinels[item])
+
+    def _drain(self, rank: _Rank) -> None:
+        while rank.connection in self._pending and rank.connection.poll():
+            self._receive(rank)
+        if rank.connection in self._pending:
+            raise self._lost(rank)
+
+    def _receive(self, rank: _Rank) -> None:
+        try:
+            message = rank.connection.recv()
+        except (EOFError, OSError):
+            raise self._lost(rank) from None
+        if isinstance(message, Terminal):
+            self._answers[rank.number] = message
+            del self._pending[rank.connection]
+            if isinstance(message, Failed):
+                self._allow(self._patience.after_failure)
+            return
+        if isinstance(message, Progress):
+            now = time.monotonic()
+            self._last_step_s, self._step_started = now - self._step_started, now
+        self._emit(message)
+
+    def _cancel(self) -> None:
+        self._token = None
+        if isinstance(self._command, Generate):
+            self._send(self._ranks[0], Cancel(self._command.job_id))
+            self._allow(max(self._patience.after_cancel, 3 * self._last_step_s))
+
+    def _allow(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+
+    def _send(self, rank: _Rank, message: Command | Cancel) -> None:
+        try:
+            rank.connection.send(message)
+        except OSError:
+            raise self._lost(rank) from None
+
+    def _lost(self, rank: _Rank) -> _GroupLost:
+        return _GroupLost(WorkerDied(f"{rank.died()} during the job; the workers restart"))
+
+    def _out_of_patience(self) -> _GroupLost:
+        silent = ", ".join(str(rank.number) for rank in self._pending.values())
+        for number, answer in self._answers.items():
+            if isinstance(answer, Failed):
+                reason = f"worker {number} failed alone ({answer.message}) and worker {silent} could not go on"
+                return _GroupLost(WorkerDied(f"{reason}; the workers restart"))
+        return _GroupLost(CancelledError(f"cancelled; worker {silent} did not stop in time and was killed"))
+
+    def _error(self, failed: Failed) -> Exception:
+        if failed.trace:
+            log.debug("a worker failed:\n%s", failed.trace)
+        return from_code(failed.code, failed.message, failed.param)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Children inherit a mask without ^C: a terminal's interrupt is the parent's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

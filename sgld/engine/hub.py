@@ -1,0 +1,61 @@
+"""References to folders: the embedded model, local folders, Hugging Face ids."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from sgld.config import DEMO_MODEL, Settings
+from sgld.errors import ModelError
+from sgld.messages import Load
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
+_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+
+
+def resolve_model(settings: Settings) -> Load:
+    """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
+    folder = resolve(settings.model_path, settings.revision, "model_path")
+    components = {
+        name: resolve(reference, None, f"component_paths.{name}")
+        for name, reference in settings.component_paths.items()
+    }
+    return Load(settings, folder, components)
+
+
+def resolve(reference: str, revision: str | None, param: str) -> Path:
+    """A local folder, or a snapshot of `owner/repository` (with a folder inside it, where one is named).
+
+    Raises:
+        ModelError: neither; or the hub cannot be reached and the cache does not hold it.
+    """
+    if reference == DEMO_MODEL:
+        return Path(str(files("sgld.demo")))
+    local = Path(reference).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if local.exists():
+        raise ModelError(f"{param}: {reference!r} is a file; a folder or a Hugging Face id is needed", param)
+    if not _HUB_ID.fullmatch(reference) or ".." in reference:
+        raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id (owner/name)", param)
+    return _snapshot(reference, revision, param)
+
+
+def _snapshot(reference: str, revision: str | None, param: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    owner, name, *inside = reference.split("/")
+    patterns = [f"{'/'.join(inside)}/*"] if inside else _FILES
+    try:
+        folder = snapshot_download(f"{owner}/{name}", revision=revision, allow_patterns=patterns)
+    except RepositoryNotFoundError:
+        raise ModelError(f"{param}: Hugging Face has no repository {reference!r} that you may read", param) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{param}: {reference!r} is no local folder, not in the cache, and the hub "
+            f"cannot be reached ({type(error).__name__})",
+            param,
+        ) from None
+    return Path(folder, *inside)

@@ -1,0 +1,151 @@
+"""run_rank: the main function of a worker process. Receive a command, carry it out, answer once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from sgld import config
+from sgld.errors import OutOfMemory, SgldError
+from sgld.messages import (
+    Cancel,
+    Cancelled,
+    Command,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Load,
+    Media,
+    Progress,
+    Seat,
+    SharedFrames,
+    Stop,
+    Terminal,
+    Timings,
+)
+from sgld.params import ModelInfo
+
+
+def run_rank(seat: Seat, connection: Connection) -> None:
+    """Serve commands until `Stop`, or until the parent is gone."""
+    from sgld.models import load_family
+
+    serve(seat, connection, load_family)
+
+
+def serve(seat: Seat, connection: Connection, load_family: Callable[..., Any]) -> None:
+    """`run_rank` with the loader given, so that tests can bring a family that fails on purpose."""
+    _prepare_process()
+    try:
+        worker = Worker(seat, connection, load_family)
+    except Exception as error:
+        connection.send(_failed(error))
+        return
+    try:
+        worker.run()
+    finally:
+        worker.mesh.leave()
+
+
+class Worker:
+    """A rank's state: its mesh and the family it has loaded."""
+
+    def __init__(self, seat: Seat, connection: Connection, load_family: Callable[..., Any]):
+        from sgld.nn.parallel import Mesh
+        from sgld.platform import choose_platform
+
+        self.platform = choose_platform()
+        self.platform.set_up(seat.rank, seat.world)
+        self.mesh = Mesh.join(seat.rank, seat.world, seat.store, self.platform, seat.dist_timeout_s)
+        self._connection = connection
+        self._load_family = load_family
+        self._family: Any = None
+
+    def run(self) -> None:
+        while True:
+            try:
+                command = self._connection.recv()
+                if isinstance(command, Stop):
+                    return
+                if not isinstance(command, Cancel):  # a cancel that comes after its job is stale
+                    self._connection.send(self._answer(command))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                return  # the parent is gone
+
+    def _answer(self, command: Command) -> Terminal:
+        from sgld.worker.hook import Stopped
+
+        try:
+            if isinstance(command, Load):
+                return Done(self._load(command))
+            return Done(self._generate(command))
+        except Stopped as stopped:
+            return Cancelled(stopped.step)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:  # the one place where a rank's fault becomes its answer
+            failed = _failed(error, out_of_memory=self.platform.is_out_of_memory(error))
+        gc.collect()
+        self.platform.release_memory()
+        return failed
+
+    def _load(self, command: Load) -> ModelInfo | None:
+        self._family = None
+        self._family = self._load_family(command, self.mesh, self.platform, self._loading)
+        return self._family.info if self.mesh.rank == 0 else None
+
+    def _loading(self, step: int, total: int) -> None:
+        self._emit(Progress("", "load", step, total))
+
+    def _generate(self, command: Generate) -> Media | None:
+        from sgld.worker.hook import Hook
+        from sgld.worker.sampler import sample
+
+        hook = Hook(command.job_id, self.mesh, self._connection)
+        frames = sample(self._family, command.params, hook)
+        if self.mesh.rank != 0:
+            return None
+        timings = Timings(hook.stages_ms, hook.steps_ms, self.platform.peak_memory())
+        assert isinstance(command.params.seed, int)
+        return Media(SharedFrames.of(frames.numpy()), command.params.fps, command.params.seed, timings)
+
+    def _emit(self, event: Event) -> None:
+        if self.mesh.rank == 0:
+            self._connection.send(event)
+
+
+def _failed(error: Exception, *, out_of_memory: bool = False) -> Failed:
+    trace = "".join(traceback.format_exception(error))
+    if out_of_memory:
+        hint = "ask for fewer frames, a smaller size, or more workers"
+        return Failed(OutOfMemory.code, f"out of memory: {hint} ({_one_line(error)})", None, trace)
+    if isinstance(error, SgldError):
+        return Failed(error.code, error.message, error.param, trace)
+    return Failed(SgldError.code, f"{type(error).__name__}: {_one_line(error)}", None, trace)
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _prepare_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config.set_default_environment(GLOO_SOCKET_IFNAME="lo")  # workers of one machine talk over loopback alone
+    os.dup2(2, 1)  # standard output belongs to the parent: its last line is a path
+    threading.Thread(target=_exit_with_parent, name="sgld-parent-watch", daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Wherever this rank is, in a collective or a long step, it does not outlive its parent."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,70 @@
+"""Hook: how a generation reports its progress, hears of a cancel, and times itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from sgld.messages import Cancel, Note, Progress
+from sgld.nn.parallel import Mesh
+
+
+class Stopped(Exception):
+    """All ranks agreed to stop before `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped before step {step}")
+        self.step = step
+
+
+class Hook:
+    """One generation's line to the executor. The same calls are made on every rank; rank 0 talks."""
+
+    def __init__(self, job_id: str, mesh: Mesh, connection: Connection):
+        self.job_id = job_id
+        self.stages_ms: dict[str, float] = {}
+        self.steps_ms: list[float] = []
+        self._mesh = mesh
+        self._connection = connection
+        self._stage, self._total, self._step = "", 0, 0
+        self._cancelled = False
+
+    @contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[None]:
+        """Time `name` and report its steps; a cancel is heard on the way in."""
+        self._stage, self._total, self._step = name, total, 0
+        self.check()
+        self._send(Progress(self.job_id, name, 0, total))
+        start = time.perf_counter()
+        yield
+        self.stages_ms[name] = self.stages_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+        if self._step < total:
+            self._send(Progress(self.job_id, name, total, total))
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step of the current stage: all ranks agree whether to stop, then it is timed and reported."""
+        self.check()
+        start = time.perf_counter()
+        yield
+        self.steps_ms.append(1e3 * (time.perf_counter() - start))
+        self._step += 1
+        self._send(Progress(self.job_id, self._stage, self._step, self._total))
+
+    def check(self) -> None:
+        """Raise `Stopped` on every rank alike once a cancel for this job has arrived."""
+        while self._mesh.rank == 0 and not self._cancelled and self._connection.poll():
+            message = self._connection.recv()
+            self._cancelled = isinstance(message, Cancel) and message.job_id == self.job_id
+        if self._mesh.agree(self._cancelled):
+            raise Stopped(self._step)
+
+    def note(self, text: str) -> None:
+        """A warning for the user."""
+        self._send(Note(self.job_id, text))
+
+    def _send(self, event: Progress | Note) -> None:
+        if self._mesh.rank == 0:
+            self._connection.send(event)

@@ -1,0 +1,84 @@
+"""Real ranks with a family that fails on request: the prompt is JSON such as {"fault": "raise", "rank": 1, "step": 2}.
+
+Everything but the model is the real thing: processes, pipes, gloo, hook and sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from sgld.errors import ModelError
+from sgld.messages import Load, Seat
+from sgld.models.family import Conditioning, Family
+from sgld.nn.parallel import Mesh
+from sgld.params import ModelInfo, SamplingParams
+from sgld.worker.entry import serve
+
+INFO = ModelInfo(
+    "Faulty", "video", {"height": 16, "width": 16, "num_frames": 5, "fps": 8, "num_inference_steps": 4}, 8, 4, ()
+)
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+
+
+class FaultyFamily(Family):
+    """Decodes to frames full of its own rank's step count; obeys the fault in the prompt."""
+
+    info = INFO
+    scheduler = SCHEDULER
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.fault: dict[str, Any] = {}
+        self.step = 0
+
+    def encode(self, params: SamplingParams) -> tuple[Conditioning, list[str]]:
+        self.fault = json.loads(params.prompt)
+        self.step = 0
+        return Conditioning(params), []
+
+    def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
+        return torch.randn(1, 4, 2, 2, 2, generator=generator)
+
+    def guidance(self, t: Tensor, params: SamplingParams) -> float:
+        return 1.0
+
+    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+        self.step += 1
+        time.sleep(self.fault.get("step_s", 0.0))
+        if self.fault.get("step") == self.step and self.fault.get("rank", self.mesh.rank) == self.mesh.rank:
+            self._fail(self.fault["fault"])
+        self.mesh.gather(x, 0)  # a collective: peers wait here for a rank that failed alone
+        return torch.zeros_like(x), None
+
+    def _fail(self, fault: str) -> None:
+        if fault == "raise":
+            raise ValueError("boom")
+        if fault == "oom":
+            raise MemoryError("cannot allocate")
+        if fault == "exit":
+            os._exit(9)
+        if fault == "hang":
+            time.sleep(600)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return torch.full((5, 16, 16, 3), self.step, dtype=torch.uint8)
+
+
+def load_faulty(load: Load, mesh: Mesh, platform: object, progress: object) -> FaultyFamily:
+    if load.folder.name == "broken":
+        raise ModelError("model_index.json is missing")
+    if load.folder.name == "dies":
+        os._exit(3)
+    return FaultyFamily(mesh)
+
+
+def run_faulty(seat: Seat, connection: Connection) -> None:
+    """The spawn target."""
+    serve(seat, connection, load_faulty)

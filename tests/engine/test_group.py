@@ -1,0 +1,243 @@
+"""Every row of the failure table, with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sgld.config import Settings
+from sgld.engine.cancel import CancelToken
+from sgld.engine.group import Patience, WorkerGroup
+from sgld.errors import Cancelled, ModelError, OutOfMemory, SgldError, WorkerDied
+from sgld.messages import Event, Generate, Load, Media, Progress
+from sgld.params import SamplingParams
+from tests.engine.ranks import INFO, run_faulty
+
+PATIENCE = Patience(after_failure=1.0, after_cancel=1.0, to_stop=5.0)
+STEPS = 4
+
+
+def job(name: str = "job", steps: int = STEPS, **fault: Any) -> Generate:
+    return Generate(name, SamplingParams(prompt=json.dumps(fault), seed=1, num_inference_steps=steps, fps=8))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[WorkerGroup]:
+    """Two ranks with the faulty family loaded; tests leave it usable."""
+    group = WorkerGroup(2, run_faulty, patience=PATIENCE)
+    assert group.load(Load(Settings(), Path("model"))) == INFO
+    yield group
+    group.stop()
+
+
+@pytest.fixture
+def token() -> Iterator[CancelToken]:
+    token = CancelToken()
+    yield token
+    token.close()
+
+
+def works(group: WorkerGroup) -> bool:
+    made: Media = group.run(job("proof"))
+    return bool((made.frames.array == STEPS).all())
+
+
+def test_frames_progress_and_timings_come_back(shared: WorkerGroup) -> None:
+    events: list[Event] = []
+    made = shared.run(job(), events.append)
+    assert made.frames.shape == (5, 16, 16, 3)
+    assert (made.frames.array == STEPS).all()
+    assert (made.seed, made.fps) == (1, 8)
+    assert len(made.timings.steps_ms) == STEPS
+    assert set(made.timings.stages_ms) == {"encode", "denoise", "decode"}
+    steps = [event.step for event in events if isinstance(event, Progress) and event.stage == "denoise"]
+    assert steps == list(range(STEPS + 1))
+
+
+def test_the_same_exception_on_all_ranks_fails_the_job_and_keeps_the_group(shared: WorkerGroup) -> None:
+    works(shared)
+    before = shared.pids
+    with pytest.raises(SgldError, match="ValueError: boom") as caught:
+        shared.run(job(fault="raise", step=2))
+    assert not isinstance(caught.value, WorkerDied)
+    assert shared.pids == before
+    assert works(shared)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_fails_while_its_peer_sits_in_a_collective(shared: WorkerGroup, rank: int) -> None:
+    works(shared)
+    before = shared.pids
+    with pytest.raises(WorkerDied, match=f"worker {rank} failed alone .*boom"):
+        shared.run(job(fault="raise", rank=rank, step=2))
+    assert works(shared)
+    assert not set(shared.pids) & set(before)
+    assert not any(psutil.pid_exists(pid) for pid in before)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_exits_while_busy(shared: WorkerGroup, rank: int) -> None:
+    with pytest.raises(WorkerDied, match=f"worker {rank} died|worker {1 - rank} failed alone"):
+        shared.run(job(fault="exit", rank=rank, step=2))
+    assert works(shared)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_while_busy(shared: WorkerGroup, rank: int) -> None:
+    works(shared)
+    victim = shared.pids[rank]
+
+    def kill_at_step_2(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == ("denoise", 2):
+            os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(WorkerDied):
+        shared.run(job(steps=200, step_s=0.02), kill_at_step_2)
+    assert works(shared)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_while_idle_costs_no_job(shared: WorkerGroup, rank: int) -> None:
+    works(shared)
+    restarts = shared.restarts
+    os.kill(shared.pids[rank], signal.SIGKILL)
+    assert wait(shared.sentinels, 5)
+    assert works(shared)
+    assert shared.restarts == restarts + 1
+
+
+def test_out_of_memory_fails_one_job_and_the_next_is_correct(shared: WorkerGroup) -> None:
+    works(shared)
+    before = shared.pids
+    with pytest.raises(OutOfMemory, match="out of memory"):
+        shared.run(job(fault="oom", step=1))
+    assert shared.pids == before
+    assert works(shared)
+
+
+def test_cancel_stops_all_ranks_within_a_step(shared: WorkerGroup, token: CancelToken) -> None:
+    works(shared)
+    before, seen = shared.pids, list[int]()
+
+    def cancel_at_step_3(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "denoise":
+            seen.append(event.step)
+            if event.step == 3:
+                token.set()
+
+    with pytest.raises(Cancelled, match="before step"):
+        shared.run(job(steps=1000, step_s=0.1), cancel_at_step_3, token)
+    assert max(seen) <= 5, "the job went on after the cancel"
+    assert shared.pids == before
+    assert works(shared)
+
+
+def test_cancel_during_a_step_that_does_not_end_kills_the_group(shared: WorkerGroup, token: CancelToken) -> None:
+    works(shared)
+    before = shared.pids
+    threading.Timer(0.3, token.set).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled, match="did not stop in time"):
+        shared.run(job(fault="hang", step=2), token=token)
+    assert time.monotonic() - started < 30
+    assert works(shared)
+    assert not set(shared.pids) & set(before)
+
+
+def test_a_queued_cancel_never_reaches_a_rank(shared: WorkerGroup, token: CancelToken) -> None:
+    seen: list[Event] = []
+    token.set()
+    with pytest.raises(Cancelled):
+        shared.run(job(), seen.append, token)
+    assert seen == []
+
+
+def test_a_stale_cancel_does_not_touch_the_next_job(shared: WorkerGroup, token: CancelToken) -> None:
+
+    def cancel_at_the_end(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == ("decode", 1):
+            token.set()
+
+    shared.run(job("one"), cancel_at_the_end, token)
+    assert works(shared)
+
+
+def test_ranks_ignore_the_terminal_s_interrupt(shared: WorkerGroup) -> None:
+    works(shared)
+    before = shared.pids
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+    assert works(shared)
+    assert shared.pids == before
+
+
+def test_a_model_that_cannot_be_loaded_is_a_typed_error(tmp_path: Path) -> None:
+    group = WorkerGroup(2, run_faulty, patience=PATIENCE)
+    try:
+        with pytest.raises(ModelError, match="model_index.json is missing"):
+            group.load(Load(Settings(), tmp_path / "broken"))
+        with pytest.raises(WorkerDied, match="exit code 3"):
+            group.load(Load(Settings(), tmp_path / "dies"))
+    finally:
+        group.stop()
+
+
+def test_stop_leaves_no_process_and_no_descriptor() -> None:
+    me = psutil.Process()
+    group = WorkerGroup(2, run_faulty, patience=PATIENCE)
+    group.load(Load(Settings(), Path("model")))
+    group.stop()
+    children, descriptors = len(me.children()), me.num_fds()
+    for _ in range(2):
+        group = WorkerGroup(2, run_faulty, patience=PATIENCE)
+        group.load(Load(Settings(), Path("model")))
+        assert works(group)
+        pids = group.pids
+        group.stop()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert len(me.children()) == children
+    assert me.num_fds() <= descriptors
+
+
+ORPHANS = """
+from pathlib import Path
+import time
+from sgld.config import Settings
+from sgld.engine.group import WorkerGroup
+from sgld.messages import Load
+from tests.engine.ranks import run_faulty
+from tests.engine.test_group import job
+
+if __name__ == "__main__":
+    group = WorkerGroup(2, run_faulty)
+    group.load(Load(Settings(), Path("model")))
+    print(*group.pids, flush=True)
+    group.run(job(fault="hang", rank=0, step=2)) if {busy} else time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_ranks_do_not_outlive_their_parent(tmp_path: Path, busy: bool) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHANS.format(busy=busy))
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        ranks = [psutil.Process(int(word)) for word in parent.stdout.readline().split()]
+        assert len(ranks) == 2 and all(rank.is_running() for rank in ranks)
+        parent.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    assert alive == []
