@@ -1,0 +1,373 @@
+"""Frames to files and back: mp4, webm, gif, png, jpg, webp and raw npy.
+
+Every function here blocks: call it in a thread. A file carries the parameters that made it, as one JSON text, and no
+time stamps, so equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path, PurePath
+from typing import Any
+
+import attrs
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from sgld import __version__
+from sgld.errors import BadRequest, OutputError
+from sgld.messages import Frames
+from sgld.params import DEBUG, SamplingParams
+
+VIDEO, IMAGE, RAW = "video", "image", "raw"
+
+
+@attrs.frozen
+class Format:
+    """What one file extension can hold."""
+
+    media_type: str
+    kind: str  # video, image or raw
+    max_side: int = 65535  # pixels
+    side_multiple: int = 1  # 4:2:0 video stores colour at half the size
+    max_fps: int | None = None
+    max_metadata: int | None = None  # bytes
+
+
+FORMATS = {
+    "mp4": Format("video/mp4", VIDEO, max_side=16384, side_multiple=2),
+    "webm": Format("video/webm", VIDEO, side_multiple=2),
+    "gif": Format("image/gif", VIDEO, max_fps=50),
+    "png": Format("image/png", IMAGE),
+    "jpg": Format("image/jpeg", IMAGE, max_side=65500, max_metadata=65000),
+    "jpeg": Format("image/jpeg", IMAGE, max_side=65500, max_metadata=65000),
+    "webp": Format("image/webp", IMAGE, max_side=16383),
+    "npy": Format("application/octet-stream", RAW),
+}
+QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35}
+DEFAULT_QUALITY = {VIDEO: 50, IMAGE: 75, RAW: 100}
+
+_BT709 = 1  # the code of matrix, primaries and transfer alike, ITU-T H.273
+_EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+_ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_GIF_SAMPLE = 1 << 18  # pixels that choose a gif's palette
+_DAMAGED = (av.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
+
+
+def format_of(file_name: str) -> str | None:
+    """The format that a name's extension asks for, if it is one of `FORMATS`."""
+    suffix = PurePath(file_name).suffix[1:].lower()
+    return suffix if suffix in FORMATS else None
+
+
+def is_image(format: str) -> bool:
+    """Whether the format holds exactly one frame."""
+    return FORMATS[format].kind == IMAGE
+
+
+def file_quality(format: str, output_quality: str = "default", output_compression: int | None = None) -> int:
+    """0 to 100 from the two knobs; the number beats the word."""
+    if output_compression is not None:
+        return output_compression
+    return QUALITIES.get(output_quality, DEFAULT_QUALITY[FORMATS[format].kind])
+
+
+def describe(params: SamplingParams, model: str) -> dict[str, Any]:
+    """What a file says of its making: sgld's version, the model, and every knob under its own name."""
+    knobs = {field.name: field.metadata["knob"] for field in attrs.fields(SamplingParams)}
+    values = attrs.asdict(params).items()
+    kept = {name: value for name, value in values if not (knobs[name].pending or knobs[name].group == DEBUG)}
+    return {"sgld": __version__, "model": model, **{name: v for name, v in kept.items() if v is not None}}
+
+
+def check_encodable(
+    format: str,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse what the format cannot hold (BadRequest); costs nothing, so ask before denoising."""
+    spec = FORMATS[format]
+    if spec.kind == IMAGE and num_frames != 1:
+        raise BadRequest(
+            f"num_frames: {num_frames} frames do not fit in one {format}; give 1, or a video format",
+            "num_frames",
+        )
+    for field, side in (("height", height), ("width", width)):
+        _check_side(format, field, side)
+    if spec.max_fps and fps > spec.max_fps:
+        raise BadRequest(
+            f"fps: {fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
+            "fps",
+        )
+    if spec.max_metadata and len(_ascii_json(metadata or {})) > spec.max_metadata:
+        raise BadRequest(
+            f"prompt: too long for the metadata of a {format} ({spec.max_metadata} bytes); choose png or webp",
+            "prompt",
+        )
+
+
+def _check_side(format: str, field: str, side: int) -> None:
+    spec = FORMATS[format]
+    if side > spec.max_side:
+        raise BadRequest(f"{field}: {side}: a {format} holds at most {spec.max_side} pixels a side", field)
+    if side % spec.side_multiple:
+        nearest = " and ".join(str(even) for even in (side - 1, side + 1) if even)
+        raise BadRequest(f"{field}: {side}: a {format} needs an even size; nearest: {nearest}", field)
+
+
+def encode(
+    path: Path,
+    format: str,
+    frames: Frames,
+    *,
+    fps: int,
+    quality: int,
+    metadata: Mapping[str, Any],
+    x264_preset: str | None = None,
+) -> None:
+    """Write frames [N, H, W, 3] to `path`, whatever its name, as `format`.
+
+    `quality` is 0 to 100: the constant rate factor of mp4 and webm, the quality of jpg and webp; png, gif and npy have
+    none. A gif counts time in 1/100 s: at 24 frames per second its delays are 4 or 5 of them, so that the whole keeps
+    its length to 1/100 s. npy is the array alone and carries no metadata.
+    Raises BadRequest for what the format cannot hold, OSError where the system cannot write.
+    """
+    n, height, width, _ = frames.shape
+    check_encodable(format, num_frames=n, height=height, width=width, fps=fps, metadata=metadata)
+    if format == "npy":
+        _write_npy(path, frames)
+    elif is_image(format):
+        path.write_bytes(encode_image(frames[0], format, quality=quality, metadata=metadata))
+    elif format == "gif":
+        _write_gif(path, frames, fps, metadata)
+    else:
+        codec, options = _video_codec(format, quality, x264_preset)
+        _write_video(path, format, codec, options, map(_to_yuv, frames), (width, height), fps, metadata)
+
+
+def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[str, Any]) -> bytes:
+    """One frame [H, W, 3] as the bytes of a png, jpg or webp."""
+    options: dict[str, Any] = {"quality": quality, "exif": _exif(metadata)}
+    if format == "png":
+        info = PngInfo()
+        info.add_text("Comment", _json(metadata))
+        options = {"pnginfo": info}
+    elif format != "webp" and quality >= QUALITIES["high"]:
+        options["subsampling"] = 0  # 4:4:4: colour at full size
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "jpeg" if format == "jpg" else format, **options)
+    return file.getvalue()
+
+
+def _write_npy(path: Path, frames: Frames) -> None:
+    frames = np.ascontiguousarray(frames)
+    with path.open("wb") as file:  # np.save would hide why a write failed
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(frames))
+        file.write(frames.data)
+
+
+def _video_codec(format: str, quality: int, x264_preset: str | None) -> tuple[str, dict[str, str]]:
+    """The codec, and its options with quality 100 .. 0 mapped to the constant rate factor 1 .. 51 (VP9: 0 .. 63)."""
+    if format == "webm":
+        speed = {"deadline": "good", "cpu-used": "4", "row-mt": "1"}
+        return "libvpx-vp9", {"crf": str(int((1 - quality / 100) * 63)), "b": "0", **speed}
+    crf = max(1, int((1 - quality / 100) * 51))  # 0 would be a lossless profile that browsers do not play
+    return "libx264", {"crf": str(crf), "preset": x264_preset or "fast"}
+
+
+def _to_yuv(frame: Frames) -> Any:
+    """Full-range RGB to limited-range BT.709 4:2:0, the colours that the file's tags then name."""
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24").reformat(
+        format="yuv420p",
+        interpolation=_ACCURATE,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        dst_colorspace=Colorspace.ITU709,
+    )
+
+
+def _write_video(
+    path: Path,
+    format: str,
+    codec: str,
+    options: dict[str, str],
+    pictures: Iterable[Any],
+    size: tuple[int, int],
+    fps: int,
+    metadata: Mapping[str, Any],
+) -> None:
+    muxer = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if format == "mp4" else {})
+    with _plain_os_errors(format), av.open(_plain(path), "w", format=format, options=muxer) as container:
+        container.metadata["comment"] = _json(metadata)
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height = size
+        if format == "gif":
+            stream.pix_fmt = "pal8"
+        else:
+            stream.pix_fmt = "yuv420p"
+            stream.colorspace = stream.color_primaries = stream.color_trc = _BT709
+            stream.color_range = ColorRange.MPEG
+        for i, picture in enumerate(pictures):
+            picture.pts, picture.time_base = i, Fraction(1, fps)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def _write_gif(path: Path, frames: Frames, fps: int, metadata: Mapping[str, Any]) -> None:
+    """One palette for all frames, so that still areas do not flicker."""
+    _, height, width, _ = frames.shape
+    palette = _palette(frames)
+    colours = np.full((256, 4), 255, np.uint8)  # ARGB
+    chosen = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)
+    colours[: len(chosen), 1:] = chosen
+    indexed = (np.asarray(Image.fromarray(frame).quantize(palette=palette)) for frame in frames)
+    pictures = (av.VideoFrame.from_ndarray((index, colours), "pal8") for index in indexed)
+    _write_video(path, "gif", "gif", {}, pictures, (width, height), fps, metadata)
+    _add_gif_comment(path, _ascii_json(metadata))
+
+
+def _palette(frames: Frames) -> Image.Image:
+    """The 256 colours that suit an even sample of all frames best."""
+    n, height, width, _ = frames.shape
+    step = max(1, round((n * height * width / _GIF_SAMPLE) ** (1 / 3)))
+    sample = frames[::step, ::step, ::step]
+    mosaic = np.ascontiguousarray(sample.reshape(-1, sample.shape[2], 3))
+    return Image.fromarray(mosaic).quantize(256, Image.Quantize.MEDIANCUT)
+
+
+def _add_gif_comment(path: Path, text: bytes) -> None:
+    """Put a comment extension behind the global palette (GIF89a, section 24); FFmpeg writes none."""
+    data = path.read_bytes()
+    flags = data[10]
+    start = 13 + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0)
+    blocks = [text[i : i + 255] for i in range(0, len(text), 255)]
+    comment = b"\x21\xfe" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
+    path.write_bytes(data[:start] + comment + data[start:])
+
+
+def _plain(path: Path) -> str:
+    """A path that FFmpeg does not take for a URL, as it does "a:b/c.mp4"."""
+    return str(path.absolute())
+
+
+@contextmanager
+def _plain_os_errors(format: str) -> Iterator[None]:
+    """FFmpeg's errors as OSError where the system failed, as OutputError where the encoder did."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        if error.errno in errno.errorcode:
+            raise OSError(error.errno, os.strerror(error.errno)) from error
+        raise OutputError(f"cannot encode {format}: {error}") from error
+
+
+def _json(metadata: Mapping[str, Any]) -> str:
+    """Readable JSON; escaped only where the text is no valid Unicode (a lone surrogate)."""
+    text = json.dumps(dict(metadata), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(dict(metadata))
+    return text
+
+
+def _ascii_json(metadata: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(metadata)).encode("ascii")
+
+
+def _exif(metadata: Mapping[str, Any]) -> Image.Exif:
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF)[_USER_COMMENT] = _ASCII + _ascii_json(metadata)
+    return exif
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A file that is missing, damaged or of another kind, told in one line."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise BadRequest(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise BadRequest(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _known(path: Path) -> str:
+    format = format_of(path.name)
+    if format is None:
+        raise BadRequest(f"{path}: {path.suffix or 'no extension'} is not one of {', '.join(FORMATS)}")
+    return format
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `encode` stored: the values of `describe`; empty for npy and for files of other makers."""
+    format = _known(path)
+    with _reading(path):
+        text = _comment(path, format)
+    try:
+        stored = json.loads(text)
+    except ValueError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _comment(path: Path, format: str) -> str:
+    if format == "npy":
+        return ""
+    return _container_comment(path) if format in ("mp4", "webm") else _image_comment(path)
+
+
+def _container_comment(path: Path) -> str:
+    with av.open(_plain(path)) as container:
+        tags = {name.lower(): value for name, value in container.metadata.items()}
+        return str(tags.get("comment", ""))
+
+
+def _image_comment(path: Path) -> str:
+    with Image.open(path) as image:
+        comment = image.info.get("Comment") or image.info.get("comment")
+        comment = comment or image.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
+    if isinstance(comment, bytes):
+        return comment.removeprefix(_ASCII).decode("utf-8", "replace")
+    return str(comment)
+
+
+def decode(path: Path) -> tuple[Frames, float]:
+    """Frames u8 [N, H, W, 3] and frames per second (of a gif: the mean; of an image or npy: 0)."""
+    format = _known(path)
+    with _reading(path):
+        if format == "npy":
+            return np.load(path), 0.0
+        return _decode_image(path) if is_image(format) or format == "gif" else _decode_video(path)
+
+
+def _decode_image(path: Path) -> tuple[Frames, float]:
+    frames, milliseconds = [], 0
+    with Image.open(path) as image:
+        for i in range(getattr(image, "n_frames", 1)):
+            image.seek(i)
+            milliseconds += image.info.get("duration", 0)
+            frames.append(np.asarray(image.convert("RGB")))
+    return np.stack(frames), 1000 * len(frames) / milliseconds if milliseconds else 0.0
+
+
+def _decode_video(path: Path) -> tuple[Frames, float]:
+    with av.open(_plain(path)) as container:
+        stream = container.streams.video[0]
+        frames = [
+            frame.to_ndarray(format="rgb24", interpolation=_ACCURATE) for frame in container.decode(stream)
+        ]
+        return np.stack(frames), float(stream.average_rate)

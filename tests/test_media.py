@@ -1,0 +1,298 @@
+"""Encode real files, read them back, and hold the result against what went in."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from sgld import __version__, media
+from sgld.convert import structure
+from sgld.errors import BadRequest
+from sgld.messages import Frames
+from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams
+
+RED = (215, 35, 40)
+METADATA = {"prompt": 'A "curious" 浣熊\n\\ é 🦝', "seed": 2**63 - 1, "guidance_scale": 4.5, "model": "a/b"}
+ALL = sorted(media.FORMATS)
+KR_KB = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}
+
+
+@pytest.fixture
+def clip() -> Frames:
+    """Nine frames of a gradient whose blue moves, around a still red square; frames 3 and 4 are equal."""
+    y, x = np.mgrid[0:64, 0:96]
+    frames = np.stack([np.stack([x * 2, y * 3, np.full_like(x, i * 25)], -1) for i in range(9)]).astype(
+        np.uint8
+    )
+    frames[:, 16:48, 16:64] = RED
+    frames[4] = frames[3]
+    return frames
+
+
+def frames_for(format: str, clip: Frames) -> Frames:
+    return clip[:1] if media.is_image(format) else clip
+
+
+def write(folder: Path, format: str, frames: Frames, **changes: Any) -> Path:
+    path = folder / f"out.{format}"
+    given: dict[str, Any] = {"fps": 24, "quality": 90, "metadata": METADATA, **changes}
+    media.encode(path, format, frames, **given)
+    return path
+
+
+def red_error(frames: Frames) -> float:
+    """How far the mean colour inside the red square is off, in levels."""
+    return float(np.abs(frames[:, 20:44, 20:60].mean((0, 1, 2)) - RED).max())
+
+
+def test_every_format_of_the_knobs_is_known() -> None:
+    assert {*VIDEO_FORMATS, *IMAGE_FORMATS, "npy"} == set(media.FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("a.mp4", "mp4"),
+        ("a b.JPEG", "jpeg"),
+        ("a.tar.webp", "webp"),
+        ("mp4", None),
+        ("a.avi", None),
+        ("a.", None),
+    ],
+)
+def test_the_extension_decides(name: str, format: str | None) -> None:
+    assert media.format_of(name) == format
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_round_trip(format: str, clip: Frames, tmp_path: Path) -> None:
+    sent = frames_for(format, clip)
+    frames, fps = media.decode(write(tmp_path, format, sent))
+    assert frames.shape == sent.shape
+    assert frames.dtype == np.uint8
+    difference = np.abs(frames.astype(int) - sent).mean()
+    if format in ("png", "npy"):
+        assert difference == 0
+    assert difference < 8
+    assert (
+        np.abs(np.roll(frames, 12, 2).astype(int) - sent).mean() > 12
+    )  # negative control: the same, moved aside
+    if media.FORMATS[format].kind == media.VIDEO:
+        assert fps == pytest.approx(24, rel=0.02)
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_metadata_survives(format: str, clip: Frames, tmp_path: Path) -> None:
+    stored = media.read_metadata(write(tmp_path, format, frames_for(format, clip)))
+    assert stored == ({} if format == "npy" else METADATA)
+
+
+@pytest.mark.parametrize("format", [f for f in ALL if f != "npy"])
+@pytest.mark.parametrize(
+    "prompt", ["\ud800 no Unicode", "", "長い" * 5000], ids=["surrogate", "empty", "long"]
+)
+def test_metadata_of_odd_prompts_survives(format: str, prompt: str, clip: Frames, tmp_path: Path) -> None:
+    path = write(tmp_path, format, frames_for(format, clip)[:1], metadata={"prompt": prompt})
+    assert media.read_metadata(path) == {"prompt": prompt}
+    assert media.decode(path)[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_equal_input_gives_equal_bytes(format: str, clip: Frames, tmp_path: Path) -> None:
+    sent = frames_for(format, clip)
+    first = write(tmp_path, format, sent).read_bytes()
+    assert first == write(tmp_path, format, sent).read_bytes()
+    assert first != write(tmp_path, format, 255 - sent).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "jpg", "webp"])
+def test_colour_by_quality(format: str, clip: Frames, tmp_path: Path) -> None:
+    margins = {100: 2, 90: 2, 55: 4, 50: 4, 35: 8}
+    sizes = []
+    for quality, margin in margins.items():
+        path = write(tmp_path, format, frames_for(format, clip), quality=quality)
+        assert red_error(media.decode(path)[0]) <= margin, quality
+        sizes.append(path.stat().st_size)
+    assert sizes[0] > sizes[1] > sizes[3] > sizes[4]  # the knob is real
+
+
+@pytest.mark.parametrize("format", ["gif", "png"])
+def test_flat_colour_is_exact(format: str, clip: Frames, tmp_path: Path) -> None:
+    assert red_error(media.decode(write(tmp_path, format, frames_for(format, clip)))[0]) == 0
+
+
+def rgb_of_planes(path: Path, matrix: str) -> list[float]:
+    """The red square's colour from the stored Y, U, V by the textbook formula, so without FFmpeg's conversion."""
+    with av.open(str(path)) as container:
+        planes = next(container.decode(video=0)).planes
+        y, u, v = (np.frombuffer(p, np.uint8).reshape(p.height, p.line_size) for p in planes)
+    kr, kb = KR_KB[matrix]
+    y1, pb, pr = (y[32, 40] - 16) / 219, (u[16, 20] - 128.0) / 224, (v[16, 20] - 128.0) / 224
+    r, b = y1 + 2 * (1 - kr) * pr, y1 + 2 * (1 - kb) * pb
+    return [255 * r, 255 * (y1 - kr * r - kb * b) / (1 - kr - kb), 255 * b]
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_video_is_bt709_and_says_so(format: str, clip: Frames, tmp_path: Path) -> None:
+    path = write(tmp_path, format, clip)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        assert context.pix_fmt == "yuv420p"
+    assert tags == (1, 1, 1, 1)
+    assert np.abs(np.subtract(rgb_of_planes(path, "bt709"), RED)).max() < 4
+    assert (
+        np.abs(np.subtract(rgb_of_planes(path, "bt601"), RED)).max() > 8
+    )  # negative control: the wrong matrix
+
+
+@pytest.mark.parametrize("quality", [0, 50, 100])
+def test_mp4_plays_in_browsers(quality: int, clip: Frames, tmp_path: Path) -> None:
+    path = write(tmp_path, "mp4", clip, quality=quality)
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # +faststart
+    assert b"colrnclx\0\1\0\1\0\1\0" in data
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.profile) == ("h264", "High")  # not the lossless profile
+
+
+def test_x264_preset_is_obeyed(clip: Frames, tmp_path: Path) -> None:
+    assert (
+        write(tmp_path, "mp4", clip, x264_preset="ultrafast").read_bytes()
+        != write(tmp_path, "mp4", clip).read_bytes()
+    )
+    assert (
+        write(tmp_path, "mp4", clip, x264_preset="fast").read_bytes()
+        == write(tmp_path, "mp4", clip).read_bytes()
+    )
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_a_colon_makes_no_url(
+    format: str, clip: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("http:").mkdir()
+    path = write(Path("http:"), format, clip[:1])
+    assert media.decode(path)[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("fps", [1, 7, 16, 24, 30, 50])
+def test_gif_keeps_its_length(fps: int, clip: Frames, tmp_path: Path) -> None:
+    with Image.open(write(tmp_path, "gif", clip[:, :24, :32], fps=fps)) as image:
+        delays = []
+        for i in range(len(clip)):
+            image.seek(i)
+            delays.append(image.info["duration"])
+        with pytest.raises(EOFError):
+            image.seek(len(clip))  # equal neighbours stay two frames, and no more are there
+    assert sum(delays) == pytest.approx(1000 * len(clip) / fps, abs=10)
+    assert max(delays) - min(delays) <= 10
+
+
+@pytest.mark.parametrize("fps", [1, 16, 24, 60])
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_video_keeps_its_rate(format: str, fps: int, clip: Frames, tmp_path: Path) -> None:
+    frames, rate = media.decode(write(tmp_path, format, clip, fps=fps))
+    assert (len(frames), rate) == (9, fps)
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_odd_sizes(format: str, clip: Frames, tmp_path: Path) -> None:
+    odd = frames_for(format, clip)[:, :33, :35]
+    if media.FORMATS[format].side_multiple == 1:
+        assert media.decode(write(tmp_path, format, odd))[0].shape == odd.shape
+        return
+    with pytest.raises(BadRequest, match=r"^height: 33: a \w+ needs an even size; nearest: 32 and 34$"):
+        write(tmp_path, format, odd)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "message"),
+    [
+        ("png", {"num_frames": 2}, "num_frames: 2 frames do not fit in one png"),
+        ("webp", {"width": 16384}, "width: 16384: a webp holds at most 16383 pixels a side"),
+        ("gif", {"fps": 51}, "fps: 51: a gif shows at most 50 frames per second"),
+        ("mp4", {"width": 1}, "nearest: 2$"),
+        ("jpg", {"metadata": {"prompt": "x" * 65000}}, "prompt: too long for the metadata of a jpg"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_told_before_encoding(
+    format: str, change: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"num_frames": 1, "height": 64, "width": 64, "fps": 24, "metadata": {}}
+    media.check_encodable(format, **given)
+    with pytest.raises(BadRequest, match=message) as caught:
+        media.check_encodable(format, **given | change)
+    assert caught.value.param == message.split(":")[0] or caught.value.param in change
+
+
+@pytest.mark.parametrize(
+    ("format", "word", "number", "quality"),
+    [
+        ("mp4", "default", None, 50),
+        ("png", "default", None, 75),
+        ("jpg", "low", None, 35),
+        ("gif", "maximum", 3, 3),
+    ],
+)
+def test_file_quality(format: str, word: str, number: int | None, quality: int) -> None:
+    assert media.file_quality(format, word, number) == quality
+
+
+def test_described_parameters_make_the_request_again() -> None:
+    params = SamplingParams(prompt="a fox", seed=7, guidance_scale=4.5, output_compression=0)
+    stored = media.describe(params, "some/model")
+    assert (stored.pop("model"), stored.pop("sgld")) == ("some/model", __version__)
+    assert structure(stored, SamplingParams) == params
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """The kernel refuses to write files past `limit` bytes, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_a_failed_write_is_never_silent(format: str, clip: Frames, tmp_path: Path) -> None:
+    small = frames_for(format, clip)[:, :48, :64]
+    whole = write(tmp_path, format, small).stat().st_size
+    for limit in {1, whole // 2, whole - 700, whole - 1}:
+        with file_size_limit(limit), pytest.raises(OSError, match="File too large"):
+            write(tmp_path, format, small)
+    with file_size_limit(whole):  # control: what fits is written
+        write(tmp_path, format, small)
+
+
+@pytest.mark.parametrize("format", [f for f in ALL if f != "npy"])
+def test_damaged_and_missing_files_are_told(format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"out.{format}"
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="cannot be read"):
+            media.read_metadata(path)
+        with pytest.raises(BadRequest, match="cannot be read"):
+            media.decode(path)
+        path.write_bytes(b"junk")
+
+
+def test_foreign_files_have_no_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    Image.new("RGB", (8, 8)).save(path, comment=b"made elsewhere")
+    assert media.read_metadata(path) == {}
+    with pytest.raises(BadRequest, match=r"\.txt is not one of mp4"):
+        media.decode(tmp_path / "a.txt")
