@@ -1,0 +1,85 @@
+"""`sgld serve`: the HTTP server, until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from typing import Any
+
+from sgld import config, log
+from sgld.cli import flags
+from sgld.config import RunOptions, Settings
+from sgld.convert import refuse_unbuilt, structure
+from sgld.errors import BadRequest, SgldError
+from sgld.params import SamplingParams
+
+DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a config file become defaults of requests."
+
+
+def run(words: list[str]) -> int:
+    """Parse and check, then serve."""
+    parser = flags.parser_for("serve", DESCRIPTION, [Settings])
+    typed, namespace = flags.parse(parser, words)
+    from_file = config.read_file(namespace.config) if hasattr(namespace, "config") else {}
+    merged = config.merge(from_file, config.read_environment(), typed)
+    if only_once := sorted(config.section(merged, RunOptions)):
+        raise BadRequest(f"{only_once[0]}: only `sgld generate` has this; each request asks for its own", only_once[0])
+    settings, sampling = config.settings_of(merged), config.section(merged, SamplingParams)
+    checked = structure(sampling, SamplingParams)
+    if hasattr(namespace, "print_config"):
+        print(flags.show(merged, [Settings, SamplingParams]), end="")
+        return 0
+    refuse_unbuilt(settings)
+    refuse_unbuilt(checked)
+    log.set_up(settings.log_level)
+    return asyncio.run(_serve(settings, sampling))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises SgldError when the address cannot be had; a busy port never moves."""
+    try:
+        return socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
+        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+        raise SgldError(f"port: cannot listen on {host}:{port}: {reason}", "port") from None
+
+
+async def _serve(settings: Settings, sampling: dict[str, Any]) -> int:
+    from aiohttp import web
+
+    from sgld.server.app import load, make_app
+    from sgld.server.state import SERVICE
+
+    listener = listen(settings.host, settings.port)
+    app = make_app(settings, sampling)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
+    await runner.setup()
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    try:
+        await web.SockSite(runner, listener).start()
+        logging.getLogger("sgld").info("listening on http://%s:%d", *listener.getsockname()[:2])
+        await _until_stopped(asyncio.create_task(load(app[SERVICE])), stopping, app[SERVICE].engine)
+    finally:
+        await runner.cleanup()
+    return 0
+
+
+async def _until_stopped(loading: asyncio.Task[None], stopping: asyncio.Event, engine: Any) -> None:
+    """Return when asked to stop; raise what the model could not be loaded for."""
+    stop = asyncio.create_task(stopping.wait())
+    await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        engine.kill()
+        loading.cancel()
+        return
+    try:
+        await loading
+        await stop
+    finally:
+        stop.cancel()

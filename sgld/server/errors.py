@@ -1,0 +1,55 @@
+"""Every error as the client expects it: an OpenAI `error` object, and `detail` for users of the replaced system."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from sgld.errors import NotReady, SgldError
+
+log = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+RETRY_AFTER_S = 5
+
+
+def error_body(error: SgldError) -> dict[str, object]:
+    """The JSON of one error."""
+    kind = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"error": body, "detail": error.message}
+
+
+def error_response(error: SgldError) -> web.Response:
+    """One error with its status; `Retry-After` where it will pass by itself."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, NotReady) else {}
+    return web.json_response(error_body(error), status=error.status, headers=headers)
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Typed errors become their status; aiohttp's own become the same JSON; the rest is a logged 500."""
+    try:
+        return await handler(request)
+    except SgldError as error:
+        return error_response(error)
+    except web.HTTPException as refused:
+        if refused.status < 400:
+            raise
+        return error_response(_of_status(refused, request))
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return error_response(SgldError("internal error; the server's log has the reason"))
+
+
+def _of_status(refused: web.HTTPException, request: web.Request) -> SgldError:
+    reasons = {
+        404: ("not_found", f"no route {request.method} {request.path}"),
+        405: ("method_not_allowed", f"{request.path} does not take {request.method}"),
+        413: ("too_large", f"the body is larger than {request.client_max_size} bytes"),
+    }
+    code, message = reasons.get(refused.status, ("http_error", refused.reason))
+    error = SgldError(message)
+    error.status, error.code = refused.status, code  # type: ignore[misc]
+    return error

@@ -1,0 +1,114 @@
+"""Check the ladder of imports: a module imports only from its own package or from lower rungs.
+
+Usage: python tools/layers.py; exits 1 and lists what climbs.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent / "sgld"
+LADDER = [
+    {"cli"},
+    {"server"},
+    {"engine"},
+    {"worker"},
+    {"models", "post"},
+    {"nn"},
+    {"platform", "media", "storage"},
+    {"errors", "convert", "config", "params", "messages", "log", "demo"},
+]
+RUNG = {name: len(LADDER) - height for height, names in enumerate(LADDER) for name in names}
+ONLY_IN = {  # said in one place only: import -> the files that may name it
+    "torch.cuda": {"platform.py"},
+    "torch.distributed": {"nn/parallel.py", "worker/entry.py"},
+    "multiprocessing": {"engine/group.py", "worker/entry.py", "worker/hook.py", "messages.py"},
+    "aiohttp": {"server/", "cli/serve.py"},
+    "os.environ": {"config.py"},
+}
+NEVER_IN = {"torch": ("server/", "engine/", "cli/")}  # the parent never imports torch
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def dotted(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every attribute such as `os.environ`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield node.lineno, f"{node.value.id}.{node.attr}"
+
+
+def package_of(module: str) -> str:
+    """`sgld.nn.rope` -> `nn`; `sgld` itself -> the empty string."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def faults(path: Path, root: Path) -> Iterator[str]:
+    """What is wrong in one file."""
+    relative = path.relative_to(root).as_posix()
+    tree = ast.parse(path.read_text())
+    own = relative.split("/")[0].removesuffix(".py")
+    for line, name in imports(tree):
+        target = package_of(name) if name.split(".")[0] == "sgld" else ""
+        if target in RUNG and target != own and own in RUNG and not _may_import(own, target):
+            yield f"{relative}:{line}: {own} may not import {name}"
+    for line, name in [*imports(tree), *dotted(tree)]:
+        for thing, places in ONLY_IN.items():
+            inside = any(relative == place or place.endswith("/") and relative.startswith(place) for place in places)
+            if (name == thing or name.startswith(f"{thing}.")) and not inside:
+                yield f"{relative}:{line}: {thing} belongs in {', '.join(sorted(places))}"
+        for thing, places_barred in NEVER_IN.items():
+            if name.split(".")[0] == thing and relative.startswith(places_barred):
+                yield f"{relative}:{line}: {thing} may not be imported here"
+
+
+def _may_import(own: str, target: str) -> bool:
+    """Lower rungs, and the ground floor among itself."""
+    return RUNG[target] < RUNG[own] or RUNG[target] == RUNG[own] == RUNG["errors"]
+
+
+def cycles(root: Path) -> list[str]:
+    """Import cycles between modules, function-level imports included."""
+    graph: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        name = ".".join(("sgld", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+        found = {target for _, target in imports(ast.parse(path.read_text())) if target.startswith("sgld")}
+        graph[name] = found
+    resolved = {name: {_module(target, graph) for target in found} - {name} for name, found in graph.items()}
+    return [f"import cycle through {name}" for name in sorted(resolved) if _reaches(name, name, resolved, set())]
+
+
+def _module(target: str, graph: dict[str, set[str]]) -> str:
+    while target not in graph and "." in target:
+        target = target.rpartition(".")[0]
+    return target
+
+
+def _reaches(start: str, goal: str, graph: dict[str, set[str]], seen: set[str]) -> bool:
+    for following in graph.get(start, set()) - seen:
+        seen.add(following)
+        if following == goal or _reaches(following, goal, graph, seen):
+            return True
+    return False
+
+
+def check(root: Path = ROOT) -> list[str]:
+    """Every fault in the tree under `root`."""
+    return [fault for path in sorted(root.rglob("*.py")) for fault in faults(path, root)] + cycles(root)
+
+
+if __name__ == "__main__":
+    found = check()
+    print("\n".join(found) or "the ladder stands")
+    sys.exit(bool(found))
