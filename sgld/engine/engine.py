@@ -82,7 +82,7 @@ class Engine:
             await asyncio.wait([self._reviving])
             self._unwatch()
         await self._in_executor(self.group.stop)
-        self._executor.shutdown()
+        self._executor.shutdown(wait=False)  # idle now, and joining it would block the loop
 
     def kill(self) -> None:
         """End the workers at once, from the loop: the command under way fails with `WorkerDied`."""

@@ -1,0 +1,123 @@
+"""The engine on a running loop: order, cancellation, deaths while idle, and a loop that stays free."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgld.config import Settings
+from sgld.engine.engine import Engine
+from sgld.engine.group import WorkerGroup
+from sgld.errors import SgldError, WorkerDied
+from sgld.messages import Event, Progress
+from sgld.params import SamplingParams
+from tests.engine.ranks import INFO, run_faulty
+from tests.engine.test_group import PATIENCE, STEPS
+
+
+def asked(steps: int = STEPS, **fault: Any) -> SamplingParams:
+    return SamplingParams(prompt=json.dumps(fault), seed=1, num_inference_steps=steps, fps=8)
+
+
+def ignore(_: Event) -> None:
+    pass
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    """One rank with the faulty family, loaded."""
+    group = WorkerGroup(1, run_faulty, patience=PATIENCE)
+    async with Engine(Settings(model_path=str(tmp_path)), group) as engine:
+        assert await engine.load(ignore) == INFO
+        assert engine.state == "ready"
+        yield engine
+
+
+async def test_jobs_run_in_order_and_the_loop_stays_free(engine: Engine) -> None:
+    order: list[str] = []
+
+    def follow(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == ("denoise", STEPS):
+            order.append(event.job_id)
+
+    gaps: list[float] = []
+    beating = asyncio.create_task(heartbeat(gaps))
+    made = await asyncio.gather(*(engine.generate(name, asked(step_s=0.05), follow) for name in "abc"))
+    beating.cancel()
+    assert order == ["a", "b", "c"]
+    assert all((media.frames.array == STEPS).all() for media in made)
+    assert len(gaps) > 50, "the loop did not run while the ranks worked"
+
+
+async def heartbeat(gaps: list[float]) -> None:
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(0.005)
+        gaps.append(time.perf_counter() - before)
+
+
+async def test_cancelling_the_task_stops_its_job_and_spares_the_next(engine: Engine) -> None:
+    reached = asyncio.Event()
+
+    def follow(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == ("denoise", 2):
+            reached.set()
+
+    long = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), follow))
+    waiting = asyncio.create_task(engine.generate("waiting", asked(), ignore))
+    queued = asyncio.create_task(engine.generate("queued", asked(), ignore))
+    await reached.wait()
+    pids = engine.group.pids
+    queued.cancel()
+    long.cancel()
+    for task in (long, queued):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    made = await asyncio.wait_for(waiting, 20)
+    assert (made.frames.array == STEPS).all()
+    assert engine.group.pids == pids
+
+
+async def test_a_failed_job_leaves_the_engine_ready(engine: Engine) -> None:
+    with pytest.raises(SgldError, match="boom"):
+        await engine.generate("bad", asked(fault="raise", step=2), ignore)
+    assert engine.state == "ready"
+    await engine.generate("good", asked(), ignore)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, busy: bool) -> None:
+    before = engine.group.pids
+    if busy:
+        long = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), ignore))
+        await asyncio.sleep(0.5)
+    os.kill(before[0], signal.SIGKILL)
+    if busy:
+        with pytest.raises(WorkerDied):
+            await long
+    async with asyncio.timeout(60):
+        while engine.state != "restarting":
+            await asyncio.sleep(0.01)
+        while engine.state != "ready":
+            await asyncio.sleep(0.05)
+    assert engine.group.pids != before
+    assert engine.group.restarts == 1
+    await engine.generate("after", asked(), ignore)
+
+
+async def test_stop_waits_for_the_running_job(tmp_path: Path) -> None:
+    engine = Engine(Settings(model_path=str(tmp_path)), WorkerGroup(1, run_faulty, patience=PATIENCE))
+    await engine.load(ignore)
+    running = asyncio.create_task(engine.generate("a", asked(step_s=0.05), ignore))
+    await asyncio.sleep(0.05)
+    await engine.stop()
+    assert ((await running).frames.array == STEPS).all()
+    assert engine.group.pids == []
