@@ -17,6 +17,8 @@ _FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
 def resolve_model(settings: Settings) -> Load:
     """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
     folder = resolve(settings.model_path, settings.revision, "model_path")
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"model_path: {settings.model_path!r} is no model: it has no model_index.json", "model_path")
     components = {
         name: resolve(reference, None, f"component_paths.{name}")
         for name, reference in settings.component_paths.items()
@@ -33,7 +35,7 @@ def resolve(reference: str, revision: str | None, param: str) -> Path:
     if reference == DEMO_MODEL:
         return Path(str(files("sgld.demo")))
     local = Path(reference).expanduser()
-    if local.is_dir():
+    if reference and local.is_dir():
         return local.resolve()
     if local.exists():
         raise ModelError(f"{param}: {reference!r} is a file; a folder or a Hugging Face id is needed", param)
