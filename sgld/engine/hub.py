@@ -37,7 +37,7 @@ def resolve(reference: str, revision: str | None, param: str) -> Path:
     local = Path(reference).expanduser()
     if reference and local.is_dir():
         return local.resolve()
-    if local.exists():
+    if reference and local.exists():
         raise ModelError(f"{param}: {reference!r} is a file; a folder or a Hugging Face id is needed", param)
     if not _HUB_ID.fullmatch(reference) or ".." in reference:
         raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id (owner/name)", param)
