@@ -78,7 +78,11 @@ async def bench_loop(repeat: int) -> Figures:
         for seed in range(repeat):
             await timed(engine, asked(info, seed))
         beating.cancel()
-    return {"loop gap p50, ms": percentile(gaps, 0.5), "loop gap p99, ms": percentile(gaps, 0.99), "loop gap max, ms": max(gaps)}
+    return {
+        "loop gap p50, ms": percentile(gaps, 0.5),
+        "loop gap p99, ms": percentile(gaps, 0.99),
+        "loop gap max, ms": max(gaps),
+    }
 
 
 async def bench_cold(repeat: int) -> Figures:

@@ -65,7 +65,7 @@ def faults(path: Path, root: Path) -> Iterator[str]:
             yield f"{relative}:{line}: {own} may not import {name}"
     for line, name in [*imports(tree), *dotted(tree)]:
         for thing, places in ONLY_IN.items():
-            inside = any(relative == place or place.endswith("/") and relative.startswith(place) for place in places)
+            inside = any(relative == place or (place.endswith("/") and relative.startswith(place)) for place in places)
             if (name == thing or name.startswith(f"{thing}.")) and not inside:
                 yield f"{relative}:{line}: {thing} belongs in {', '.join(sorted(places))}"
         for thing, places_barred in NEVER_IN.items():

@@ -228,7 +228,7 @@ class _Call:
     def _wait(self) -> None:
         timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         sentinels = {rank.process.sentinel: rank for rank in self._pending.values()}
-        token = [self._token] if self._token is not None else []
+        token: list[Any] = [self._token] if self._token is not None else []
         ready = wait([*self._pending, *sentinels, *token], timeout)
         if not ready:
             raise self._out_of_patience()

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 
@@ -117,7 +118,7 @@ class JobStore:
 class _Follower:
     """Turns a rank's events into the job's status and percentage."""
 
-    SHARE = {"encode": (0, 5), "denoise": (5, 85), "decode": (90, 9)}
+    SHARE: ClassVar = {"encode": (0, 5), "denoise": (5, 85), "decode": (90, 9)}
 
     def __init__(self, job: Job, index: int, outputs: int):
         self._job, self._index, self._outputs = job, index, outputs

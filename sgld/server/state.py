@@ -8,6 +8,7 @@ import attrs
 from aiohttp import web
 
 from sgld.config import Settings
+from sgld.convert import default_of, fields_of
 from sgld.engine.engine import Engine
 from sgld.errors import NotFound, NotReady
 from sgld.params import ModelInfo, SamplingParams, resolve
@@ -41,11 +42,15 @@ class Service:
         own = {name: value for name, value in given.items() if value is not None}
         return resolve({**self.sampling, **own}, self.info)
 
+    def default(self, name: str) -> Any:
+        """What a request that does not name this sampling field gets."""
+        own = self.info.defaults if self.info is not None else {}
+        return {**own, **self.sampling}.get(name, default_of(fields_of(SamplingParams)[name]))
+
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not run."""
         if name not in (None, self.model_id, self.settings.model_path):
-            error = NotFound(f"model: {name!r} is not served here; {self.model_id!r} is", "model")
-            raise error
+            raise NotFound(f"model: {name!r} is not served here; {self.model_id!r} is", "model")
 
 
 SERVICE = web.AppKey("service", Service)

@@ -9,13 +9,12 @@ import anyio.to_thread
 from aiohttp import web
 
 from sgld import media
-from sgld.convert import fields_of
 from sgld.errors import NotFound, SgldError
 from sgld.messages import Media
-from sgld.params import ModelInfo, SamplingParams
+from sgld.params import SamplingParams
 from sgld.server.body import VideoFields, read_body, require_prompt, split
 from sgld.server.jobs import Job
-from sgld.server.state import SERVICE
+from sgld.server.state import SERVICE, Service
 from sgld.storage.local import LocalStorage, indexed
 
 routes = web.RouteTableDef()
@@ -28,8 +27,7 @@ async def create(request: web.Request) -> web.Response:
     fields, sampling = split(await read_body(request, VideoFields), VideoFields)
     require_prompt(sampling)
     service.check_model(fields.model)
-    length = _length(fields, sampling, service.info) if service.info is not None else {}
-    params, notes = service.params({**sampling, **length})
+    params, notes = service.params({**sampling, **_length(fields, sampling, service)})
 
     async def finish(job: Job) -> None:
         for index, made in enumerate(job.made):
@@ -64,12 +62,12 @@ async def content(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(path, headers={"Content-Type": media.FORMATS["mp4"].media_type})
 
 
-def _length(fields: VideoFields, sampling: dict[str, Any], info: ModelInfo) -> dict[str, int]:
-    """Frames for `seconds` at the request's or the model's rate."""
+def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> dict[str, int]:
+    """Frames for `seconds`, at the request's rate or the one it will get."""
     if fields.seconds is None or sampling.get("num_frames") is not None:
         return {}
-    fps = sampling.get("fps") or info.defaults.get("fps") or fields_of(SamplingParams)["fps"].default
-    return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}
+    fps = sampling.get("fps") or service.default("fps")
+    return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # a wrong fps is told by params
 
 
 def _write(made: tuple[SamplingParams, Media], folder: Path, name: str, model: str) -> Path:

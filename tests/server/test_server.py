@@ -37,7 +37,17 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
-        command = [sys.executable, "-m", "sgld", "serve", "--port", str(self.port), "--output-path", str(folder), *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "sgld",
+            "serve",
+            "--port",
+            str(self.port),
+            "--output-path",
+            str(folder),
+            *flags,
+        ]
         self.log = folder.parent / "server.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -188,7 +198,9 @@ def test_a_killed_worker_fails_its_job_and_the_server_recovers(server: Server) -
     video = server.client.videos.create(prompt="a red circle", extra_body={"num_inference_steps": 1000})
     while server.client.videos.retrieve(video.id).progress < 6:
         time.sleep(0.05)
-    ranks = [child for child in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    ranks = [
+        child for child in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
     assert len(ranks) == 1
     ranks[0].kill()
     for _ in range(400):
