@@ -1,0 +1,57 @@
+"""Frames cross a pipe as a descriptor; errors keep their type."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import psutil
+import pytest
+
+from sgld import errors
+from sgld.messages import SharedFrames
+
+
+def test_frames_cross_without_their_pixels() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 48, 3), dtype=np.uint8)
+    shared = SharedFrames.of(frames)
+    assert len(ForkingPickler.dumps(shared)) < 1000 < frames.nbytes
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        theirs.send(shared)
+        received = ours.recv()
+    assert received.shape == (9, 64, 48, 3)
+    assert (received.array == frames).all()
+    received.array[0, 0, 0] = 7
+    assert (shared.array[0, 0, 0] == 7).all(), "the same memory, not a copy"
+
+
+def test_frames_leave_no_descriptor() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        theirs.send(SharedFrames((1, 8, 8, 3)))
+        ours.recv()  # the first pass starts multiprocessing's own listener, which stays
+        gc.collect()
+        before = psutil.Process().num_fds()
+        for _ in range(5):
+            theirs.send(SharedFrames((1, 8, 8, 3)))
+            view = ours.recv().array[0]
+        assert view.shape == (8, 8, 3), "a view outlives its frames' descriptor"
+        del view
+        gc.collect()
+        assert psutil.Process().num_fds() <= before
+
+
+@pytest.mark.parametrize("kind", list(errors._tree(errors.SgldError)))
+def test_errors_survive_a_pipe_and_their_code(kind: type[errors.SgldError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("message", "field")))
+    assert (type(error), error.message, error.param) == (kind, "message", "field")
+    assert type(errors.from_code(kind.code, "message", "field")) is kind
+
+
+def test_nearest_names() -> None:
+    assert errors.nearest("num_infrence_steps", ["num_inference_steps", "seed"]) == "; did you mean num_inference_steps?"
+    assert errors.nearest("zzz", ["num_inference_steps", "seed"]) == ""
