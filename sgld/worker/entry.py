@@ -98,9 +98,13 @@ class Worker:
         return failed
 
     def _load(self, command: Load) -> ModelInfo | None:
+        from sgld.worker import solvers
+
         self._family = None
-        self._family = self._load_family(command, self.mesh, self.platform, self._loading)
-        return self._family.info if self.mesh.rank == 0 else None
+        family = self._load_family(command, self.mesh, self.platform, self._loading)
+        solvers.check(family.scheduler)
+        self._family = family
+        return family.info if self.mesh.rank == 0 else None
 
     def _loading(self, step: int, total: int) -> None:
         self._emit(Progress("", "load", step, total))
@@ -138,7 +142,10 @@ def _one_line(error: Exception) -> str:
 
 def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config.set_default_environment(GLOO_SOCKET_IFNAME="lo")  # workers of one machine talk over loopback alone
+    config.set_default_environment(
+        GLOO_SOCKET_IFNAME="lo",  # workers of one machine talk over loopback alone
+        OMP_WAIT_POLICY="passive",  # threads that spin for work starve the parent and the other ranks
+    )
     os.dup2(2, 1)  # standard output belongs to the parent: its last line is a path
     threading.Thread(target=_exit_with_parent, name="sgld-parent-watch", daemon=True).start()
 

@@ -1,0 +1,49 @@
+"""Family: what a model must be able to do. One file and one registry line each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import attrs
+from torch import Generator, Tensor
+
+from sgld.params import ModelInfo, SamplingParams
+
+
+@attrs.frozen
+class Conditioning:
+    """What the denoiser is told, prepared once for all steps: the prompt's and, with guidance, the negative's."""
+
+    positive: Any
+    negative: Any | None = None
+
+
+class Family(ABC):
+    """The pieces of one generation, in the order the sampler calls them."""
+
+    info: ModelInfo
+    scheduler: dict[str, Any]  # scheduler_config.json
+
+    @abstractmethod
+    def encode(self, params: SamplingParams) -> tuple[Conditioning, list[str]]:
+        """The prompt (and negative prompt, when guidance is on) as conditioning, and warnings for the user."""
+
+    @abstractmethod
+    def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
+        """Initial latents, float32, drawn from a CPU generator so that every device starts alike."""
+
+    @abstractmethod
+    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+        """The predictions at latents `x` and time `t` in [0, 1000]: the prompt's, and the negative's under guidance.
+
+        Both at once, for a family may compute them as one batch.
+        """
+
+    @abstractmethod
+    def guidance(self, t: Tensor, params: SamplingParams) -> float:
+        """The guidance scale that holds at time `t`."""
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents to frames: u8 [N, H, W, 3] on the CPU; ranks other than 0 may answer with none."""

@@ -1,0 +1,436 @@
+"""Wan text-to-video (Wan Team 2025, https://arxiv.org/abs/2503.20314): Wan 2.1, and the two experts of Wan 2.2.
+
+The attribute names of the transformer are the keys of the diffusers checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from sgld.config import Settings
+from sgld.convert import structure
+from sgld.errors import ModelError, NotBuilt
+from sgld.messages import Load
+from sgld.models.family import Conditioning, Family
+from sgld.models.text import PromptEncoder
+from sgld.models.vae import Vae
+from sgld.nn import attention
+from sgld.nn.attention import Attention
+from sgld.nn.blocks import Embedder, FeedForward, gelu_tanh, sinusoid
+from sgld.nn.norm import LayerNorm32
+from sgld.nn.parallel import Mesh
+from sgld.nn.rope import rope_3d, rotate
+from sgld.nn.weights import load_module, pick, read_json
+from sgld.params import ModelInfo, SamplingParams
+from sgld.platform import Platform
+
+# ---------------------------------------------------------------------------------------------- transformer
+
+
+@attrs.frozen
+class WanConfig:
+    """Architecture numbers, as in transformer/config.json."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int
+    ffn_dim: int
+    num_layers: int
+    patch_size: tuple[int, int, int] = attrs.field(default=(1, 2, 2), converter=tuple)
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    rope_max_seq_len: int = 1024
+    added_kv_proj_dim: int | None = None
+    image_dim: int | None = None
+    pos_embed_seq_len: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def rope_dims(self) -> tuple[int, int, int]:
+        """Share of a head's channels that turn with time, height and width."""
+        side = 2 * (self.attention_head_dim // 6)
+        return self.attention_head_dim - 2 * side, side, side
+
+
+@attrs.frozen
+class TextKeys:
+    """Keys and values of the text for every block: they are the same at every step."""
+
+    layers: list[tuple[Tensor, Tensor]]  # [B, L, H, D] each
+    bias: Tensor | None  # [B, 1, 1, L]
+
+    def row(self, i: int) -> TextKeys:
+        """Those of one prompt of the batch."""
+        one = slice(i, i + 1)
+        return TextKeys([(k[one], v[one]) for k, v in self.layers], None if self.bias is None else self.bias[one])
+
+
+class WanAttention(nn.Module):
+    """Queries from the picture; keys and values from the picture or from the text."""
+
+    def __init__(self, c: WanConfig, attend: Attention):
+        super().__init__()
+        self.heads, self.attend = c.num_attention_heads, attend
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c.dim, c.dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(c.dim, c.dim)])
+        self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
+
+    def to_itself(self, x: Tensor, rope: Tensor) -> Tensor:
+        q = rotate(self.split(self.norm_q(self.to_q(x))), rope)
+        k = rotate(self.split(self.norm_k(self.to_k(x))), rope)
+        return self.join(self.attend(q, k, self.split(self.to_v(x)), None))
+
+    def to_text(self, x: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        q = self.split(self.norm_q(self.to_q(x)))
+        return self.join(self.attend(q, *keys, bias))
+
+    def keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.norm_k(self.to_k(text))), self.split(self.to_v(text))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], self.heads, -1)  # [B, S, H, D]
+
+    def join(self, x: Tensor) -> Tensor:
+        y: Tensor = self.to_out[0](x.flatten(2))
+        return y
+
+
+class WanBlock(nn.Module):
+    """Attention to the picture, attention to the text, and a feed-forward layer, modulated by the time."""
+
+    def __init__(self, c: WanConfig, attend: Attention, attend_all: Attention):
+        super().__init__()
+        self.norm1 = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
+        self.norm2 = LayerNorm32(c.dim, c.eps) if c.cross_attn_norm else nn.Identity()
+        self.norm3 = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
+        self.attn1, self.attn2 = WanAttention(c, attend_all), WanAttention(c, attend)
+        self.ffn = FeedForward(c.dim, c.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, c.dim))
+
+    def forward(self, x: Tensor, mod: Tensor, rope: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + mod).chunk(6, 1)  # [1, 1, C]
+        y = self.attn1.to_itself(torch.addcmul(shift, self.norm1(x), 1 + scale).type_as(x), rope)
+        x = torch.addcmul(x.float(), y.float(), gate).type_as(x)
+        x = x + self.attn2.to_text(self.norm2(x).type_as(x), keys, bias)
+        y = self.ffn(torch.addcmul(ff_shift, self.norm3(x), 1 + ff_scale).type_as(x))
+        return torch.addcmul(x.float(), y.float(), ff_gate).type_as(x)
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and text to the width of the blocks."""
+
+    def __init__(self, c: WanConfig):
+        super().__init__()
+        self.freq_dim = c.freq_dim
+        self.time_embedder = Embedder(c.freq_dim, c.dim, F.silu)
+        self.time_proj = nn.Linear(c.dim, 6 * c.dim)
+        self.text_embedder = Embedder(c.text_dim, c.dim, gelu_tanh)
+
+    def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t [1] -> [1, C] and [1, 6, C]"""
+        emb = self.time_embedder(sinusoid(t, self.freq_dim).to(self.time_proj.weight.dtype))
+        return emb, self.time_proj(F.silu(emb)).unflatten(1, (6, -1))
+
+
+class WanTransformer(nn.Module):
+    """Velocity of latents x [B, C, T, H, W] at one time, told by the keys and values of B prompts."""
+
+    def __init__(self, c: WanConfig, mesh: Mesh, attend: Attention):
+        super().__init__()
+        self.config, self.mesh = c, mesh
+        self.patch_embedding = nn.Conv3d(c.in_channels, c.dim, c.patch_size, c.patch_size)
+        self.condition_embedder = ConditionEmbedder(c)
+        attend_all = attention.ulysses(mesh, attend)
+        self.blocks = nn.ModuleList(WanBlock(c, attend, attend_all) for _ in range(c.num_layers))
+        self.norm_out = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, c.dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.proj_out.weight.dtype
+
+    def read(self, text: Tensor, bias: Tensor | None = None) -> TextKeys:
+        """Keys and values of text [B, L, C], with a bias [B, 1, 1, L] on the logits."""
+        text = self.condition_embedder.text_embedder(text.to(self.dtype))
+        return TextKeys([block.attn2.keys(text) for block in self._blocks], None if bias is None else bias.to(text))
+
+    def forward(self, x: Tensor, t: Tensor, text: TextKeys) -> Tensor:
+        grid = self.grid(x)
+        rope = self.mesh.shard(rope_3d(grid, self.config.rope_dims, x.device), 0)  # [S/n, D/2]
+        emb, mod = self.condition_embedder.time(t.view(1).to(x.device))
+        h = self.mesh.shard(self.patch_embedding(x.to(self.dtype)).flatten(2).mT.contiguous(), 1)  # [B, S/n, C]
+        mod = mod.float()
+        for block, keys in zip(self._blocks, text.layers, strict=True):
+            h = block(h, mod, rope, keys, text.bias)
+        shift, scale = (self.scale_shift_table + emb[:, None]).chunk(2, 1)
+        h = self.proj_out(torch.addcmul(shift.float(), self.norm_out(h), 1 + scale.float()).type_as(h))
+        return self.unpatch(self.mesh.gather(h, 1), grid)
+
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
+        """Patches in time, height and width."""
+        t, h, w = (n // p for n, p in zip(x.shape[2:], self.config.patch_size, strict=True))
+        return t, h, w
+
+    def unpatch(self, h: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, S, pt*ph*pw*C] -> [B, C, T, H, W]"""
+        h = h.view(-1, *grid, *self.config.patch_size, self.config.out_channels)
+        return h.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    @property
+    def _blocks(self) -> list[WanBlock]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------- family
+
+TEXT_TOKENS = 512  # the pipeline pads text to max_sequence_length with zeros, and nothing masks them
+BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
+
+BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
+WAN21_SMALL = BASE | {
+    "width": 832, "height": 480, "num_inference_steps": 50, "guidance_scale": 3.0, "flow_shift": 3.0
+}  # fmt: skip
+WAN21_LARGE = BASE | {
+    "width": 1280, "height": 720, "num_inference_steps": 50, "guidance_scale": 5.0, "flow_shift": 5.0
+}  # fmt: skip
+WAN22_A14B = BASE | {
+    "width": 1280, "height": 720, "num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0,
+    "flow_shift": 12.0,
+}  # fmt: skip
+
+
+@attrs.frozen(eq=False)
+class WanConditioning(Conditioning):
+    """Text [1, n, C] of the prompt and the negative prompt, without padding."""
+
+    length: int = attrs.field(kw_only=True)  # tokens with padding
+    boundary: float | None = attrs.field(kw_only=True)  # time below which the second expert takes over
+
+
+@attrs.frozen
+class Experts:
+    """One transformer, or the two of Wan 2.2: for high noise, and below the boundary for low noise."""
+
+    high: WanTransformer
+    low: WanTransformer | None
+
+    def at(self, t: Tensor, boundary: float | None) -> WanTransformer:
+        """The one in charge at time t."""
+        return self.high if self.low is None or boundary is None or float(t) >= boundary else self.low
+
+
+class Wan(Family):
+    """WanPipeline checkpoints without picture input."""
+
+    def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
+        self._mesh = mesh
+        self._fold_padding = platform.biased_attention_is_fast
+        index = read_json(load.folder / "model_index.json")
+        refuse_variants(load.folder, index)
+        self._boundary: float | None = index.get("boundary_ratio")
+        folders = Folders(load)
+        names = tuple(name for name, value in index.items() if isinstance(value, list) and value[0])
+        self.scheduler = read_json(folders["scheduler"] / "scheduler_config.json")
+        self._train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
+
+        s, device = load.settings, mesh.device
+        steps = iter(range(1, len(names) + 1))
+
+        def loaded(part: Any) -> Any:
+            progress(next(steps), len(names) - 2)
+            return part
+
+        dit, text, vae = (_dtype(kind, s, platform) for kind in ("dit", "text", "vae"))
+        make = WanLoader(mesh, attention.choose(s.attention_backend), dit)
+        self._text: PromptEncoder = loaded(
+            PromptEncoder.load(folders["tokenizer"], folders["text_encoder"], text, device)
+        )
+        high: WanTransformer = loaded(make(folders["transformer"]))
+        low: WanTransformer | None = loaded(make(folders["transformer_2"])) if "transformer_2" in names else None
+        self._experts = Experts(high, low)
+        self._vae: Vae = loaded(Vae(folders["vae"], s, vae, device))
+        self._config = high.config
+        self._check_widths()
+        self._keys: tuple[WanTransformer, WanConditioning, TextKeys] | None = None  # of the expert at work
+        self.info = self._describe(load.folder, index["_class_name"], names)
+
+    def _check_widths(self) -> None:
+        """Raise `ModelError` when components that were put together do not fit."""
+        latent, text = self._vae.channels, self._text.encoder.shared.embedding_dim
+        if (latent, text) != (self._config.in_channels, self._config.text_dim):
+            raise ModelError(
+                f"the components do not fit: the transformer takes {self._config.in_channels} latent channels and text "
+                f"of {self._config.text_dim}, the vae has {latent} channels, the text encoder makes {text}"
+            )
+
+    def encode(self, params: SamplingParams) -> tuple[WanConditioning, list[str]]:
+        self._mesh.check_tokens(math.prod(self._grid(params)), self._config.num_attention_heads)
+        length = params.max_sequence_length
+        positive, note = self._text.encode(params.prompt, length)
+        notes: list[str | None] = [note]
+        negative = None
+        if params.guidance_scale > 1:
+            negative, note = self._text.encode(params.negative_prompt or "", length)
+            notes.append(note and f"negative {note}")
+        ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
+        boundary = None if ratio is None else ratio * self._train_steps
+        return WanConditioning(positive, negative, length=length, boundary=boundary), [n for n in notes if n]
+
+    def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
+        latent = [n * p for n, p in zip(self._grid(params), self._config.patch_size, strict=True)]
+        shape = (1, self._config.in_channels, *latent)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self._mesh.device)
+
+    def velocities(self, x: Tensor, t: Tensor, condition: WanConditioning) -> tuple[Tensor, Tensor | None]:
+        expert = self._experts.at(t, condition.boundary)
+        keys = self._read(expert, condition)
+        if condition.negative is None:
+            return expert(x, t, keys), None
+        if math.prod(expert.grid(x)) > BATCH_TOKENS:
+            return expert(x, t, keys.row(0)), expert(x, t, keys.row(1))
+        positive, negative = expert(x.expand(2, -1, -1, -1, -1), t, keys).chunk(2)
+        return positive, negative
+
+    def guidance(self, t: Tensor, params: SamplingParams) -> float:
+        ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
+        if ratio is None or params.guidance_scale_2 is None or float(t) >= ratio * self._train_steps:
+            return params.guidance_scale
+        return params.guidance_scale_2
+
+    def decode(self, x: Tensor) -> Tensor:
+        self._keys = None
+        if self._mesh.rank:
+            return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+        return self._vae.decode(x)
+
+    def _grid(self, params: SamplingParams) -> tuple[int, int, int]:
+        """Patches of one output in time, height and width."""
+        pt, ph, pw = self._config.patch_size
+        frames = (params.num_frames - 1) // self._vae.temporal + 1
+        side = self._vae.spatial
+        return frames // pt, params.height // (side * ph), params.width // (side * pw)
+
+    def _read(self, expert: WanTransformer, condition: WanConditioning) -> TextKeys:
+        """Keys and values of the text for that expert; computed at its first step and kept till another's."""
+        if self._keys is None or self._keys[0] is not expert or self._keys[1] is not condition:
+            self._keys = None
+            text, bias = pad([condition.positive, condition.negative], condition.length, self._fold_padding)
+            self._keys = expert, condition, expert.read(text, bias)
+        return self._keys[2]
+
+    def _describe(self, folder: Path, name: str, components: tuple[str, ...]) -> ModelInfo:
+        pt, ph, pw = self._config.patch_size
+        lacks = {} if self._experts.low else dict.fromkeys(
+            ("guidance_scale_2", "boundary_ratio"), "this checkpoint has no second expert (transformer_2)"
+        )  # fmt: skip
+        return ModelInfo(
+            name=name,
+            kind="video",
+            defaults=self._defaults(folder),
+            size_multiple=self._vae.spatial * math.lcm(ph, pw),
+            frame_multiple=self._vae.temporal * pt,
+            components=components,
+            unsupported=lacks,
+        )
+
+    def _defaults(self, folder: Path) -> dict[str, Any]:
+        """The folder's generation_config.json, else those of the known size."""
+        file = folder / "generation_config.json"
+        if file.is_file():
+            given = read_json(file)
+            structure(given, SamplingParams)
+            return given
+        if self._experts.low:
+            return WAN22_A14B | {"boundary_ratio": self._boundary}
+        return WAN21_SMALL if self._config.num_layers <= 30 else WAN21_LARGE
+
+
+def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Tensor | None]:
+    """Texts [1, n, C] as one batch [B, L, C], padded as the pipeline does: with zeros that attention does see.
+
+    m equal keys weigh as much as one with log m added to its logit; so with `fold` one zero token stands for all
+    the padding, and the second value is the bias [B, 1, 1, L] that says so.
+    """
+    rows = [text[0] for text in texts if text is not None]
+    if not fold:
+        return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows]), None
+    longest = max(len(row) for row in rows) + 1
+    text = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+    bias = torch.full((len(rows), 1, 1, longest), -math.inf, device=text.device)
+    for i, row in enumerate(rows):
+        bias[i, ..., : len(row)] = 0
+        if len(row) < length:
+            bias[i, ..., len(row)] = math.log(length - len(row))
+    return text, bias
+
+
+@attrs.frozen
+class Folders:
+    """Where each component lies: its own folder, or the one that replaces it."""
+
+    load: Load
+
+    def __getitem__(self, name: str) -> Path:
+        folder = self.load.component_folders.get(name, self.load.folder / name)
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such folder; the model lacks its {name}")
+        return folder
+
+
+@attrs.frozen
+class WanLoader:
+    """Makes transformers."""
+
+    mesh: Mesh
+    attend: Attention
+    dtype: torch.dtype
+
+    def __call__(self, folder: Path) -> WanTransformer:
+        file = folder / "config.json"
+        config: WanConfig = pick(read_json(file), WanConfig, file)
+        if config.added_kv_proj_dim or config.image_dim or config.in_channels != config.out_channels:
+            raise NotBuilt(f"{file}: a transformer with picture input is not built yet in this version of sgld")
+        if config.qk_norm != "rms_norm_across_heads":
+            raise ModelError(f"{file}: qk_norm is {config.qk_norm!r}; only 'rms_norm_across_heads' is supported")
+        self.mesh.check_heads(config.num_attention_heads)
+        build = lambda: WanTransformer(config, self.mesh, self.attend)  # noqa: E731
+        return load_module(build, folder, self.dtype, self.mesh.device)
+
+
+def refuse_variants(folder: Path, index: dict[str, Any]) -> None:
+    """Raise for what WanPipeline can be beside plain text-to-video."""
+    if index.get("expand_timesteps"):
+        raise NotBuilt(f"{folder}: expand_timesteps (Wan 2.2 TI2V) is not built yet in this version of sgld")
+    for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
+        if not (index.get(name) or [None])[0]:
+            raise ModelError(f"{folder / 'model_index.json'}: lacks {name}")
+
+
+def _dtype(kind: str, s: Settings, platform: Platform) -> torch.dtype:
+    """The precision of the transformer, the text encoder or the VAE."""
+    own: dict[str, str | None] = {
+        "dit": s.dit_precision,
+        "text": s.text_encoder_precisions[0] if s.text_encoder_precisions else None,
+        "vae": s.vae_precision or "fp32",
+    }
+    name = own[kind] or s.precision
+    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return known[name] if name else platform.dtype

@@ -1,0 +1,153 @@
+"""Strict loading of safetensors: every tensor of the module, no other, in the right shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sgld.errors import ModelError
+
+M = TypeVar("M", bound=nn.Module)
+NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file of the model.
+
+    Raises:
+        ModelError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: holds no JSON object")
+    return value
+
+
+def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
+    """An attrs class from those keys of `config` that it has.
+
+    Raises:
+        ModelError: a key without a default is absent.
+    """
+    names = [field.name for field in attrs.fields(cls)]
+    lacking = [f.name for f in attrs.fields(cls) if f.default is attrs.NOTHING and f.name not in config]
+    if lacking:
+        raise ModelError(f"{file}: has no {', '.join(lacking)}")
+    return cls(**{name: config[name] for name in names if config.get(name) is not None})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component: one file, or the shards of an index."""
+    for name in NAMES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ModelError(f"{index}: has no weight_map")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ModelError(f"{folder}: no weights; expected {' or '.join(NAMES)}, or one's .index.json")
+
+
+class Uninitialized(TorchFunctionMode):
+    """Modules built under it draw no initial weights (on the meta device that would import torch's compiler)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":  # a slot of a C type has no module
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def load_module(
+    build: Callable[[], M],
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: Mapping[str, str] | None = None,
+    unused: Iterable[str] = (),
+) -> M:
+    """The module that `build` makes, with the weights of `folder`, ready for inference.
+
+    `tied` names a tensor that may stand in the file under another name or twice; a file's tensors whose names
+    begin with one of `unused` are passed over.
+
+    Raises:
+        ModelError: a file that is corrupt, or lacks tensors, or has more, or has other shapes.
+    """
+    with torch.device("meta"), Uninitialized():
+        module = build()
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    files = weight_files(folder)
+    found = _shapes(files, tied or {}, tuple(unused))
+    _check(files[0] if len(files) == 1 else folder, wanted, found)
+    module.load_state_dict(dict(_read(files, wanted, dtype, device, tied or {})), assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _shapes(files: list[Path], tied: Mapping[str, str], unused: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the headers."""
+    shapes = {}
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if not (unused and name.startswith(unused)):
+                    shapes[tied.get(name, name)] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
+
+
+def _read(
+    files: list[Path], wanted: Mapping[str, Any], dtype: torch.dtype, device: torch.device, tied: Mapping[str, str]
+) -> Iterable[tuple[str, Tensor]]:
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if (key := tied.get(name, name)) in wanted:
+                    yield key, tensors.get_tensor(name).to(device, dtype)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: corrupt or truncated: {error}") from None
+
+
+def _check(where: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    faults = [
+        _listed("missing", [name for name in wanted if name not in found]),
+        _listed("unexpected", [name for name in found if name not in wanted]),
+        _listed("of the wrong shape", wrong),
+    ]
+    if any(faults):
+        raise ModelError(f"{where}: {'; '.join(filter(None, faults))}")
+
+
+def _listed(what: str, names: list[str]) -> str:
+    """`5 tensors missing: a, b, c, ...`, or nothing."""
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s'[: len(names) > 1]} {what}: {shown}"

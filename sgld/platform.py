@@ -1,0 +1,96 @@
+"""Platform: what differs between a CPU and a CUDA machine. The only module that names `torch.cuda`."""
+
+from __future__ import annotations
+
+import os
+import resource
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import attrs
+import torch
+
+
+@attrs.frozen
+class Platform(ABC):
+    """Chosen once per rank and passed down."""
+
+    name: ClassVar[str]
+    backend: ClassVar[str]  # of torch.distributed, for tensors
+    dtype: ClassVar[torch.dtype]  # of weights whose precision nobody chose
+    biased_attention_is_fast: ClassVar[bool]  # an additive bias costs attention nothing
+
+    @abstractmethod
+    def device(self, rank: int) -> torch.device:
+        """Where that rank computes."""
+
+    @abstractmethod
+    def set_up(self, rank: int, world: int) -> None:
+        """Prepare the calling process to be that rank."""
+
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """Most bytes this process has held so far."""
+
+    @abstractmethod
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether the allocator gave up."""
+
+    @abstractmethod
+    def release_memory(self) -> None:
+        """Hand unused memory back, as after an allocator gave up."""
+
+
+@attrs.frozen
+class Cpu(Platform):
+    """Processes on the host; the cores are shared out among them."""
+
+    name = "cpu"
+    backend = "gloo"
+    dtype = torch.float32
+    biased_attention_is_fast = True
+
+    def device(self, rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def set_up(self, rank: int, world: int) -> None:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+
+    def peak_memory(self) -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+    def release_memory(self) -> None:
+        return None
+
+
+@attrs.frozen
+class Cuda(Platform):
+    """One NVIDIA GPU a rank."""
+
+    name = "cuda"
+    backend = "nccl"
+    dtype = torch.bfloat16
+    biased_attention_is_fast = False  # a bias rules out the flash kernel
+
+    def device(self, rank: int) -> torch.device:
+        return torch.device("cuda", rank)
+
+    def set_up(self, rank: int, world: int) -> None:
+        torch.cuda.set_device(rank)
+
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def choose_platform() -> Platform:
+    """CUDA where a GPU answers, else the CPU."""
+    return Cuda() if torch.cuda.is_available() else Cpu()

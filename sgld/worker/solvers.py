@@ -1,0 +1,208 @@
+"""Solvers: from the model's velocity to the next latents, on flow-matching schedules.
+
+A schedule is a falling list of noise levels sigma with x = (1 - sigma) x0 + sigma noise; a step goes from sigma_i
+to sigma_i+1. The coefficients are computed once, in double precision, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgld.errors import ModelError
+
+Config = Mapping[str, Any]
+
+
+class Solver(ABC):
+    """One generation's integrator."""
+
+    sigmas: Tensor  # [steps + 1], float32
+    timesteps: Tensor  # [steps], as the model takes them
+    x0: Tensor | None = None  # the last estimate of the clean latents
+
+    @abstractmethod
+    def step(self, v: Tensor, x: Tensor) -> Tensor:
+        """The latents after one step, from the velocity `v` at `x`; called once a step, in order."""
+
+
+def shifted(sigma: Any, shift: float) -> Any:
+    """Time shift of the flow schedule (Esser et al. 2024, https://arxiv.org/abs/2403.03206)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+class FlowMatchEuler(Solver):
+    """The straight step x + (sigma' - sigma) v (Lipman et al. 2022, https://arxiv.org/abs/2210.02747)."""
+
+    only = {  # noqa: RUF012
+        "use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None, "use_karras_sigmas": False,
+        "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
+    }  # fmt: skip
+    read = ("num_train_timesteps", "shift")
+    moot = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+
+    def __init__(self, config: Config, steps: int, flow_shift: float | None):
+        train = config.get("num_train_timesteps", 1000)
+        shift = config.get("shift", 1.0) if flow_shift is None else flow_shift
+        low = float(shifted(torch.tensor(1 / train), shift))  # the schedule's ends are shifted, then all of it
+        sigmas = shifted(np.linspace(train, low * train, steps) / train, shift)
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)
+        self.timesteps = self.sigmas[:-1] * train
+        self._steps: list[tuple[float, float]] = list(pairwise(self.sigmas.tolist()))
+        self._i = 0
+
+    def step(self, v: Tensor, x: Tensor) -> Tensor:
+        now, after = self._steps[self._i]
+        self._i += 1
+        self.x0 = x - now * v
+        return x + (after - now) * v
+
+
+@attrs.frozen
+class Update:
+    """x' = a x + the sum of c_k m_k over the estimates m of x0, newest first."""
+
+    a: float
+    c: list[float]
+
+    def __call__(self, x: Tensor, estimates: Sequence[Tensor]) -> Tensor:
+        y: Tensor = self.a * x
+        for c, m in zip(self.c, estimates, strict=False):
+            y = y + c * m
+        return y
+
+
+class UniPC(Solver):
+    """UniPC, a multistep predictor-corrector on x0 (Zhao et al. 2023, https://arxiv.org/abs/2302.04867)."""
+
+    only = {  # noqa: RUF012
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "predict_x0": True, "thresholding": False,
+        "lower_order_final": True, "final_sigmas_type": "zero", "solver_p": None, "use_karras_sigmas": False,
+        "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_dynamic_shifting": False,
+        "shift_terminal": None,
+    }  # fmt: skip
+    read = ("num_train_timesteps", "solver_order", "solver_type", "flow_shift", "disable_corrector")
+    moot = (  # without meaning on flow sigmas
+        "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "timestep_spacing",
+        "steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type", "sigma_min", "sigma_max",
+    )  # fmt: skip
+
+    def __init__(self, config: Config, steps: int, flow_shift: float | None):
+        train = config.get("num_train_timesteps", 1000)
+        shift = config.get("flow_shift", 1.0) if flow_shift is None else flow_shift
+        sigmas = shifted(np.linspace(1, 1 / train, steps + 1)[:-1], shift)
+        sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 the log signal-to-noise ratio is infinite
+        self.timesteps = torch.from_numpy((sigmas * train).astype(np.int64))
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)
+        self._kind = config.get("solver_type", "bh2")
+        self._uncorrected = {i + 1 for i in config.get("disable_corrector", [])} | {0}
+        order = config.get("solver_order", 2)
+        self._orders = [min(order, steps - i, i + 1) for i in range(steps)]
+        self._estimates: list[Tensor] = []  # of x0, newest first
+        self._before: Tensor | None = None
+        self._predict, self._correct = self._coefficients()
+        self._keep, self._i = order, 0
+
+    def step(self, v: Tensor, x: Tensor) -> Tensor:
+        i = self._i
+        self._i += 1
+        self.x0 = x.sub(v, alpha=self._sigma[i])
+        if i not in self._uncorrected and self._before is not None:
+            x = self._correct[i](self._before, [self.x0, *self._estimates])
+        self._estimates = [self.x0, *self._estimates][: self._keep]
+        self._before = x
+        return self._predict[i](x, self._estimates)
+
+    def _coefficients(self) -> tuple[list[Update], list[Update]]:
+        """The predictor from i to i + 1, and the corrector at i that repeats the step from i - 1, for every i."""
+        self._sigma = self.sigmas.double().tolist()
+        steps = range(len(self._orders))
+        predict = [self._update(i + 1, i, self._orders[i], corrects=False) for i in steps]
+        correct = [self._update(i, i - 1, self._orders[i - 1], corrects=True) for i in steps[1:]]
+        return predict, [Update(1.0, []), *correct]
+
+    def _lambda(self, i: int) -> float:
+        """Half the log signal-to-noise ratio."""
+        return math.log1p(-self._sigma[i]) - math.log(self._sigma[i])
+
+    def _update(self, t: int, s: int, order: int, corrects: bool) -> Update:
+        """The step from sigma_s to sigma_t with the estimates at s, s - 1, ... (and, when it corrects, at t first)."""
+        if self._sigma[t] == 0:
+            return Update(0.0, [1.0])
+        h = self._lambda(t) - self._lambda(s)
+        r = [(self._lambda(s - k) - self._lambda(s)) / h for k in range(1, order)]
+        phi = math.expm1(-h)
+        b = -h if self._kind == "bh1" else phi
+        rho = _rho(h, b, [*r, 1.0], corrects)
+        alpha = 1 - self._sigma[t]
+        earlier = [-alpha * b * p / q for p, q in zip(rho, r, strict=False)]
+        new = [-alpha * b * rho[-1]] if corrects else []
+        at_s = -alpha * phi - sum(earlier) - sum(new)
+        return Update(self._sigma[t] / self._sigma[s], [*new, at_s, *earlier])
+
+
+def _rho(h: float, b: float, r: list[float], corrects: bool) -> list[float]:
+    """The weights of the finite differences: the paper's system R rho = b, and its short forms at low order."""
+    order = len(r)
+    if order == 1:
+        return [0.5] if corrects else []
+    if order == 2 and not corrects:
+        return [0.5]
+    phi = math.expm1(-h) / -h - 1
+    factorial = 1
+    right = []
+    for k in range(1, order + 1):
+        right.append(phi * factorial / b)
+        factorial *= k + 1
+        phi = phi / -h - 1 / factorial
+    n = order if corrects else order - 1
+    matrix = np.vander(r[:n], n, increasing=True).T
+    return [float(x) for x in np.linalg.solve(matrix, right[:n])]
+
+
+SOLVERS: dict[str, type[UniPC] | type[FlowMatchEuler]] = {
+    "UniPCMultistepScheduler": UniPC,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEuler,
+}
+
+
+def check(config: Config) -> type[UniPC] | type[FlowMatchEuler]:
+    """The solver for a scheduler_config.json.
+
+    Raises:
+        ModelError: a class or a value that we cannot follow, named; nothing is ignored that would matter.
+    """
+    name = config.get("_class_name")
+    if name not in SOLVERS:
+        raise ModelError(f"scheduler_config.json: _class_name {name!r} is not supported; known: {', '.join(SOLVERS)}")
+    solver = SOLVERS[name]
+    for key, value in config.items():
+        if key.startswith("_") or key in solver.read or key in solver.moot:
+            continue
+        if key not in solver.only and value not in (None, False):
+            raise ModelError(f"scheduler_config.json: {key}: {value!r} is not supported by {name}")
+    for key, needed in solver.only.items():
+        if (value := config.get(key, _default(key, needed))) != needed:
+            raise ModelError(f"scheduler_config.json: {key}: {value!r} is not supported; only {needed!r}")
+    if config.get("solver_type", "bh2") not in ("bh1", "bh2"):
+        kind = config["solver_type"]
+        raise ModelError(f"scheduler_config.json: solver_type: {kind!r} is not supported; only bh1 and bh2")
+    return solver
+
+
+def _default(key: str, needed: Any) -> Any:
+    """What diffusers takes for an absent key, where that is not what we need."""
+    return {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(key, needed)
+
+
+def make_solver(config: Config, steps: int, flow_shift: float | None) -> Solver:
+    """A fresh solver for one generation; `flow_shift` None takes the checkpoint's own."""
+    return check(config)(config, steps, flow_shift)

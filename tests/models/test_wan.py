@@ -1,0 +1,188 @@
+"""Wan against diffusers: the transformer, whole generations, and what our short cuts change (nothing)."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+from sgld.config import Settings
+from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
+from sgld.messages import Load
+from sgld.models import load_family, wan
+from sgld.models.wan import Wan, WanLoader, pad
+from sgld.nn.attention import sdpa
+from sgld.nn.parallel import Mesh
+from sgld.nn.weights import read_json
+from sgld.platform import Cpu
+from tests.models.conftest import generate, levels_apart, load
+
+MODELS = ("wan21", "wan21-euler", "wan22-a14b")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_seed_same_picture_as_diffusers(twins: Path, reference: Callable[..., Tensor], name: str) -> None:
+    changes = {"guidance_scale_2": 2.5} if name == "wan22-a14b" else {}
+    ours = generate(load(twins / name), **changes)
+    theirs = reference(twins / name, **changes)
+    other_seed = reference(twins / name, seed=8, **changes)
+    assert ours.float().std() > 10  # not a blank picture, on which everything agrees
+    assert levels_apart(ours, theirs) <= 1
+    assert levels_apart(ours, other_seed) > 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"guidance_scale": 1.0}, {"num_frames": 1}, {"num_inference_steps": 1}, {"max_sequence_length": 6}],
+    ids=lambda c: next(iter(c)),
+)
+def test_same_picture_at_the_edges(twins: Path, reference: Callable[..., Tensor], changes: dict[str, Any]) -> None:
+    assert levels_apart(generate(load(twins / "wan21"), **changes), reference(twins / "wan21", **changes)) <= 1
+
+
+def test_both_experts_and_guidance_scales_take_part(twins: Path) -> None:
+    family = load(twins / "wan22-a14b")
+    base = generate(family)
+    assert levels_apart(base, generate(family, guidance_scale=2.0, guidance_scale_2=5.0)) > 5
+    assert levels_apart(base, generate(family, guidance_scale_2=1.5)) > 5
+    assert levels_apart(base, generate(family, boundary_ratio=0.5)) > 5
+
+
+def test_transformer_equals_diffusers(twins: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    folder = twins / "wan21" / "transformer"
+    theirs = WanTransformer3DModel.from_pretrained(folder)
+    ours = WanLoader(Mesh.solo(), sdpa, torch.float32)(folder)
+    x, text = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 512, 32)
+    with torch.inference_mode():
+        expected = theirs(x, torch.full((2,), 873), text, return_dict=False)[0]
+        assert (ours(x, torch.tensor(873), ours.read(text)) - expected).abs().max() < 1e-5
+        assert (ours(x, torch.tensor(500), ours.read(text)) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lengths", [(5, 2), (12, 12), (1, 11)])
+def test_one_biased_key_stands_for_all_padding(twins: Path, lengths: tuple[int, int]) -> None:
+    """Prompts that leave much, no and little room for padding."""
+    ours = WanLoader(Mesh.solo(), sdpa, torch.float32)(twins / "wan21" / "transformer")
+    texts: list[Tensor | None] = [torch.randn(1, n, 32) for n in lengths]
+    x, t = torch.randn(2, 4, 3, 4, 6), torch.tensor(700)
+    with torch.inference_mode():
+        padded = ours(x, t, ours.read(*pad(texts, 12, fold=False)))
+        folded = ours(x, t, ours.read(*pad(texts, 12, fold=True)))
+        longer = ours(x, t, ours.read(*pad(texts, 500, fold=True)))
+    assert (padded - folded).abs().max() < 1e-5
+    assert (padded - longer).abs().max() > 1e-3
+
+
+@attrs.frozen
+class SlowBias(Cpu):
+    """A CPU that says, as CUDA does, that a bias slows attention down."""
+
+    biased_attention_is_fast = False
+
+
+def test_short_cuts_change_nothing(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batched guidance and folded padding against two calls with all 512 text tokens."""
+    fast = generate(load(twins / "wan21"))
+    monkeypatch.setattr(wan, "BATCH_TOKENS", 0)
+    monkeypatch.setattr("tests.models.conftest.Cpu", SlowBias)
+    assert levels_apart(fast, generate(load(twins / "wan21"))) <= 1
+
+
+def test_text_keys_are_computed_once_per_expert(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    read = wan.WanTransformer.read
+    monkeypatch.setattr(wan.WanTransformer, "read", lambda self, *a: calls.append(self) or read(self, *a))
+    generate(load(twins / "wan22-a14b"))
+    assert len(calls) == len(set(calls)) == 2
+
+
+def test_info(twins: Path) -> None:
+    info = load(twins / "wan21").info
+    assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("WanPipeline", "video", 16, 4)
+    assert info.components == ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    assert info.defaults["guidance_scale"] == 3.0
+    assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio"}
+    info = load(twins / "wan22-a14b").info
+    assert info.unsupported == {}
+    assert (info.defaults["guidance_scale_2"], info.defaults["boundary_ratio"]) == (3.0, 0.875)
+
+
+@pytest.fixture
+def copy(twins: Path, tmp_path: Path) -> Path:
+    """A twin to break."""
+    return Path(shutil.copytree(twins / "wan21", tmp_path / "model"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(read_json(file) | changes))
+
+
+def test_generation_config_gives_the_defaults(copy: Path) -> None:
+    (copy / "generation_config.json").write_text('{"height": 64, "num_inference_steps": 4}')
+    assert load(copy).info.defaults == {"height": 64, "num_inference_steps": 4}
+    (copy / "generation_config.json").write_text('{"heigth": 64}')
+    with pytest.raises(SgldError, match=r"heigth.*height"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "error", "says"),
+    [
+        ("model_index.json", {"_class_name": "WanPipelin"}, ModelError, "did you mean WanPipeline"),
+        ("model_index.json", {"expand_timesteps": True}, NotBuilt, "expand_timesteps"),
+        ("model_index.json", {"vae": [None, None]}, ModelError, "lacks vae"),
+        ("transformer/config.json", {"image_dim": 8}, NotBuilt, "picture input"),
+        ("transformer/config.json", {"num_layers": 3}, ModelError, r"27 tensors missing: blocks\.2\."),
+        ("transformer/config.json", {"ffn_dim": 100}, ModelError, r"ffn.*\[96, 48\] instead of \[100, 48\]"),
+        ("transformer/config.json", {"num_layers": 1}, ModelError, r"27 tensors unexpected: blocks\.1\."),
+        ("text_encoder/config.json", {"model_type": "t5"}, ModelError, "only 'umt5' is supported"),
+        ("vae/config.json", {"_class_name": "AutoencoderKL"}, ModelError, "only AutoencoderKLWan"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, ModelError, "use_karras_sigmas"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    copy: Path, file: str, changes: dict[str, Any], error: type[SgldError], says: str
+) -> None:
+    edit(copy / file, **changes)
+    with pytest.raises(error, match=says) as caught:
+        generate(load(copy))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(copy: Path, part: str) -> None:
+    shutil.rmtree(copy / part)
+    with pytest.raises(ModelError, match=part):
+        load(copy)
+
+
+def test_components_that_do_not_fit_each_other(twins: Path) -> None:
+    demo = Path(__file__).parents[2] / "sgld" / "demo"
+    command = Load(Settings(), twins / "wan21", {"vae": demo / "vae"})
+    with pytest.raises(ModelError, match="4 latent channels and text of 32, the vae has"):
+        load_family(command, Mesh.solo(), Cpu(), lambda step, total: None)
+
+
+def test_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no model_index"):
+        load(tmp_path)
+
+
+def test_heads_that_do_not_split_are_refused(twins: Path) -> None:
+    with pytest.raises(BadRequest, match="4 attention heads do not split over 3 workers; allowed here: 1, 2, 4"):
+        load(twins / "wan21", Mesh(0, 3, torch.device("cpu")))
+
+
+def test_precision(twins: Path) -> None:
+    family = load(twins / "wan21", precision="bf16")
+    assert isinstance(family, Wan)
+    assert {p.dtype for p in family._experts.high.parameters()} == {torch.bfloat16}
+    frames = generate(family)
+    assert 0 < levels_apart(frames, generate(load(twins / "wan21"))) < 128
