@@ -1,22 +1,17 @@
-"""Settings: every knob of the process, built once from defaults < config file < environment < command line.
-
-The only module that reads `os.environ`.
-"""
+"""Settings: every knob of the process. The only module that reads `os.environ`."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
-import yaml
 
 from sgld.convert import fields_of, knob, knob_of, structure
-from sgld.errors import BadRequest, UnknownField, nearest
+from sgld.errors import BadRequest, nearest
 from sgld.params import SamplingParams
 
 DEMO_MODEL = "sgld/demo"
@@ -32,6 +27,11 @@ MODEL, PARALLEL, PRECISION, ATTENTION, MEMORY, LORA, SERVER, STORAGE, LOGGING = 
     "logging",
 )
 DTYPES = ("fp32", "fp16", "bf16")
+ATTENTION_BACKENDS = (
+    "torch_sdpa", "fa", "fa2", "fa3", "fa4", "torch_cudnn_sdpa", "sage_attn", "sage_attn_3", "sliding_tile_attn",
+    "video_sparse_attn", "sparse_video_gen_2_attn", "vmoba_attn", "sla_attn", "aiter",
+)  # fmt: skip
+DIFFUSERS_ATTENTION_BACKENDS = ("flash", "_flash_3_hub", "sage", "xformers", "native")
 COMPONENTS = (
     "transformer",
     "transformer_2",
@@ -56,8 +56,8 @@ COMPONENTS = (
 class VaeConfig:
     """Fields of `vae_config`, by the names of the replaced system."""
 
-    load_encoder: bool = knob(True, "keep the VAE's encoder; false saves its memory", group=MEMORY)
-    load_decoder: bool = knob(True, "keep the VAE's decoder", group=MEMORY)
+    load_encoder: bool = knob(True, "keep the VAE's encoder, where the model has a use for it", group=MEMORY)
+    load_decoder: bool = knob(True, "keep the VAE's decoder", group=MEMORY, pending="running without a decoder")
     use_tiling: bool | None = knob(None, "the same as vae_tiling", group=MEMORY)
     tile_sample_min_height: int | None = knob(None, "tile height in pixels", group=MEMORY, min=16)
     tile_sample_min_width: int | None = knob(None, "tile width in pixels", group=MEMORY, min=16)
@@ -107,6 +107,8 @@ class Settings:
         "native code, or a diffusers pipeline; auto takes native where it stands",
         group=MODEL,
         choices=("auto", "sglang", "diffusers"),
+        pending="diffusers pipelines",
+        built=("auto", "sglang"),
     )
     trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL, pending="the diffusers backend")
     model_overlay_registry: str | None = knob(
@@ -154,8 +156,10 @@ class Settings:
         None,
         "attention kernel",
         group=ATTENTION,
-        choices=("torch_sdpa", "fa", "sage_attn", "sage_attn_3"),
+        choices=ATTENTION_BACKENDS + DIFFUSERS_ATTENTION_BACKENDS,
         shown_default="torch_sdpa",
+        pending="further attention kernels",
+        built=("torch_sdpa",),
     )
     component_attention_backends: dict[str, str] = knob(
         {},
@@ -167,7 +171,11 @@ class Settings:
         None, "settings of the attention kernel", group=ATTENTION, pending="attention kernel settings"
     )
     diffusers_attention_backend: str | None = knob(
-        None, "attention kernel of a diffusers pipeline", group=ATTENTION, pending="the diffusers backend"
+        None,
+        "attention kernel of a diffusers pipeline",
+        group=ATTENTION,
+        choices=DIFFUSERS_ATTENTION_BACKENDS,
+        pending="the diffusers backend",
     )
     mask_strategy_file_path: str | None = knob(
         None, "mask file of sliding tile attention", group=ATTENTION, pending="sliding tile attention"
@@ -188,7 +196,7 @@ class Settings:
     dit_layerwise_offload: bool = knob(False, "the same, block by block", group=MEMORY, pending="offload")
     pin_cpu_memory: bool = knob(True, "pin host memory of offloaded weights", group=MEMORY)
     vae_tiling: bool = knob(False, "decode tile by tile", group=MEMORY)
-    vae_slicing: bool = knob(False, "decode one sample at a time", group=MEMORY)
+    vae_slicing: bool = knob(False, "decode one output at a time; always so", group=MEMORY)
     vae_sp: bool = knob(False, "decode on all workers", group=MEMORY, pending="parallel decode")
     vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
 
@@ -286,8 +294,7 @@ class RunOptions:
 
 
 SECTIONS: tuple[type, ...] = (Settings, SamplingParams, RunOptions)
-_DOTTED = ("vae_config", "component_paths", "component_attention_backends")
-_WRAPPERS = ("pipeline_config",)  # the replaced system nests vae_config in it
+_INT_DIGITS = 4000  # Python reads no longer ones
 
 
 def _names() -> tuple[dict[str, type], dict[str, str]]:
@@ -309,78 +316,8 @@ def known_names() -> list[str]:
     return [*SECTION_OF, *ALIASES, *(f"{component}_path" for component in COMPONENTS)]
 
 
-def normalize(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Plain values under the knobs' own names: dashes, aliases, dotted and component keys resolved.
-
-    Raises:
-        UnknownField: naming the key, its place and the nearest known one.
-    """
-    merged: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name in _WRAPPERS and isinstance(value, Mapping):
-            merged = merge(merged, normalize(value, where))
-            continue
-        merged = merge(merged, _placed(name, value, key, where))
-    return merged
-
-
-def _placed(name: str, value: Any, key: str, where: str) -> dict[str, Any]:
-    head, _, rest = name.partition(".")
-    if rest and head in _WRAPPERS:
-        return _placed(rest, value, key, where)
-    if rest and head in _DOTTED:
-        return {head: {rest: value}}
-    if name.removesuffix("_path") in COMPONENTS and name.endswith("_path"):
-        return {"component_paths": {name.removesuffix("_path"): value}} if value is not None else {}
-    name = ALIASES.get(name, name)
-    if name not in SECTION_OF:
-        raise UnknownField(f"{where}: unknown key {key!r}{nearest(name, known_names())}", key)
-    return {name: value}
-
-
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win; null never does; maps of knobs are merged key by key."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for name, value in layer.items():
-            if value is None:
-                continue
-            old = merged.get(name)
-            merged[name] = merge(old, value) if name in _DOTTED and isinstance(old, Mapping) else value
-    return merged
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """The values of a JSON or YAML config file, normalized."""
-    file = Path(path).expanduser()
-    if file.suffix not in (".json", ".yaml", ".yml"):
-        raise BadRequest(f"config: {path!r} must end in .json, .yaml or .yml", "config")
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise BadRequest(f"config: {path!r} cannot be read: {error.strerror}", "config") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise BadRequest(f"config: {path!r} is not valid {file.suffix[1:]}: {_first_line(error)}", "config") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise BadRequest(f"config: {path!r} must hold a map of names to values", "config")
-    return normalize(values, path)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def read_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The knobs that documented environment variables set."""
-    values: dict[str, Any] = {}
-    for cls in SECTIONS:
-        for name, field in fields_of(cls).items():
-            text = environ.get(knob_of(field).env or "", "")
-            if text:
-                values[name] = from_text(text, field.type)
-    return values
+_INT = re.compile(r"[+-]?[0-9]+")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
 def from_text(text: str, kind: Any) -> Any:
@@ -388,12 +325,10 @@ def from_text(text: str, kind: Any) -> Any:
     options = [kind, *typing.get_args(kind)]
     if bool in options and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
-    for number in (int, float):
-        if number in options:
-            try:
-                return number(text)
-            except ValueError:
-                continue
+    if int in options and _INT.fullmatch(text) and len(text) < _INT_DIGITS:
+        return int(text)
+    if float in options and _FLOAT.fullmatch(text):
+        return float(text)
     return text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, Union
 
 import attrs
@@ -20,6 +20,8 @@ from cattrs.gen import make_dict_structure_fn
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 
 T = TypeVar("T")
+_SHOWN_CHARACTERS = 120
+MAP = "map of names to values"
 
 
 @attrs.frozen
@@ -35,6 +37,7 @@ class Knob:
     aliases: tuple[str, ...] = ()
     env: str | None = None
     pending: str | None = None  # the feature this knob waits for
+    built: tuple[Any, ...] = ()  # of a pending knob: the values that work today, beside the default
     per_model: bool = False  # absent means: the model's own value
     serve_only: bool = False
     secret: bool = False
@@ -53,15 +56,19 @@ def knob(
     aliases: tuple[str, ...] = (),
     env: str | None = None,
     pending: str | None = None,
+    built: tuple[Any, ...] = (),
     per_model: bool = False,
     serve_only: bool = False,
     secret: bool = False,
     shown_default: str | None = None,
 ) -> Any:
     """An attrs field that is a knob; a list or dict default is copied for each instance."""
+    assert not (secret and choices), "an error about a choice shows the value"
     meta = Knob(
-        help, group, choices, min, max, above, aliases, env, pending, per_model, serve_only, secret, shown_default
-    )
+        help=help, group=group, choices=choices, min=min, max=max, above=above, aliases=aliases, env=env,
+        pending=pending, built=built, per_model=per_model, serve_only=serve_only, secret=secret,
+        shown_default=shown_default,
+    )  # fmt: skip
     settled: dict[str, Any] = {"metadata": {"knob": meta}, "validator": _check, "repr": not secret}
     if isinstance(default, list | dict):
         return attrs.field(factory=lambda: default.copy(), **settled)
@@ -77,7 +84,7 @@ def _check(_: object, field: attrs.Attribute[Any], value: Any) -> None:
         if meta.choices and item not in meta.choices:
             allowed = ", ".join(meta.choices)
             raise BadRequest(
-                f"{field.name}: {item!r} is not one of {allowed}{nearest(str(item), meta.choices)}", field.name
+                f"{field.name}: {shown(item)} is not one of {allowed}{nearest(str(item), meta.choices)}", field.name
             )
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_range(field.name, item, meta)
@@ -89,7 +96,7 @@ def _check_range(name: str, value: float, meta: Knob) -> None:
     low = (meta.min is not None and value < meta.min) or (meta.above is not None and value <= meta.above)
     high = meta.max is not None and value > meta.max
     if low or high:
-        raise BadRequest(f"{name}: {value} is out of range; allowed is {describe_range(meta)}", name)
+        raise BadRequest(f"{name}: {shown(value)} is out of range; allowed is {describe_range(meta)}", name)
 
 
 def describe_range(meta: Knob) -> str:
@@ -121,14 +128,20 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) in (list, tuple):
         return f"list of {type_name(options[0])}"
     if typing.get_origin(kind) is dict or kind is dict or attrs.has(kind):
-        return "map"
+        return MAP
     return {bool: "true or false", int: "int", float: "number", str: "text"}.get(
         kind, getattr(kind, "__name__", str(kind))
     )
 
 
+def shown(value: Any) -> str:
+    """A value for an error line: one line, and not too long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
 def _wrong(value: Any, kind: Any) -> ValueError:
-    return ValueError(f"{value!r} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
+    return ValueError(f"{shown(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
 
 
 def _exactly(kind: type) -> Callable[[Any, Any], Any]:
@@ -142,10 +155,24 @@ def _exactly(kind: type) -> Callable[[Any, Any], Any]:
     return hook
 
 
+def _text(value: Any, _: Any) -> str:
+    """Text that can be written as UTF-8: what is no Unicode could be neither read by a model nor stored."""
+    if type(value) is not str:
+        raise _wrong(value, str)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{shown(value)} is not valid Unicode") from None
+    return value
+
+
 def _number(value: Any, _: Any) -> float:
     if type(value) not in (int, float):
         raise _wrong(value, float)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise _wrong(value, float) from None
 
 
 def _is_union(kind: Any) -> bool:
@@ -178,9 +205,21 @@ def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
     return hook
 
 
+def _mapping(kind: Any) -> Callable[[Any, Any], Any]:
+    """Maps of text to one kind of value."""
+    item = (*typing.get_args(kind), Any, Any)[1]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise _wrong(value, kind)
+        return {key: _CONVERTER.structure(entry, item) for key, entry in value.items()}
+
+    return hook
+
+
 def _attrs_class(cls: type, converter: Converter) -> Callable[[Any, Any], Any]:
     """None means the default, at every level; unknown keys are refused."""
-    inner = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+    inner: Callable[[Any, Any], Any] = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
 
     def hook(value: Any, kind: Any) -> Any:
         if isinstance(value, cls):
@@ -192,13 +231,19 @@ def _attrs_class(cls: type, converter: Converter) -> Callable[[Any, Any], Any]:
     return hook
 
 
+def _has_origin(*origins: Any) -> Callable[[Any], bool]:
+    return lambda kind: typing.get_origin(kind) in origins
+
+
 def _strict_converter() -> Converter:
     converter = Converter(detailed_validation=True)
-    for kind in (bool, int, str):
+    for kind in (bool, int):
         converter.register_structure_hook(kind, _exactly(kind))
+    converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, _number)
     converter.register_structure_hook_func(_is_union, _union)
-    converter.register_structure_hook_factory(lambda kind: typing.get_origin(kind) in (list, tuple), _sequence)
+    converter.register_structure_hook_factory(_has_origin(list, tuple), _sequence)
+    converter.register_structure_hook_factory(_has_origin(dict), _mapping)
     converter.register_structure_hook_factory(attrs.has, _attrs_class)
     return converter
 
@@ -211,22 +256,22 @@ def structure(values: Mapping[str, Any], cls: type[T]) -> T:
 
     Raises:
         UnknownField: a key that is no field, with the nearest one.
-        BadRequest: a wrong type or range, naming field, value and what is allowed.
+        BadRequest: a wrong type or range, naming field, value and what is allowed; a secret's value is not told.
     """
     fields_of(cls)  # resolves the string annotations that cattrs reads
     try:
         return _CONVERTER.structure(values, cls)
     except BaseValidationError as group:
-        raise _first_error(group) from None
+        raise _first_error(group, cls) from None
 
 
-def _first_error(error: BaseException, path: str = "") -> SgldError:
+def _first_error(error: BaseException, cls: type, path: str = "") -> SgldError:
     """The first leaf of a cattrs error group, as one of ours, with its dotted path."""
     for note in getattr(error, "__notes__", []):
         if isinstance(note, AttributeValidationNote):
             path = f"{path}.{note.name}" if path else note.name
     if isinstance(error, BaseExceptionGroup):
-        return _first_error(error.exceptions[0], path)
+        return _first_error(error.exceptions[0], cls, path)
     if isinstance(error, ForbiddenExtraKeysError):
         name = sorted(error.extra_fields)[0]
         full = f"{path}.{name}" if path else name
@@ -234,25 +279,53 @@ def _first_error(error: BaseException, path: str = "") -> SgldError:
     if isinstance(error, SgldError):  # from a validator, which knows only the field's own name
         prefix = f"{path}." if path else ""
         return type(error)(f"{prefix}{error.message}", f"{prefix}{error.param}")
+    field = fields_of(cls).get(path)
+    if field is not None and knob_of(field).secret:
+        return BadRequest(f"{path}: its value is not a valid {type_name(field.type)}", path)
     return BadRequest(f"{path}: {error}", path)
 
 
-def refuse_unbuilt(instance: Any, spelled: Mapping[str, str] | None = None) -> None:
-    """Raise `NotBuilt` for the first knob that was set but whose feature does not stand yet."""
+@attrs.frozen
+class Unbuilt:
+    """A knob that asks for what does not stand yet."""
+
+    name: str  # dotted
+    value: Any
+    knob: Knob
+
+
+def unbuilt(instance: Any, prefix: str = "") -> Iterator[Unbuilt]:
+    """The knobs of `instance` that were set but whose feature does not stand yet."""
     for name, field in fields_of(type(instance)).items():
         value = getattr(instance, name)
         if attrs.has(type(value)):
-            refuse_unbuilt(value, spelled)
-        elif (meta := knob_of(field)).pending and value != default_of(field):
-            shown = (spelled or {}).get(name, name)
-            raise NotBuilt(f"{shown}: {meta.pending} is not built yet in this version of sgld; leave it out", name)
+            yield from unbuilt(value, f"{prefix}{name}.")
+            continue
+        meta = knob_of(field)
+        if meta.pending and value != default_of(field) and value not in meta.built:
+            yield Unbuilt(prefix + name, value, meta)
+
+
+def refuse_unbuilt(*instances: Any, spell: Callable[[str], str] = str) -> None:
+    """Raise `NotBuilt`, naming the first such knob and then all others; `spell` says how the user writes a name."""
+    found = [knob for instance in instances for knob in unbuilt(instance)]
+    if not found:
+        return
+    first, *others = found
+    value, instead = "", "leave it out"
+    if first.knob.built:
+        value, instead = f"{shown(first.value)} is ", f"use {' or '.join(map(str, first.knob.built))}"
+    also = f"; nor are {', '.join(spell(knob.name) for knob in others)}" if others else ""
+    raise NotBuilt(
+        f"{spell(first.name)}: {value}not built yet in this version of sgld ({first.knob.pending}); {instead}{also}",
+        first.name,
+    )
 
 
 def default_of(field: attrs.Attribute[Any]) -> Any:
     """The default a field has when nobody sets it."""
-    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
-        return field.default.factory()
-    return field.default
+    default: Any = field.default
+    return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
 
 
 def plain(value: Any) -> Any:

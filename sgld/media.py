@@ -367,7 +367,5 @@ def _decode_image(path: Path) -> tuple[Frames, float]:
 def _decode_video(path: Path) -> tuple[Frames, float]:
     with av.open(_plain(path)) as container:
         stream = container.streams.video[0]
-        frames = [
-            frame.to_ndarray(format="rgb24", interpolation=_ACCURATE) for frame in container.decode(stream)
-        ]
+        frames = [frame.to_ndarray(format="rgb24", interpolation=_ACCURATE) for frame in container.decode(stream)]
         return np.stack(frames), float(stream.average_rate)

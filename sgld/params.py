@@ -45,6 +45,9 @@ class SamplingParams:
         True, "fit num_frames to the model and the number of workers, with a warning", group=SIZE
     )
     num_frames_round_down: bool = knob(False, "round num_frames down, not to the nearest", group=SIZE)
+    supported_resolutions: list[str] | None = knob(
+        None, "sizes to choose from, in place of the model's own", group=SIZE, pending="a list of sizes"
+    )
 
     seed: int | list[int] | None = knob(
         None,
@@ -84,6 +87,8 @@ class SamplingParams:
         "where noise is drawn; cpu gives the same picture everywhere",
         group=SAMPLING,
         choices=("cpu", "cuda", "musa"),
+        pending="drawing noise elsewhere",
+        built=("cpu",),
     )
     diffusers_kwargs: dict[str, Any] | None = knob(
         None, "extra arguments of a diffusers pipeline", group=SAMPLING, pending="the diffusers backend"
@@ -174,7 +179,8 @@ class SamplingParams:
         if isinstance(self.seed, list):
             if len(self.seed) != self.num_outputs_per_prompt:
                 raise BadRequest(
-                    f"seed: {len(self.seed)} seeds for {self.num_outputs_per_prompt} outputs per prompt; give one, or one for each",
+                    f"seed: {len(self.seed)} seeds for {self.num_outputs_per_prompt} outputs per prompt; "
+                    "give one, or one for each",
                     "seed",
                 )
             return self.seed

@@ -29,9 +29,7 @@ KR_KB = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}
 def clip() -> Frames:
     """Nine frames of a gradient whose blue moves, around a still red square; frames 3 and 4 are equal."""
     y, x = np.mgrid[0:64, 0:96]
-    frames = np.stack([np.stack([x * 2, y * 3, np.full_like(x, i * 25)], -1) for i in range(9)]).astype(
-        np.uint8
-    )
+    frames = np.stack([np.stack([x * 2, y * 3, np.full_like(x, i * 25)], -1) for i in range(9)]).astype(np.uint8)
     frames[:, 16:48, 16:64] = RED
     frames[4] = frames[3]
     return frames
@@ -82,9 +80,7 @@ def test_round_trip(format: str, clip: Frames, tmp_path: Path) -> None:
     if format in ("png", "npy"):
         assert difference == 0
     assert difference < 8
-    assert (
-        np.abs(np.roll(frames, 12, 2).astype(int) - sent).mean() > 12
-    )  # negative control: the same, moved aside
+    assert np.abs(np.roll(frames, 12, 2).astype(int) - sent).mean() > 12  # negative control: the same, moved aside
     if media.FORMATS[format].kind == media.VIDEO:
         assert fps == pytest.approx(24, rel=0.02)
 
@@ -96,9 +92,7 @@ def test_metadata_survives(format: str, clip: Frames, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", [f for f in ALL if f != "npy"])
-@pytest.mark.parametrize(
-    "prompt", ["\ud800 no Unicode", "", "長い" * 5000], ids=["surrogate", "empty", "long"]
-)
+@pytest.mark.parametrize("prompt", ["\ud800 no Unicode", "", "長い" * 5000], ids=["surrogate", "empty", "long"])
 def test_metadata_of_odd_prompts_survives(format: str, prompt: str, clip: Frames, tmp_path: Path) -> None:
     path = write(tmp_path, format, frames_for(format, clip)[:1], metadata={"prompt": prompt})
     assert media.read_metadata(path) == {"prompt": prompt}
@@ -149,9 +143,7 @@ def test_video_is_bt709_and_says_so(format: str, clip: Frames, tmp_path: Path) -
         assert context.pix_fmt == "yuv420p"
     assert tags == (1, 1, 1, 1)
     assert np.abs(np.subtract(rgb_of_planes(path, "bt709"), RED)).max() < 4
-    assert (
-        np.abs(np.subtract(rgb_of_planes(path, "bt601"), RED)).max() > 8
-    )  # negative control: the wrong matrix
+    assert np.abs(np.subtract(rgb_of_planes(path, "bt601"), RED)).max() > 8  # negative control: the wrong matrix
 
 
 @pytest.mark.parametrize("quality", [0, 50, 100])
@@ -167,19 +159,13 @@ def test_mp4_plays_in_browsers(quality: int, clip: Frames, tmp_path: Path) -> No
 
 def test_x264_preset_is_obeyed(clip: Frames, tmp_path: Path) -> None:
     assert (
-        write(tmp_path, "mp4", clip, x264_preset="ultrafast").read_bytes()
-        != write(tmp_path, "mp4", clip).read_bytes()
+        write(tmp_path, "mp4", clip, x264_preset="ultrafast").read_bytes() != write(tmp_path, "mp4", clip).read_bytes()
     )
-    assert (
-        write(tmp_path, "mp4", clip, x264_preset="fast").read_bytes()
-        == write(tmp_path, "mp4", clip).read_bytes()
-    )
+    assert write(tmp_path, "mp4", clip, x264_preset="fast").read_bytes() == write(tmp_path, "mp4", clip).read_bytes()
 
 
 @pytest.mark.parametrize("format", ALL)
-def test_a_colon_makes_no_url(
-    format: str, clip: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_colon_makes_no_url(format: str, clip: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("http:").mkdir()
     path = write(Path("http:"), format, clip[:1])
@@ -227,9 +213,7 @@ def test_odd_sizes(format: str, clip: Frames, tmp_path: Path) -> None:
         ("jpg", {"metadata": {"prompt": "x" * 65000}}, "prompt: too long for the metadata of a jpg"),
     ],
 )
-def test_what_a_format_cannot_hold_is_told_before_encoding(
-    format: str, change: dict[str, Any], message: str
-) -> None:
+def test_what_a_format_cannot_hold_is_told_before_encoding(format: str, change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"num_frames": 1, "height": 64, "width": 64, "fps": 24, "metadata": {}}
     media.check_encodable(format, **given)
     with pytest.raises(BadRequest, match=message) as caught:

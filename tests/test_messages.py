@@ -53,5 +53,7 @@ def test_errors_survive_a_pipe_and_their_code(kind: type[errors.SgldError]) -> N
 
 
 def test_nearest_names() -> None:
-    assert errors.nearest("num_infrence_steps", ["num_inference_steps", "seed"]) == "; did you mean num_inference_steps?"
+    assert (
+        errors.nearest("num_infrence_steps", ["num_inference_steps", "seed"]) == "; did you mean num_inference_steps?"
+    )
     assert errors.nearest("zzz", ["num_inference_steps", "seed"]) == ""

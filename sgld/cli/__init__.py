@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,9 +25,34 @@ usage: sgld COMMAND [flags]
 COMMANDS = ("generate", "serve", "version")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
+    """`dispatch` as a process of its own: SIGTERM is ^C, and standard streams that are missing or gone do no harm."""
+    _repair_streams()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = dispatch(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as in `sgld generate --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _repair_streams() -> None:
+    """Give a closed standard stream a place to go, and print paths as the bytes the file system has."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest free number: this one
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
+
+
+def dispatch(words: list[str]) -> int:
     """Run one command. Returns 0 made, 1 failed, 2 bad arguments, 130 interrupted."""
-    words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -53,9 +81,13 @@ def _guarded(command: Callable[[list[str]], int], words: list[str]) -> int:
         return complain(error.message, error.exit_code)
     except KeyboardInterrupt:
         return complain("interrupted", 130)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as no room for a temporary file
+        return complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
 
 
 def complain(message: str, code: int) -> int:
     """One line on standard error."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

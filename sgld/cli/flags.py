@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import typing
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import attrs
-import yaml
 
 from sgld import config
-from sgld.convert import Knob, default_of, describe_range, fields_of, knob_of, plain, type_name
+from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, read_map
+from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, type_name
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}
+EPILOG = "Dashes and underscores are the same in a flag. A switch is set by --flag, --flag true|false or --no-flag."
+_FLAG = re.compile(r"--[\w.-]+")
+_ABSENT: dict[str, Any] = {"default": argparse.SUPPRESS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +39,27 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=min(shutil.get_terminal_size().columns, 120))
 
 
+class _Keep(argparse.Action):
+    """Store the words of a flag, and how the user spelled it; a list goes on where it was left."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        value = self.const if self.nargs == 0 else values
+        if isinstance(value, list):
+            value = [*getattr(namespace, self.dest, []), *value]
+        setattr(namespace, self.dest, value)
+        namespace.spelled[self.dest] = option_string
+
+
+@attrs.frozen
+class Parsed:
+    """What a command line says."""
+
+    layer: Layer
+    config: str | None = None
+    print_config: bool = False
+    help: bool = False
+
+
 def flag_of(name: str) -> str:
     """`num_gpus` -> `--num-gpus`."""
     return "--" + name.replace("_", "-")
@@ -46,148 +70,161 @@ def parser_for(command: str, description: str, sections: Iterable[type]) -> _Par
     parser = _Parser(
         prog=f"sgld {command}",
         description=description,
+        epilog=EPILOG,
         allow_abbrev=False,
+        add_help=False,
         formatter_class=_Help,
         usage="%(prog)s [flags]",
     )
+    _add_general(parser.add_argument_group("general"))
     groups: dict[str, Any] = {}
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="JSON or YAML file of these names; the command line wins",
-        default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the merged configuration and exit", default=argparse.SUPPRESS
-    )
     for cls in sections:
         for name, field in fields_of(cls).items():
-            meta = knob_of(field)
-            group = groups.setdefault(meta.group, None) or parser.add_argument_group(meta.group)
-            groups[meta.group] = group
-            _add(group, name, field, meta)
+            title = knob_of(field).group
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            _add(groups[title], name, field)
     for component in config.COMPONENTS:
-        _add_text(
-            groups[config.MODEL],
-            f"component_paths.{component}",
-            [f"{component}_path"],
-            f"folder or id of another {component}",
-        )
+        _add_component(groups[config.MODEL], component)
     if "size" in groups:
-        for resolution, (width, height) in RESOLUTIONS.items():
-            groups["size"].add_argument(
-                f"--{resolution}",
-                dest="resolution",
-                action="append_const",
-                const=resolution,
-                default=argparse.SUPPRESS,
-                help=f"{width} x {height}",
-            )
+        _add_resolutions(groups["size"])
     return parser
 
 
-def _add(group: Any, name: str, field: attrs.Attribute[Any], meta: Knob) -> None:
-    if attrs.has(field.type) if isinstance(field.type, type) else False:
-        for inner, inner_field in fields_of(typing.cast(type, field.type)).items():
-            _add(group, f"{name}.{inner}", inner_field, knob_of(inner_field))
-        return
-    spellings = [flag_of(name), *(flag_of(alias) for alias in meta.aliases)]
-    help_text = f"{meta.help} ({describe(field)})".replace("%", "%%")
-    kinds = [field.type, *typing.get_args(field.type)]
-    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text}
+def _add_general(group: Any) -> None:
+    group.add_argument("-h", "--help", action="store_true", help="show this help (switch; default: off)", **_ABSENT)
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="values by the names below; the command line wins (.json, .yaml or .yml file; default: none)",
+        **_ABSENT,
+    )
+    group.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the merged configuration, which --config takes back, and exit (switch; default: off)",
+        **_ABSENT,
+    )
+
+
+def _add(group: Any, name: str, field: attrs.Attribute[Any]) -> None:
+    kinds, meta = [field.type, *typing.get_args(field.type)], knob_of(field)
+    spellings = [flag_of(spelling) for spelling in (name, *meta.aliases)]
+    common = {"dest": name, "action": _Keep, "help": help_of(field), **_ABSENT}
     if bool in kinds:
         group.add_argument(*spellings, nargs="?", const="true", metavar="true|false", **common)
-        group.add_argument(
-            *(f"--no-{spelling[2:]}" for spelling in spellings),
-            action="store_const",
-            const="false",
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS,
-        )
+        off = [f"--no-{spelling[2:]}" for spelling in spellings]
+        group.add_argument(*off, nargs=0, const="false", **{**common, "help": argparse.SUPPRESS})
     elif name == "prompt" or any(typing.get_origin(kind) is list for kind in kinds):
-        group.add_argument(*spellings, nargs="+", metavar=_metavar(field), **common)
+        group.add_argument(*spellings, nargs="+", metavar=_metavar(kinds, meta), **common)
     else:
-        group.add_argument(*spellings, metavar=_metavar(field), **common)
+        group.add_argument(*spellings, metavar=_metavar(kinds, meta), **common)
     if name == "component_attention_backends":
         for component in config.COMPONENTS:
-            _add_text(group, f"{name}.{component}", [], argparse.SUPPRESS)
+            _add_hidden(group, f"{name}.{component}")
+    if isinstance(field.type, type) and attrs.has(field.type):
+        for inner, inner_field in fields_of(field.type).items():
+            _add(group, f"{name}.{inner}", inner_field)
 
 
-def _add_text(group: Any, dest: str, names: list[str], help_text: str) -> None:
-    spellings = [flag_of(name) for name in [*names, dest]]
-    group.add_argument(*spellings[:1], dest=dest, default=argparse.SUPPRESS, metavar="TEXT", help=help_text)
-    for spelling in spellings[1:]:
-        group.add_argument(spelling, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+def _add_component(group: Any, component: str) -> None:
+    """`--vae-path`, and `--component-paths.vae` for the same."""
+    dest = f"component_paths.{component}"
+    text = f"another {component} (folder or Hugging Face id; default: the model's own)"
+    group.add_argument(flag_of(f"{component}_path"), dest=dest, action=_Keep, metavar="TEXT", help=text, **_ABSENT)
+    _add_hidden(group, dest)
 
 
-def _metavar(field: attrs.Attribute[Any]) -> str:
-    kinds = {int: "N", float: "X"}
-    options = [kind for kind in [field.type, *typing.get_args(field.type)] if kind in kinds]
-    return kinds[options[0]] if options else "TEXT"
+def _add_hidden(group: Any, dest: str) -> None:
+    group.add_argument(flag_of(dest), dest=dest, action=_Keep, help=argparse.SUPPRESS, **_ABSENT)
 
 
-def describe(field: attrs.Attribute[Any]) -> str:
-    """Allowed values and default of a knob, as its help shows them."""
+def _add_resolutions(group: Any) -> None:
+    for name, (width, height) in RESOLUTIONS.items():
+        text = f"width {width} and height {height} (switch; default: off)"
+        group.add_argument(f"--{name}", dest="resolution", action="append_const", const=name, help=text, **_ABSENT)
+
+
+def _metavar(kinds: Sequence[Any], meta: Knob) -> str:
+    names = {int: "N", float: "X"}
+    numbers = [names[kind] for kind in kinds if kind in names]
+    return numbers[0] if numbers else "NAME" if meta.choices else "TEXT"
+
+
+def help_of(field: attrs.Attribute[Any]) -> str:
+    """What a knob does, what it takes and what it is without."""
     meta = knob_of(field)
-    parts = [", ".join(meta.choices) if meta.choices else type_name(field.type)]
+    allowed = ", ".join(meta.choices) if meta.choices else type_name(field.type)
     if meta.min is not None or meta.max is not None or meta.above is not None:
-        parts[0] += f", {describe_range(meta)}"
+        allowed += f", {describe_range(meta)}"
+    parts = [allowed, f"default: {_shown_default(field, meta)}"]
     if meta.env:
         parts.append(f"env {meta.env}")
-    parts.append(f"default: {_shown_default(field, meta)}")
     if meta.pending:
-        parts.append(f"not built yet: {meta.pending}")
-    return "; ".join(parts)
+        besides = f" beside {', '.join(map(str, meta.built))}" if meta.built else ""
+        parts.append(f"not built yet{besides}: {meta.pending}")
+    return f"{meta.help} ({'; '.join(parts)})".replace("%", "%%")
 
 
 def _shown_default(field: attrs.Attribute[Any], meta: Knob) -> str:
     if meta.per_model:
         return "the model's own"
     default = default_of(field)
-    if meta.shown_default or default in (None, {}, [], ""):
+    if meta.shown_default or default in (None, {}, [], "") or attrs.has(type(default)):
         return meta.shown_default or "none"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def parse(parser: _Parser, words: list[str]) -> tuple[dict[str, Any], argparse.Namespace]:
-    """The flags as plain values under the knobs' names, and the namespace for `config` and `print_config`."""
-    namespace, extra = parser.parse_known_args([_dashed(word) for word in words])
+def parse(parser: _Parser, words: Iterable[str]) -> Parsed:
+    """The flags as plain values under the knobs' names.
+
+    Raises:
+        UnknownField: no such flag, with the nearest one.
+        BadRequest: a flag without its value, a stray word, or a value that is no map where one is needed.
+    """
+    namespace, extra = parser.parse_known_args([_dashed(word) for word in words], argparse.Namespace(spelled={}))
+    general = {name: vars(namespace).pop(name) for name in ("config", "print_config", "help") if name in namespace}
+    if general.get("help"):
+        return Parsed(Layer({}, {}), help=True)
     if extra:
         raise _unknown(extra[0], [option for action in parser._actions for option in action.option_strings])
-    raw = {
-        name: value for name, value in vars(namespace).items() if name not in ("config", "print_config", "resolution")
-    }
-    values = config.normalize({name: _value(name, text) for name, text in raw.items()}, "command line")
-    return config.merge(values, _resolution(namespace, values)), namespace
+    spelled: dict[str, str] = vars(namespace).pop("spelled")
+    resolution: list[str] = vars(namespace).pop("resolution", [])
+    values: dict[str, Any] = {}
+    for name, text in vars(namespace).items():
+        head, _, rest = name.partition(".")
+        value = _value(name, text, spelled[name])
+        values = merge(values, {head: {rest: value} if rest else value})
+    return Parsed(_with_resolution(Layer(values, spelled), resolution), **general)
 
 
 def _dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
     flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value
+    return flag.replace("_", "-") + equals + value if _FLAG.fullmatch(flag) else word
 
 
 def _unknown(word: str, known: list[str]) -> SgldError:
-    if word.startswith("-"):
-        flag = word.partition("=")[0]
-        return UnknownField(f"unknown flag {flag}{nearest(flag, known)}", flag)
-    return BadRequest(f"unexpected argument {word!r}; values belong to a flag, such as --prompt")
+    if not word.startswith("-"):
+        return BadRequest(f"unexpected argument {word!r}; values belong to a flag, such as --prompt")
+    flag = word.partition("=")[0]
+    name = flag.lstrip("-").replace("-", "_").removeprefix("no_")
+    if config.ALIASES.get(name, name) in config.SECTION_OF and flag_of(name) not in known:
+        return UnknownField(f"{flag} is a flag of `sgld generate` only", flag)
+    return UnknownField(f"unknown flag {flag}{nearest(flag, known)}", flag)
 
 
-def _resolution(namespace: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, int]:
-    chosen: list[str] = getattr(namespace, "resolution", [])
+def _with_resolution(layer: Layer, chosen: list[str]) -> Layer:
     if not chosen:
-        return {}
-    clash = [flag_of(name) for name in ("width", "height") if name in values] + [f"--{name}" for name in chosen[1:]]
+        return layer
+    first, *others = [f"--{name}" for name in chosen]
+    clash = [layer.spelled[name] for name in ("width", "height") if name in layer.values] + others
     if clash:
-        raise BadRequest(f"--{chosen[0]} and {clash[0]} both set the size; give one of them", "width")
+        raise BadRequest(f"{first} and {clash[0]} both set the size; give one of them", "width")
     width, height = RESOLUTIONS[chosen[0]]
-    return {"width": width, "height": height}
+    return Layer({**layer.values, "width": width, "height": height}, {**layer.spelled, "width": first, "height": first})
 
 
-def _value(name: str, text: Any) -> Any:
+def _value(name: str, text: Any, flag: str) -> Any:
     """A flag's words as a plain value of its field's type."""
     head, _, rest = name.partition(".")
     field = fields_of(config.SECTION_OF[head])[head]
@@ -195,44 +232,41 @@ def _value(name: str, text: Any) -> Any:
         field = fields_of(config.VaeConfig)[rest]
     elif rest:
         return text
-    if any(typing.get_origin(kind) is dict for kind in [field.type, *typing.get_args(field.type)]):
-        return _map(head, text)
+    kinds = [field.type, *typing.get_args(field.type)]
+    if type_name(field.type) == MAP or any(typing.get_origin(kind) is dict for kind in kinds):
+        return _map(text, flag, numbers=head != "component_attention_backends")
     if isinstance(text, list):
-        words = [config.from_text(word, _item(field.type)) for word in text]
+        words = [config.from_text(word, _item(kinds)) for word in text]
         return words[0] if len(words) == 1 and name in ("seed", "prompt") else words
     return config.from_text(text, field.type)
 
 
-def _item(kind: Any) -> Any:
-    lists = [option for option in [kind, *typing.get_args(kind)] if typing.get_origin(option) is list]
+def _item(kinds: Sequence[Any]) -> Any:
+    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
     return typing.get_args(lists[0])[0] if lists else str
 
 
-def _map(name: str, text: str) -> dict[str, Any]:
+def _map(text: str, flag: str, numbers: bool) -> Any:
     """A map from JSON text, from a JSON or YAML file, or from `key=value,key=value`."""
     if text.lstrip().startswith("{"):
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise BadRequest(f"{name}: {text!r} is not valid JSON: {error}", name) from None
-        return typing.cast(dict[str, Any], value)
-    if text.endswith((".json", ".yaml", ".yml")):
-        try:
-            return typing.cast(dict[str, Any], yaml.safe_load(Path(text).expanduser().read_text()))
-        except (OSError, yaml.YAMLError) as error:
-            raise BadRequest(f"{name}: {text!r} cannot be read: {error}", name) from None
+        return _json(text, flag)
     pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(key and equals for key, equals, _ in pairs):
-        raise BadRequest(f"{name}: {text!r} is neither JSON, a file, nor key=value,key=value", name)
-    return {key: yaml.safe_load(value) if name != "component_attention_backends" else value for key, _, value in pairs}
+    if all(key and equals for key, equals, _ in pairs):
+        return {key.strip(): _json_or_text(value) if numbers else value for key, _, value in pairs}
+    if text.lower().endswith(MAP_SUFFIXES):
+        return read_map(text, flag)
+    raise BadRequest(f"{flag}: {text!r} is neither JSON, nor a file, nor key=value,key=value", flag)
 
 
-def show(values: Mapping[str, Any], sections: Iterable[type]) -> str:
-    """The merged configuration as YAML that `--config` takes back; null stands for a default of the model's."""
-    whole: dict[str, Any] = {}
-    for cls in sections:
-        for name, field in fields_of(cls).items():
-            meta = knob_of(field)
-            value = values.get(name, None if meta.per_model else plain(default_of(field)))
-            whole[name] = "***" if meta.secret and value else value
-    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
+def _json(text: str, flag: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRequest(f"{flag}: {text!r} is not valid JSON: {error}", flag) from None
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -7,10 +7,12 @@ import errno
 import logging
 import signal
 import socket
+import sys
 from typing import Any
 
 from sgld import config, log
-from sgld.cli import flags
+from sgld.cli import flags, show
+from sgld.cli.sources import gather
 from sgld.config import RunOptions, Settings
 from sgld.convert import refuse_unbuilt, structure
 from sgld.errors import BadRequest, SgldError
@@ -20,22 +22,24 @@ DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a confi
 
 
 def run(words: list[str]) -> int:
-    """Parse and check, then serve."""
+    """Parse and check, then serve; or print help or the merged configuration."""
     parser = flags.parser_for("serve", DESCRIPTION, [Settings])
-    typed, namespace = flags.parse(parser, words)
-    from_file = config.read_file(namespace.config) if hasattr(namespace, "config") else {}
-    merged = config.merge(from_file, config.read_environment(), typed)
-    if only_once := sorted(config.section(merged, RunOptions)):
-        raise BadRequest(f"{only_once[0]}: only `sgld generate` has this; each request asks for its own", only_once[0])
-    settings, sampling = config.settings_of(merged), config.section(merged, SamplingParams)
-    checked = structure(sampling, SamplingParams)
-    if hasattr(namespace, "print_config"):
-        print(flags.show(merged, [Settings, SamplingParams]), end="")
+    parsed = flags.parse(parser, words)
+    if parsed.help:
+        sys.stdout.write(parser.format_help())
         return 0
-    refuse_unbuilt(settings)
-    refuse_unbuilt(checked)
-    log.set_up(settings.log_level)
-    return asyncio.run(_serve(settings, sampling))
+    layer = gather(parsed.config, parsed.layer)
+    with layer.spelling():
+        settings, sampling = config.settings_of(layer.values), config.section(layer.values, SamplingParams)
+        checked = structure(sampling, SamplingParams)
+        for name in config.section(layer.values, RunOptions):
+            raise BadRequest(f"{name}: only `sgld generate` has this; each request asks for its own", name)
+        if parsed.print_config:
+            sys.stdout.write(show.merged(layer, settings, [Settings, SamplingParams]))
+            return 0
+        log.set_up(settings.log_level)
+        refuse_unbuilt(settings, checked, spell=layer.spell)
+        return asyncio.run(_serve(settings, sampling))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -66,7 +67,7 @@ class Engine:
         token = CancelToken()
         command = Generate(job_id, params)
         future = self._submit(self.group.run, command, self._on_loop(emit), token)
-        future.add_done_callback(lambda done: _close(token, done))
+        future.add_done_callback(lambda _: token.close())
         try:
             media: Media = await asyncio.shield(future)
             return media
@@ -87,10 +88,13 @@ class Engine:
     def kill(self) -> None:
         """End the workers at once, from the loop: the command under way fails with `WorkerDied`."""
         for pid in self.group.pids:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
 
     def _submit(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        future = asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        future.add_done_callback(_retrieve)
+        return future
 
     async def _in_executor(self, function: Callable[..., T], *args: Any) -> T:
         """`function` on the executor thread; it runs to its end even if the caller is cancelled."""
@@ -137,7 +141,7 @@ class Engine:
             self._become_ready()
 
 
-def _close(token: CancelToken, done: asyncio.Future[Any]) -> None:
-    token.close()
-    if not done.cancelled() and (error := done.exception()):  # retrieved: its awaiter may be gone
-        log.debug("job ended with %r", error)
+def _retrieve(done: asyncio.Future[Any]) -> None:
+    """Take note of a failure whose awaiter may be gone."""
+    if not done.cancelled() and (error := done.exception()):
+        log.debug("a command ended with %r", error)

@@ -31,7 +31,13 @@ def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[
     file = load.folder / "model_index.json"
     if not file.is_file():
         raise ModelError(f"{load.folder}: no model; it has no model_index.json")
-    name = str(read_json(file).get("_class_name"))
+    index = read_json(file)
+    for component in load.component_folders:
+        if component not in index:
+            raise ModelError(
+                f"component_paths: {component!r} is not in {file}{nearest(component, index)}", "component_paths"
+            )
+    name = str(index.get("_class_name"))
     if name not in REGISTRY:
         raise ModelError(
             f"{file}: pipeline {name!r} is not supported{nearest(name, REGISTRY)}; known: {', '.join(REGISTRY)}"

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from sgld.config import Settings
 from sgld.convert import structure
-from sgld.errors import ModelError, NotBuilt
+from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Load
 from sgld.models.family import Conditioning, Family
 from sgld.models.text import PromptEncoder
@@ -252,6 +252,11 @@ class Wan(Family):
         self._train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
 
         s, device = load.settings, mesh.device
+        if s.text_encoder_precisions is not None and len(s.text_encoder_precisions) != 1:
+            given = len(s.text_encoder_precisions)
+            raise BadRequest(
+                f"text_encoder_precisions: {given} given; this model has 1 text encoder", "text_encoder_precisions"
+            )
         steps = iter(range(1, len(names) + 1))
 
         def loaded(part: Any) -> Any:

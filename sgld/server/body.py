@@ -15,6 +15,7 @@ from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 from sgld.params import SamplingParams
 
 _SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+_FIXED = {"save_output": True, "return_frames": False, "return_file_paths_only": True}  # over HTTP always so
 _OPENAI_QUALITY = ("auto", "standard")  # words of OpenAI's that ask for the default
 
 
@@ -24,6 +25,7 @@ class ImageFields:
 
     model: str | None = knob(None, "model id")
     size: str | None = knob(None, "WIDTHxHEIGHT; empty or auto is the model's own")
+    data_type: str = knob("image", "what this route makes", choices=("image",))
     response_format: str = knob("b64_json", "how the picture comes back", choices=("b64_json", "url"))
     output_format: str = knob("png", "file format", choices=("png", "jpeg", "webp"))
     user: str | None = knob(None, "end user, for your own records")
@@ -35,6 +37,7 @@ class VideoFields:
 
     model: str | None = knob(None, "model id")
     size: str | None = knob(None, "WIDTHxHEIGHT; empty or auto is the model's own")
+    data_type: str = knob("video", "what this route makes", choices=("video",))
     seconds: int | None = knob(None, "length; times fps, rounded to a length the model can make", min=1, max=3600)
     user: str | None = knob(None, "end user, for your own records")
 
@@ -79,12 +82,21 @@ def split(body: Mapping[str, Any], cls: type[Any]) -> tuple[Any, dict[str, Any]]
             api[key] = value
         elif name in shared:
             sampling[name] = value
+        elif key in _FIXED:
+            _check_fixed(key, value)
         elif name in config.SECTION_OF:
             raise NotBuilt(f"{key}: the server decides it, not a request", key)
         else:
             raise UnknownField(f"unknown parameter {key!r}{nearest(key, [*own, *shared, *config.ALIASES])}", key)
     fields = structure(api, cls)
     return fields, {**sampling, **_size(fields.size), **_quality(sampling)}
+
+
+def _check_fixed(key: str, value: Any) -> None:
+    """Fields of `sgld generate` that have one meaning here."""
+    if value is not None and value is not _FIXED[key]:
+        fixed = str(_FIXED[key]).lower()
+        raise NotBuilt(f"{key}: {value!r} is not possible over HTTP, where it is always {fixed}", key)
 
 
 def _size(size: str | None) -> dict[str, int]:

@@ -170,11 +170,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (
-            "it is a file, not a folder"
-            if isinstance(error, FileExistsError)
-            else error.strerror or str(error)
-        )
+        reason = "it is a file, not a folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
         raise OutputError(f"cannot write {path}: {reason}", "output_path") from error
 
 

@@ -35,6 +35,7 @@ def ignore(_: Event) -> None:
 async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     """One rank with the faulty family, loaded."""
     group = WorkerGroup(1, run_faulty, patience=PATIENCE)
+    (tmp_path / "model_index.json").write_text("{}")
     async with Engine(Settings(model_path=str(tmp_path)), group) as engine:
         assert await engine.load(ignore) == INFO
         assert engine.state == "ready"
@@ -114,6 +115,7 @@ async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, bus
 
 
 async def test_stop_waits_for_the_running_job(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
     engine = Engine(Settings(model_path=str(tmp_path)), WorkerGroup(1, run_faulty, patience=PATIENCE))
     await engine.load(ignore)
     running = asyncio.create_task(engine.generate("a", asked(step_s=0.05), ignore))

@@ -169,6 +169,8 @@ def test_bad_requests_say_what_is_wrong(server: Server) -> None:
         ({"output_path": "/etc"}, "output_path", "server decides"),
         ({"enable_teacache": True}, "enable_teacache", "not built yet"),
         ({"num_frames": 9}, "num_frames", "/v1/videos"),
+        ({"return_frames": True}, "return_frames", "always false"),
+        ({"data_type": "video"}, "data_type", "not one of image"),
     ]
     for body, param, words in cases:
         with pytest.raises(openai.BadRequestError, match=words) as caught:
@@ -181,6 +183,16 @@ def test_bad_requests_say_what_is_wrong(server: Server) -> None:
         generate(prompt=" ")
     with pytest.raises(openai.NotFoundError, match="not served"):
         generate(prompt="a red circle", model="dall-e-3")
+
+
+def test_fields_that_say_what_is_so_anyway_are_taken(server: Server) -> None:
+    fields = extra(
+        save_output=True, return_frames=False, return_file_paths_only=None, data_type="image", negative_prompt=None
+    )
+    assert server.client.images.generate(prompt="a red circle", extra_body=fields).data
+
+
+def test_unknown_places(server: Server) -> None:
     assert server.get("/v1/videos/nothing")[0] == 404
     status, body = server.get("/v2/anything")
     assert status == 404 and body["error"]["code"] == "not_found" and body["detail"]
@@ -217,7 +229,7 @@ def test_a_busy_port_is_a_clear_error(server: Server) -> None:
     command = [sys.executable, "-m", "sgld", "serve", "--port", str(server.port)]
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert second.returncode == 1
-    assert second.stderr.strip() == f"error: port: cannot listen on 127.0.0.1:{server.port}: it is in use"
+    assert second.stderr.strip() == f"error: --port: cannot listen on 127.0.0.1:{server.port}: it is in use"
 
 
 def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:

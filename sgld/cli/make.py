@@ -1,0 +1,127 @@
+"""Make the outputs of a plan: one engine, one load, one generation after the other. A file is encoded meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from sgld.cli.outputs import Output, Saved, check_early, dump_performance, line_of, outputs_of, save
+from sgld.cli.plan import Plan
+from sgld.cli.screen import Screen, say
+from sgld.engine.engine import Engine
+from sgld.errors import Cancelled, SgldError
+from sgld.messages import Media
+from sgld.storage.local import LocalStorage
+
+GRACE_S = 3.0  # from a kill to leaving, whatever still runs
+
+
+def run(plan: Plan) -> int:
+    """Make everything. Raises SgldError for the first thing that could not be made, and `Cancelled` after ^C."""
+    check_early(plan, LocalStorage(plan.folder))
+    asyncio.run(_run(plan))
+    return 0
+
+
+async def _run(plan: Plan) -> None:
+    async with Engine(plan.settings) as engine:
+        task = Run(plan, engine)
+        making = asyncio.create_task(task.everything())
+        interrupts = Interrupts(making, task)
+        try:
+            await making
+        except (asyncio.CancelledError, SgldError) as error:
+            if interrupts.count:
+                raise Cancelled("interrupted") from error
+            raise
+
+
+class Run:
+    """The outputs of a plan under way."""
+
+    def __init__(self, plan: Plan, engine: Engine):
+        self.engine = engine
+        self._plan = plan
+        self._storage = LocalStorage(plan.folder)
+        self._screen = Screen()
+        self._made: list[Saved] = []
+        self._parts: list[Path] = []
+        self._saving: asyncio.Task[None] | None = None
+
+    async def everything(self) -> None:
+        """Load, generate, save. What was denoised is saved even when a later output fails or is interrupted."""
+        started = time.perf_counter()
+        try:
+            outputs = await self._load()
+            load_ms = 1e3 * (time.perf_counter() - started)
+            try:
+                for i, output in enumerate(outputs):
+                    await self._generate(i, output, f"[{i + 1}/{len(outputs)}]" if len(outputs) > 1 else "")
+            finally:
+                await self._saved()
+                if self._plan.options.perf_dump_path is not None:
+                    await asyncio.to_thread(dump_performance, self._plan, load_ms, self._made)
+        finally:
+            self._screen.close()
+
+    async def _load(self) -> list[Output]:
+        info = await self.engine.load(self._screen.follow())
+        outputs, notes = outputs_of(self._plan, info)
+        for note in notes:
+            self._screen.line(f"warning: {note}")
+        if self._plan.options.save_output:
+            chosen = [output.name for output in outputs if output.chosen]
+            await asyncio.to_thread(self._storage.check, chosen, self._plan.options.overwrite)
+        return outputs
+
+    async def _generate(self, i: int, output: Output, title: str) -> None:
+        self._screen.line(f"{title} seed {output.seed}".strip())
+        made = await self.engine.generate(f"generate-{i}", output.params, self._screen.follow(title))
+        await self._saved()
+        self._saving = asyncio.create_task(self._save(output, made))
+
+    async def _saved(self) -> None:
+        """The file of the output before is written."""
+        if self._saving is not None:
+            await asyncio.shield(self._saving)
+
+    async def _save(self, output: Output, made: Media) -> None:
+        saved = await asyncio.to_thread(save, self._plan, self._storage, output, made, self._parts)
+        self._made.append(saved)
+        if self._plan.options.save_output or self._plan.options.json:
+            self._screen.line(line_of(self._plan, saved), sys.stdout)
+
+    def abandon(self) -> None:
+        """Remove the file being written: nobody will finish it."""
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+
+
+class Interrupts:
+    """^C cancels the job at its next step; a second one kills the workers. SIGTERM is the same."""
+
+    def __init__(self, making: asyncio.Task[None], run: Run):
+        self.count = 0
+        self._making, self._run = making, run
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self)
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count == 1 and self._run.engine.state != "loading":
+            say("\nstopping after this step; ^C again kills")
+        else:
+            self._run.engine.kill()
+            self._loop.call_later(GRACE_S, self._leave)
+        self._making.cancel()
+
+    def _leave(self) -> None:
+        """End at once: a download, say, cannot be interrupted. The workers follow their parent."""
+        self._run.abandon()
+        say("error: interrupted")
+        os._exit(Cancelled.exit_code)

@@ -1,0 +1,169 @@
+"""Plan: what a `sgld generate` asks for, checked as far as it can be before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import attrs
+
+from sgld import config
+from sgld.cli.sources import Layer
+from sgld.config import RunOptions, Settings
+from sgld.convert import Knob, fields_of, knob_of, refuse_unbuilt, structure
+from sgld.errors import BadRequest
+from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams
+
+DEFAULT_FORMATS = {"video": "mp4", "image": "png"}
+
+
+@attrs.frozen
+class Plan:
+    """A run: one load, and the outputs of every prompt."""
+
+    settings: Settings
+    options: RunOptions
+    prompts: list[str]
+    sampling: list[dict[str, Any]]  # what was given for each prompt, the prompt included
+    spelled: Layer
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        if self.options.output_file_path is not None:
+            return Path(self.options.output_file_path).expanduser().parent
+        return Path(self.settings.output_path).expanduser()
+
+    @property
+    def file_name(self) -> str | None:
+        """The name the user chose."""
+        if self.options.output_file_path is not None:
+            return PurePath(self.options.output_file_path).name
+        return self.options.output_file_name
+
+    @property
+    def format(self) -> str | None:
+        """What extension, `return_frames` and `data_type` ask for; None leaves it to the number of frames."""
+        if self.options.return_frames:
+            return "npy"
+        return _extension(self.file_name) or DEFAULT_FORMATS.get(self.options.data_type or "")
+
+    def format_for(self, num_frames: int) -> str:
+        """The format of an output with so many frames."""
+        return self.format or ("png" if num_frames == 1 else "mp4")
+
+
+def _extension(name: str | None) -> str | None:
+    suffix = PurePath(name or "").suffix[1:].lower()
+    return suffix if suffix in (*VIDEO_FORMATS, *IMAGE_FORMATS, "npy") else None
+
+
+def plan_of(layer: Layer) -> Plan:
+    """The typed parts of a merged configuration.
+
+    Raises:
+        BadRequest: a wrong type or range, or options that contradict each other.
+    """
+    options = structure(config.section(layer.values, RunOptions), RunOptions)
+    settings = config.settings_of(layer.values)
+    given = config.section(layer.values, SamplingParams)
+    prompts = _prompts(given.pop("prompt", []), options.prompt_path)
+    structure(given, SamplingParams)
+    plan = Plan(settings, options, prompts, _per_prompt(given, prompts), layer)
+    _check_options(plan)
+    return attrs.evolve(plan, sampling=[_with_one_frame(plan, values) for values in plan.sampling])
+
+
+def refuse_early(plan: Plan) -> None:
+    """Refuse what cannot be made, whatever the model. Raises NotBuilt or BadRequest."""
+    own = {name: value for name, value in plan.spelled.values.items() if name not in serve_only()}
+    sampling = [structure(values, SamplingParams) for values in plan.sampling]
+    refuse_unbuilt(config.settings_of(own), *sampling[:1], spell=plan.spelled.spell)
+    if not plan.prompts:
+        raise BadRequest("prompt: say what to show with --prompt or --prompt-path", "prompt")
+
+
+def serve_only() -> dict[str, Knob]:
+    """The knobs that `generate` has no use for."""
+    return {name: meta for name, field in fields_of(Settings).items() if (meta := knob_of(field)).serve_only}
+
+
+def ignored(layer: Layer) -> list[str]:
+    """Those of them that the command line or the config file sets; the environment is shared, and stays unmentioned."""
+    given = {name: spelled for name, spelled in layer.spelled.items() if name in serve_only()}
+    return [spelled for name, spelled in given.items() if spelled != serve_only()[name].env]
+
+
+def _prompts(prompt: Any, path: str | None) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
+        raise BadRequest(f"prompt: {prompt!r} is not a valid text or list of text", "prompt")
+    if path is not None:
+        if prompts:
+            raise BadRequest("prompt_path: give --prompt or --prompt-path, not both", "prompt_path")
+        prompts = _lines(path)
+    if not all(item.strip() for item in prompts):
+        raise BadRequest("prompt: it is empty; say what to show", "prompt")
+    return prompts
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path).expanduser()
+    if file.suffix.lower() != ".txt":
+        raise BadRequest(f"prompt_path: {path!r} must be a .txt file with one prompt a line", "prompt_path")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise BadRequest(f"prompt_path: {path!r} cannot be read: {error.strerror}", "prompt_path") from None
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"prompt_path: {path!r} is not UTF-8 text: {error}", "prompt_path") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise BadRequest(f"prompt_path: {path!r} holds no prompt", "prompt_path")
+    return prompts
+
+
+def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, Any]]:
+    """The values of each prompt; a list of seeds for all outputs is dealt out in order."""
+    shared = [{**given, "prompt": prompt} for prompt in prompts]
+    seeds, each = given.get("seed"), given.get("num_outputs_per_prompt", 1)
+    if not isinstance(seeds, list):
+        return shared
+    if len(seeds) not in (each, each * max(1, len(prompts))):
+        raise BadRequest(
+            f"seed: {len(seeds)} seeds for {len(prompts)} x {each} outputs; "
+            "give one, one for each output of a prompt, or one for each output",
+            "seed",
+        )
+    if len(seeds) == each:
+        return shared
+    return [{**values, "seed": seeds[i * each : (i + 1) * each]} for i, values in enumerate(shared)]
+
+
+def _check_options(plan: Plan) -> None:
+    options, name = plan.options, plan.file_name
+    if options.output_file_name is not None and options.output_file_path is not None:
+        raise BadRequest("output_file_path: it names folder and file; leave output_file_name out", "output_file_path")
+    if options.return_frames and not options.save_output:
+        raise BadRequest("return_frames: it writes a file; save_output false forbids that", "return_frames")
+    others = {"video": IMAGE_FORMATS, "image": VIDEO_FORMATS}.get(options.data_type or "", ())
+    if _extension(name) in others and not options.return_frames:
+        raise BadRequest(f"data_type: {options.data_type!r} does not go with the name {name!r}", "data_type")
+
+
+def _with_one_frame(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
+    """Asking for an image asks for one frame; what the command line says beats a number of frames in a file."""
+    asks = "data_type" if plan.options.data_type == "image" else None
+    if plan.format in IMAGE_FORMATS and asks is None:
+        asks = "output_file_path" if plan.options.output_file_path is not None else "output_file_name"
+    if asks is None:
+        return values
+    frames = values.get("num_frames", 1)
+    if frames != 1 and plan.spelled.is_flag("num_frames") >= plan.spelled.is_flag(asks):
+        raise BadRequest(
+            f"num_frames: {frames} frames do not fit in one image; give 1, or a name that ends in "
+            f"{', '.join(VIDEO_FORMATS)}",
+            "num_frames",
+        )
+    return {**values, "num_frames": 1}

@@ -1,0 +1,29 @@
+"""`--print-config`: the merged configuration as YAML that `--config` takes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from sgld.cli.sources import Layer
+from sgld.config import Settings
+from sgld.convert import default_of, fields_of, knob_of, plain
+
+
+def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
+    """Every knob; null stands for a default of the model's. A secret is left out, and said to be set."""
+    whole: dict[str, Any] = {}
+    secrets = []
+    for cls in sections:
+        for name, field in fields_of(cls).items():
+            meta = knob_of(field)
+            if meta.secret:
+                secrets += [name] if layer.values.get(name) else []
+            elif cls is Settings:
+                whole[name] = plain(getattr(settings, name))
+            else:
+                whole[name] = layer.values.get(name, None if meta.per_model else plain(default_of(field)))
+    notes = "".join(f"# {name} is set, and not shown\n" for name in secrets)
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True) + notes

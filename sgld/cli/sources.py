@@ -1,0 +1,155 @@
+"""Where values come from: config file < environment < command line, merged as plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from sgld import config
+from sgld.convert import fields_of, knob_of
+from sgld.errors import BadRequest, SgldError, UnknownField, nearest
+
+MAP_SUFFIXES = (".json", ".yaml", ".yml")
+DOTTED = ("vae_config", "component_paths", "component_attention_backends")
+_WRAPPERS = ("pipeline_config",)  # the replaced system nests vae_config in it
+
+
+@attrs.frozen
+class Layer:
+    """Values from one place, or from several laid over each other, and how each was written there."""
+
+    values: dict[str, Any]
+    spelled: dict[str, str]  # knob -> `--num-gpus`, `config.yaml: num_gpus` or `SGLANG_S3_BUCKET_NAME`
+
+    def spell(self, name: str) -> str:
+        """How the user wrote a knob; of a map's entry, how they wrote the map; of a map, how its first entry."""
+        head, dot, rest = name.partition(".")
+        entries = [spelled for other, spelled in self.spelled.items() if other.startswith(f"{name}.")]
+        return self.spelled.get(name) or [*entries, self.spelled.get(head, head) + dot + rest][0]
+
+    def is_flag(self, name: str) -> bool:
+        """Whether the command line set it."""
+        return self.spelled.get(name, "").startswith("--")
+
+    @contextmanager
+    def spelling(self) -> Iterator[None]:
+        """Errors in the body name each knob as the user wrote it."""
+        try:
+            yield
+        except SgldError as error:
+            raise self._respelled(error) from error
+
+    def _respelled(self, error: SgldError) -> SgldError:
+        name = error.param or ""
+        if not name or not error.message.startswith(f"{name}:"):
+            return error
+        return type(error)(self.spell(name) + error.message.removeprefix(name), name)
+
+
+def gather(file: str | None, typed: Layer) -> Layer:
+    """Config file < environment < command line."""
+    return stack(*([read_file(file)] if file is not None else []), read_environment(), typed)
+
+
+def stack(*layers: Layer) -> Layer:
+    """Later layers win."""
+    given = (name for layer in layers for name in layer.spelled.items())
+    return Layer(merge(*(layer.values for layer in layers)), dict(given))
+
+
+def normalize(values: Mapping[str, Any], where: str) -> Layer:
+    """Plain values under the knobs' own names: dashes, aliases, dotted and component keys resolved; null left out.
+
+    Raises:
+        UnknownField: naming the key, its place and the nearest known one.
+        BadRequest: two keys for one knob.
+    """
+    merged = Layer({}, {})
+    spelled: dict[str, str] = {}  # knob -> key
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if value is None and name in config.known_names():
+            continue
+        if name in _WRAPPERS and isinstance(value, Mapping):
+            merged = stack(merged, normalize(value, where))
+            continue
+        placed, name = _placed(name, value, key, where)
+        if name in merged.spelled and name not in DOTTED:
+            raise BadRequest(f"{where}: {key!r} and {spelled[name]!r} both set {name}; give one of them", name)
+        spelled[name] = key
+        merged = stack(merged, Layer(placed, {name: f"{where}: {key}"}))
+    return merged
+
+
+def _placed(name: str, value: Any, key: str, where: str) -> tuple[dict[str, Any], str]:
+    """One value in its place, and the dotted name of that place."""
+    head, _, rest = name.partition(".")
+    if rest and head in _WRAPPERS:
+        return _placed(rest, value, key, where)
+    if rest and head in DOTTED:
+        return {head: {rest: value}}, name
+    component = name.removesuffix("_path")
+    if component in config.COMPONENTS and component != name:
+        return {"component_paths": {component: value}}, f"component_paths.{component}"
+    name = config.ALIASES.get(name, name)
+    if name not in config.SECTION_OF:
+        raise UnknownField(f"{where}: unknown key {key!r}{nearest(key.replace('-', '_'), config.known_names())}", key)
+    if name in DOTTED and isinstance(value, Mapping):
+        value = {str(inner).replace("-", "_"): item for inner, item in value.items() if item is not None}
+    return {name: value}, name
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers win; null never does; maps of knobs are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if value is None:
+                continue
+            old = merged.get(name)
+            both = name in DOTTED and isinstance(old, Mapping) and isinstance(value, Mapping)
+            merged[name] = merge(old, value) if both and isinstance(old, Mapping) else value
+    return merged
+
+
+def read_file(path: str) -> Layer:
+    """The values of a JSON or YAML config file, normalized."""
+    values = read_map(path, "config")
+    return normalize(values, path)
+
+
+def read_map(path: str, param: str) -> dict[str, Any]:
+    """The map of names to values in a .json, .yaml or .yml file."""
+    file = Path(path).expanduser()
+    if file.suffix.lower() not in MAP_SUFFIXES:
+        raise BadRequest(f"{param}: {path!r} must end in {' or '.join(MAP_SUFFIXES)}", param)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise BadRequest(f"{param}: {path!r} cannot be read: {error.strerror}", param) from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        kind = file.suffix[1:].lower()
+        raise BadRequest(f"{param}: {path!r} is not valid {kind}: {_one_line(error)}", param) from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise BadRequest(f"{param}: {path!r} must hold a map of names to values", param)
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_environment() -> Layer:
+    """The knobs that documented environment variables set."""
+    fields = {name: field for cls in config.SECTIONS for name, field in fields_of(cls).items()}
+    variables = {name: env for name, field in fields.items() if (env := knob_of(field).env)}
+    found = config.environment(*variables.values())
+    spelled = {name: variable for name, variable in variables.items() if found.get(variable)}
+    return Layer({n: config.from_text(found[v], fields[n].type) for n, v in spelled.items()}, spelled)

@@ -1,0 +1,86 @@
+"""Settings: rules across fields, words as values, and where knobs belong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sgld import config
+from sgld.config import SECTION_OF, SECTIONS, RunOptions, Settings, from_text, settings_of
+from sgld.convert import fields_of, knob_of, unbuilt
+from sgld.errors import BadRequest
+from sgld.params import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("3", int, 3),
+        ("-3", int, -3),
+        ("3", float, 3.0),
+        ("1e-2", float, 0.01),
+        (".5", float, 0.5),
+        ("true", bool, True),
+        ("FALSE", bool, False),
+        ("0", bool, False),
+        ("3", str, "3"),
+        ("true", str, "true"),
+        ("3", int | list[int] | None, 3),
+        ("12.7", int, "12.7"),
+        ("1_000", int, "1_000"),
+        ("٣", int, "٣"),
+        (" 3", int, " 3"),
+        ("0x10", int, "0x10"),
+        ("9" * 5000, int, "9" * 5000),
+        ("yes", bool, "yes"),
+        ("", int, ""),
+    ],
+)
+def test_words_become_values_of_their_type_or_stay_words(text: str, kind: Any, value: Any) -> None:
+    made = from_text(text, kind)
+    assert made == value and type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"num_gpus": 4, "sp_degree": 2}, "sp_degree: 2 is not num_gpus (4); leave it out"),
+        ({"num_gpus": 4, "ulysses_degree": 2}, "ulysses_degree: 2 x ring_degree 1 is not num_gpus (4); leave it out"),
+        ({"component_paths": {"vea": "x"}}, "component_paths: 'vea' is no component; did you mean vae?"),
+        ({"dit_precision": "fp8"}, "dit_precision: 'fp8' is not one of fp32, fp16, bf16"),
+        ({"port": 70000}, "port: 70000 is out of range; allowed is 0 to 65535"),
+    ],
+)
+def test_settings_that_contradict_each_other(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        settings_of(values)
+    assert caught.value.message.startswith(line)
+
+
+@pytest.mark.parametrize("values", [
+    {"num_gpus": 4}, {"num_gpus": 4, "sp_degree": 4}, {"num_gpus": 4, "ulysses_degree": 2, "ring_degree": 2},
+    {"num_gpus": 4, "ulysses_degree": 4},
+])  # fmt: skip
+def test_settings_that_agree(values: dict[str, Any]) -> None:
+    assert settings_of(values).num_gpus == 4
+
+
+def test_every_knob_has_one_home_and_a_help() -> None:
+    names = [name for cls in SECTIONS for name in fields_of(cls)]
+    assert len(names) == len(set(names)) == len(SECTION_OF)
+    aliases = [alias for cls in SECTIONS for field in fields_of(cls).values() for alias in knob_of(field).aliases]
+    assert not set(aliases) & set(names)
+    assert all(knob_of(field).help and knob_of(field).group for cls in SECTIONS for field in fields_of(cls).values())
+
+
+def test_a_section_takes_its_own() -> None:
+    values = {"height": 1, "num_gpus": 2, "json": True}
+    assert [config.section(values, cls) for cls in (SamplingParams, Settings, RunOptions)] == [
+        {"height": 1}, {"num_gpus": 2}, {"json": True}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", SECTIONS)
+def test_defaults_ask_for_nothing_that_is_not_built(cls: type) -> None:
+    assert list(unbuilt(cls())) == []
