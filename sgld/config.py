@@ -341,12 +341,26 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings from merged values, with the rules that tie several fields together."""
     settings = structure(section(values, Settings), Settings)
     _check_degrees(settings)
+    _check_tiles(settings)
     unknown = [name for name in settings.component_paths if name not in COMPONENTS]
     if unknown:
         raise BadRequest(
             f"component_paths: {unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", "component_paths"
         )
     return settings
+
+
+def _check_tiles(settings: Settings) -> None:
+    """Tile sizes mean nothing without tiling, and tiling is asked for in one voice."""
+    vae = settings.vae_config
+    if settings.vae_tiling and vae.use_tiling is False:
+        raise BadRequest(
+            "vae_config.use_tiling: false contradicts vae_tiling true; leave one out", "vae_config.use_tiling"
+        )
+    for name in ("min_height", "min_width", "stride_height", "stride_width"):
+        if getattr(vae, f"tile_sample_{name}") is not None and not (settings.vae_tiling or vae.use_tiling):
+            path = f"vae_config.tile_sample_{name}"
+            raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
 
 
 def _check_degrees(settings: Settings) -> None:

@@ -102,10 +102,10 @@ def _check_range(name: str, value: float, meta: Knob) -> None:
 def describe_range(meta: Knob) -> str:
     """`1 to 10`, `at least 1`, `more than 0`, `at most 5`."""
     if meta.min is not None and meta.max is not None:
-        return f"{meta.min:g} to {meta.max:g}"
+        return f"{meta.min} to {meta.max}"
     if meta.above is not None:
-        return f"more than {meta.above:g}"
-    return f"at least {meta.min:g}" if meta.min is not None else f"at most {meta.max:g}"
+        return f"more than {meta.above}"
+    return f"at least {meta.min}" if meta.min is not None else f"at most {meta.max}"
 
 
 def fields_of(cls: type) -> dict[str, attrs.Attribute[Any]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from multiprocessing.reduction import DupFd
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ class Failed:
 
 @attrs.frozen
 class Cancelled:
-    """The command was stopped before `step`."""
+    """The command was stopped."""
 
-    step: int
+    where: str
 
 
 Event = Progress | Note
@@ -132,31 +133,41 @@ class Media:
 class SharedFrames:
     """Frames u8 [N, H, W, 3] in an anonymous memory file.
 
-    Pickling passes the file descriptor, never the pixels, so Docker's small /dev/shm does not bound them.
+    Pickled it is a shape alone; its descriptor follows over the same pipe (`send`, `receive`), never its pixels, so
+    Docker's small /dev/shm does not bound them.
     """
 
-    def __init__(self, shape: tuple[int, ...], fd: int | None = None):
+    def __init__(self, shape: tuple[int, ...]):
         self.shape = shape
-        size = int(np.prod(shape))
-        self._fd = os.memfd_create("sgld-frames") if fd is None else fd
-        if fd is None:
-            os.ftruncate(self._fd, size)
-        self._map = mmap.mmap(self._fd, size)
-        self.array: Frames = np.frombuffer(self._map, np.uint8).reshape(shape)
+        self._fd: int | None = None
 
     @classmethod
     def of(cls, frames: Frames) -> SharedFrames:
         """A shared copy of `frames`."""
         shared = cls(frames.shape)
+        descriptor = os.memfd_create("sgld-frames")
+        os.ftruncate(descriptor, frames.nbytes)
+        shared._map(descriptor)
         shared.array[:] = frames
         return shared
 
+    def send(self, connection: Connection) -> None:
+        """Pass the descriptor on; call it right after the message that holds these frames was sent."""
+        assert self._fd is not None
+        send_handle(connection, self._fd, os.getppid())
+
+    def receive(self, connection: Connection) -> None:
+        """Take the descriptor that follows the message. Raises OSError or EOFError when the sender has gone."""
+        self._map(recv_handle(connection))
+
+    def _map(self, descriptor: int) -> None:
+        self._fd = descriptor
+        size = int(np.prod(self.shape))
+        self.array: Frames = np.frombuffer(mmap.mmap(descriptor, size), np.uint8).reshape(self.shape)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (self.shape, DupFd(self._fd))
+        return SharedFrames, (self.shape,)
 
     def __del__(self) -> None:
-        os.close(self._fd)  # the mapping lives on until the last view of the array is gone
-
-
-def _attach(shape: tuple[int, ...], fd: Any) -> SharedFrames:
-    return SharedFrames(shape, fd.detach())
+        if self._fd is not None:
+            os.close(self._fd)  # the mapping lives on until the last view of the array is gone

@@ -218,6 +218,7 @@ def resolve(given: Mapping[str, Any], info: ModelInfo) -> tuple[SamplingParams, 
             raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
     params = structure({**info.defaults, **own}, SamplingParams)
     refuse_unbuilt(params)
+    params.seeds()
     _check_size(params, info)
     return _fit_frames(params, info)
 

@@ -10,6 +10,8 @@ from typing import ClassVar
 import attrs
 import torch
 
+from sgld.errors import BadRequest
+
 
 @attrs.frozen
 class Platform(ABC):
@@ -27,6 +29,10 @@ class Platform(ABC):
     @abstractmethod
     def set_up(self, rank: int, world: int) -> None:
         """Prepare the calling process to be that rank."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
 
     @abstractmethod
     def peak_memory(self) -> int:
@@ -56,6 +62,9 @@ class Cpu(Platform):
     def set_up(self, rank: int, world: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
 
+    def synchronize(self) -> None:
+        return None
+
     def peak_memory(self) -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
@@ -79,7 +88,12 @@ class Cuda(Platform):
         return torch.device("cuda", rank)
 
     def set_up(self, rank: int, world: int) -> None:
+        if world > (devices := torch.cuda.device_count()):
+            raise BadRequest(f"num_gpus: {world}; this machine has {devices}", "num_gpus")
         torch.cuda.set_device(rank)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import Connection
 
 import numpy as np
 import psutil
@@ -15,14 +15,21 @@ from sgld import errors
 from sgld.messages import SharedFrames
 
 
+def crossed(frames: SharedFrames, there: Connection, here: Connection) -> SharedFrames:
+    there.send(frames)
+    frames.send(there)
+    received: SharedFrames = here.recv()
+    received.receive(here)
+    return received
+
+
 def test_frames_cross_without_their_pixels() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (9, 64, 48, 3), dtype=np.uint8)
     shared = SharedFrames.of(frames)
-    assert len(ForkingPickler.dumps(shared)) < 1000 < frames.nbytes
+    assert len(pickle.dumps(shared)) < 1000 < frames.nbytes
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
-        theirs.send(shared)
-        received = ours.recv()
+        received = crossed(shared, theirs, ours)
     assert received.shape == (9, 64, 48, 3)
     assert (received.array == frames).all()
     received.array[0, 0, 0] = 7
@@ -32,13 +39,9 @@ def test_frames_cross_without_their_pixels() -> None:
 def test_frames_leave_no_descriptor() -> None:
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
-        theirs.send(SharedFrames((1, 8, 8, 3)))
-        ours.recv()  # the first pass starts multiprocessing's own listener, which stays
-        gc.collect()
         before = psutil.Process().num_fds()
         for _ in range(5):
-            theirs.send(SharedFrames((1, 8, 8, 3)))
-            view = ours.recv().array[0]
+            view = crossed(SharedFrames.of(np.zeros((1, 8, 8, 3), np.uint8)), theirs, ours).array[0]
         assert view.shape == (8, 8, 3), "a view outlives its frames' descriptor"
         del view
         gc.collect()

@@ -129,7 +129,7 @@ def same_process() -> Callable[[SamplingParams], float]:
 
     def run(params: SamplingParams) -> float:
         start = time.perf_counter()
-        sample(family, params, Hook("bench", mesh, Silence()))  # type: ignore[arg-type]
+        sample(family, params, Hook("bench", mesh, Silence(), machine.synchronize))  # type: ignore[arg-type]
         return time.perf_counter() - start
 
     return run

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -35,7 +36,18 @@ def main() -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `sgld generate --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return complain(f"cannot write to standard output: {error.strerror}", 1)
+    _leave_downloads(code)
     return code
+
+
+def _leave_downloads(code: int) -> None:
+    """An interrupted download goes on in its thread, and the interpreter would wait for it."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _repair_streams() -> None:

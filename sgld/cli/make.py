@@ -85,9 +85,14 @@ class Run:
         self._saving = asyncio.create_task(self._save(output, made))
 
     async def _saved(self) -> None:
-        """The file of the output before is written."""
-        if self._saving is not None:
+        """The file of the output before is written, and told of, even when ^C comes meanwhile."""
+        if self._saving is None:
+            return
+        try:
             await asyncio.shield(self._saving)
+        except asyncio.CancelledError:
+            await asyncio.wait([self._saving])
+            raise
 
     async def _save(self, output: Output, made: Media) -> None:
         saved = await asyncio.to_thread(save, self._plan, self._storage, output, made, self._parts)
@@ -102,13 +107,13 @@ class Run:
 
 
 class Interrupts:
-    """^C cancels the job at its next step; a second one kills the workers. SIGTERM is the same."""
+    """^C cancels the job at its next step; a second one kills the workers. SIGTERM and SIGHUP are the same."""
 
     def __init__(self, making: asyncio.Task[None], run: Run):
         self.count = 0
         self._making, self._run = making, run
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self)
 
     def __call__(self) -> None:

@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgld import config, log
 from sgld.cli import flags, show
@@ -17,6 +17,9 @@ from sgld.config import RunOptions, Settings
 from sgld.convert import refuse_unbuilt, structure
 from sgld.errors import BadRequest, SgldError
 from sgld.params import SamplingParams
+
+if TYPE_CHECKING:
+    from sgld.engine.engine import Engine
 
 DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a config file become defaults of requests."
 
@@ -45,11 +48,15 @@ def run(words: list[str]) -> int:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SgldError when the address cannot be had; a busy port never moves."""
     try:
-        return socket.create_server((host, port), backlog=128)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except socket.gaierror as error:
+        raise SgldError(f"host: {host!r} is no address of this machine: {error.strerror}", "host") from None
     except OSError as error:
         reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
         reason = reasons.get(error.errno or 0, error.strerror or str(error))
-        raise SgldError(f"port: cannot listen on {host}:{port}: {reason}", "port") from None
+        param = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise SgldError(f"{param}: cannot listen on {host}:{port}: {reason}", param) from None
 
 
 async def _serve(settings: Settings, sampling: dict[str, Any]) -> int:
@@ -74,7 +81,7 @@ async def _serve(settings: Settings, sampling: dict[str, Any]) -> int:
     return 0
 
 
-async def _until_stopped(loading: asyncio.Task[None], stopping: asyncio.Event, engine: Any) -> None:
+async def _until_stopped(loading: asyncio.Task[None], stopping: asyncio.Event, engine: Engine) -> None:
     """Return when asked to stop; raise what the model could not be loaded for."""
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)

@@ -23,5 +23,7 @@ class CancelToken:
         return self._reader.fileno()
 
     def close(self) -> None:
+        """Free the sockets; a `set` that comes later does nothing."""
+        self.is_set = True
         self._reader.close()
         self._writer.close()

@@ -18,13 +18,14 @@ from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Emit, WorkerGroup
 from sgld.engine.hub import resolve_model
-from sgld.errors import SgldError
+from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Generate, Media
 from sgld.params import ModelInfo, SamplingParams
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+REVIVALS = 3  # tries to get a group back before the engine says failed
 
 
 class Engine:
@@ -40,6 +41,7 @@ class Engine:
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
         self._reviving: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Engine:
         return self
@@ -64,24 +66,30 @@ class Engine:
             errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
-        token = CancelToken()
-        command = Generate(job_id, params)
-        future = self._submit(self.group.run, command, self._on_loop(emit), token)
-        future.add_done_callback(lambda _: token.close())
-        try:
-            media: Media = await asyncio.shield(future)
-            return media
-        except asyncio.CancelledError:
-            token.set()
-            raise
+        async with self._turn:  # a queued job holds no descriptor
+            token = CancelToken()
+            command = Generate(job_id, params)
+            future = self._submit(self.group.run, command, self._on_loop(emit), token)
+            future.add_done_callback(lambda _: token.close())
+            try:
+                media: Media = await asyncio.shield(future)
+            except asyncio.CancelledError:
+                token.set()
+                raise
+        if self.state in ("restarting", "failed"):  # the group is back, whoever got it there
+            self._become_ready()
+        return media
 
     async def stop(self) -> None:
-        """Let the running job end, stop the workers, and free the thread."""
+        """Let the running job end, stop the workers, and free the thread; once."""
+        if self.state == "stopped":
+            return
         self.state = "stopped"
+        self.group.close()
         self._unwatch()
-        if self._reviving is not None:
+        if self._reviving is not None and not self._reviving.done():
+            self.kill()
             await asyncio.wait([self._reviving])
-            self._unwatch()
         await self._in_executor(self.group.stop)
         self._executor.shutdown(wait=False)  # idle now, and joining it would block the loop
 
@@ -111,6 +119,7 @@ class Engine:
     def _become_ready(self) -> None:
         if self.state != "stopped":
             self.state = "ready"
+            self._unwatch()
             self._watch()
 
     def _watch(self) -> None:
@@ -132,13 +141,20 @@ class Engine:
         self._reviving = asyncio.create_task(self._revive())
 
     async def _revive(self) -> None:
-        try:
-            await self._in_executor(self.group.revive)
-        except SgldError as error:
-            self.state = "failed"
-            log.error("the workers could not be restarted: %s", error)
-        else:
-            self._become_ready()
+        for _ in range(REVIVALS):
+            try:
+                await self._in_executor(self.group.revive)
+            except WorkerDied as error:
+                log.warning("a worker died while the model was loaded again: %s", error)
+            except (SgldError, OSError) as error:
+                log.error("the model could not be loaded again: %s", error)
+                break
+            else:
+                self._become_ready()
+                return
+            if self.state == "stopped":
+                return
+        self.state = "failed"
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:

@@ -26,7 +26,7 @@ import attrs
 
 from sgld.engine.cancel import CancelToken
 from sgld.errors import Cancelled as CancelledError
-from sgld.errors import WorkerDied, from_code
+from sgld.errors import SgldError, WorkerDied, from_code
 from sgld.messages import (
     Cancel,
     Cancelled,
@@ -36,6 +36,7 @@ from sgld.messages import (
     Failed,
     Generate,
     Load,
+    Media,
     Progress,
     Seat,
     Stop,
@@ -69,7 +70,7 @@ class _Rank:
     def died(self) -> str:
         self.process.join(1)
         code = self.process.exitcode
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return f"worker {self.number} died ({how})"
 
 
@@ -92,6 +93,8 @@ class WorkerGroup:
         self._ranks: list[_Rank] = []
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
         self._load: Load | None = None
+        self._loaded = False  # whether the present ranks hold the model
+        self._closed = False
 
     @property
     def sentinels(self) -> list[int]:
@@ -106,7 +109,7 @@ class WorkerGroup:
     def load(self, command: Load, emit: Emit = _ignore) -> ModelInfo:
         """Load a model; a restarted group loads it again."""
         info: ModelInfo = self._call(command, emit, None)
-        self._load = command
+        self._load, self._loaded = command, True
         return info
 
     def run(self, command: Command, emit: Emit = _ignore, token: CancelToken | None = None) -> Any:
@@ -117,21 +120,24 @@ class WorkerGroup:
             WorkerDied: the group was killed; the next call starts a new one.
             SgldError: what the ranks failed with.
         """
+        self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
-        self.revive()
         return self._call(command, emit, token)
 
     def revive(self) -> None:
         """Replace the group when a rank has died, and load the model again."""
-        if self._ranks and not wait(self.sentinels, 0):
-            return
-        if self._ranks:
+        dead = self._ranks and wait(self.sentinels, 0)
+        if dead:
             log.warning("%s; restarting the workers", self._first_death())
             self.restarts += 1
-        self.kill()
-        if self._load is not None:
-            self._call(self._load, _ignore, None)
+            self.kill()
+        if self._load is not None and not self._loaded:
+            self.load(self._load)
+
+    def close(self) -> None:
+        """Start no ranks any more; safe to call from any thread."""
+        self._closed = True
 
     def stop(self) -> None:
         """Let the ranks end by themselves; kill those that do not."""
@@ -147,31 +153,43 @@ class WorkerGroup:
 
     def kill(self) -> None:
         """End every rank now and leave nothing behind."""
-        for rank in self._ranks:
+        ranks, self._ranks, self._loaded = self._ranks, [], False
+        for rank in ranks:
             rank.process.kill()
-        for rank in self._ranks:
+        for rank in ranks:
             rank.process.join()
             rank.connection.close()
             rank.process.close()
-        self._ranks = []
         if self._rendezvous is not None:
             self._rendezvous.cleanup()
             self._rendezvous = None
 
     def _start(self) -> None:
+        if self._closed:
+            raise WorkerDied("the workers are stopped")
+        self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-") if self.size > 1 else None
+        store = Path(self._rendezvous.name) / "store" if self._rendezvous is not None else Path()
+        try:
+            with _interrupts_blocked():
+                for number in range(self.size):
+                    self._ranks.append(self._spawn(Seat(number, self.size, store, self._dist_timeout_s)))
+        except BaseException:
+            self.kill()
+            raise
+
+    def _spawn(self, seat: Seat) -> _Rank:
         context = multiprocessing.get_context("spawn")
-        self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-")
-        store = Path(self._rendezvous.name) / "store"
-        with _interrupts_blocked():
-            for number in range(self.size):
-                ours, theirs = context.Pipe()
-                seat = Seat(number, self.size, store, self._dist_timeout_s)
-                process = context.Process(
-                    target=self._target, args=(seat, theirs), name=f"sgld-rank{number}", daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._ranks.append(_Rank(number, process, ours))
+        ours, theirs = context.Pipe()
+        name = f"sgld-rank{seat.rank}"
+        process = context.Process(target=self._target, args=(seat, theirs), name=name, daemon=True)
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return _Rank(seat.rank, process, ours)
 
     def _call(self, command: Command, emit: Emit, token: CancelToken | None) -> Any:
         if not self._ranks:
@@ -183,6 +201,11 @@ class WorkerGroup:
             self.kill()
             self.restarts += 1
             raise lost.error from None
+        except SgldError:
+            raise  # every rank has answered
+        except BaseException:  # some have not: their answers must not meet the next command
+            self.kill()
+            raise
 
     def _first_death(self) -> str:
         return next(rank.died() for rank in self._ranks if wait([rank.process.sentinel], 0))
@@ -191,7 +214,7 @@ class WorkerGroup:
 class _GroupLost(Exception):
     """The ranks can no longer be trusted; `error` is what the caller hears."""
 
-    def __init__(self, error: WorkerDied | CancelledError):
+    def __init__(self, error: SgldError):
         super().__init__(str(error))
         self.error = error
 
@@ -221,7 +244,7 @@ class _Call:
             raise self._error(failures[0])
         first = self._answers[0]
         if isinstance(first, Cancelled):
-            raise CancelledError(f"cancelled before step {first.step + 1}")
+            raise CancelledError(f"cancelled in {first.where}")
         assert isinstance(first, Done)
         return first.value
 
@@ -253,6 +276,8 @@ class _Call:
             message = rank.connection.recv()
         except (EOFError, OSError):
             raise self._lost(rank) from None
+        if isinstance(message, Done) and isinstance(message.value, Media):
+            self._attach(message.value, rank)
         if isinstance(message, Terminal):
             self._answers[rank.number] = message
             del self._pending[rank.connection]
@@ -263,6 +288,12 @@ class _Call:
             now = time.monotonic()
             self._last_step_s, self._step_started = now - self._step_started, now
         self._emit(message)
+
+    def _attach(self, media: Media, rank: _Rank) -> None:
+        try:
+            media.frames.receive(rank.connection)
+        except (EOFError, OSError):
+            raise self._lost(rank) from None
 
     def _cancel(self) -> None:
         self._token = None
@@ -286,11 +317,13 @@ class _Call:
         silent = ", ".join(str(rank.number) for rank in self._pending.values())
         for number, answer in self._answers.items():
             if isinstance(answer, Failed):
+                if isinstance(self._command, Load):
+                    return _GroupLost(self._error(answer))
                 reason = f"worker {number} failed alone ({answer.message}) and worker {silent} could not go on"
                 return _GroupLost(WorkerDied(f"{reason}; the workers restart"))
         return _GroupLost(CancelledError(f"cancelled; worker {silent} did not stop in time and was killed"))
 
-    def _error(self, failed: Failed) -> Exception:
+    def _error(self, failed: Failed) -> SgldError:
         if failed.trace:
             log.debug("a worker failed:\n%s", failed.trace)
         return from_code(failed.code, failed.message, failed.param)

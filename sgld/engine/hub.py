@@ -46,7 +46,13 @@ def resolve(reference: str, revision: str | None, param: str) -> Path:
 
 def _snapshot(reference: str, revision: str | None, param: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     owner, name, *inside = reference.split("/")
     patterns = [f"{'/'.join(inside)}/*"] if inside else _FILES
@@ -54,10 +60,17 @@ def _snapshot(reference: str, revision: str | None, param: str) -> Path:
         folder = snapshot_download(f"{owner}/{name}", revision=revision, allow_patterns=patterns)
     except RepositoryNotFoundError:
         raise ModelError(f"{param}: Hugging Face has no repository {reference!r} that you may read", param) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError:
+        raise ModelError(f"revision: {revision!r} is not in {reference!r}", "revision") from None
+    except HFValidationError as error:
+        raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id: {error}", param) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ModelError(
             f"{param}: {reference!r} is no local folder, not in the cache, and the hub "
             f"cannot be reached ({type(error).__name__})",
             param,
         ) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ModelError(f"{param}: {reference!r} cannot be stored: {reason}", param) from None
     return Path(folder, *inside)

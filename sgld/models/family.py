@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -45,5 +46,5 @@ class Family(ABC):
         """The guidance scale that holds at time `t`."""
 
     @abstractmethod
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         """Latents to frames: u8 [N, H, W, 3] on the CPU; ranks other than 0 may answer with none."""

@@ -7,6 +7,7 @@ causal convolution keeps the last two frames it saw in `past`, so the chunks joi
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -206,11 +207,15 @@ class WanDecoder(nn.Module):
         self.post_quant_conv = CausalConv3d(c.z_dim, c.z_dim, 1, 1)
         self.decoder = Decoder(c)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, pulse: Callable[[], None]) -> Tensor:
+        """`pulse` is called before each chunk."""
         past: Past = {}
         pixels = z[0, 0].numel() * self.config.scale_factor_spatial**2 * self.config.scale_factor_temporal
         chunks = torch.split(z, max(1, CHUNK_PIXELS // pixels))
-        parts = [self.decoder(self.post_quant_conv(c, past), past, first=i == 0) for i, c in enumerate(chunks)]
+        parts = []
+        for i, chunk in enumerate(chunks):
+            pulse()
+            parts.append(self.decoder(self.post_quant_conv(chunk, past), past, first=i == 0))
         return self.unpatch(torch.cat(parts))
 
     def unpatch(self, x: Tensor) -> Tensor:
@@ -233,12 +238,21 @@ class Tiling:
     stride_width: int = 192
 
     @classmethod
-    def of(cls, c: VaeConfig) -> Tiling:
-        """As the settings ask."""
+    def of(cls, c: VaeConfig, multiple: int) -> Tiling:
+        """As the settings ask; sizes are multiples of a latent pixel. Raises BadRequest."""
         given = (
             c.tile_sample_min_height, c.tile_sample_min_width, c.tile_sample_stride_height, c.tile_sample_stride_width
         )  # fmt: skip
-        return cls(*(g or d for g, d in zip(given, attrs.astuple(cls()), strict=True)))
+        t = cls(*(g or d for g, d in zip(given, attrs.astuple(cls()), strict=True)))
+        for side in ("height", "width"):
+            size, stride = getattr(t, side), getattr(t, f"stride_{side}")
+            if size % multiple or stride % multiple or stride > size:
+                raise BadRequest(
+                    f"vae_config.tile_sample_stride_{side}: tiles of {size} every {stride} pixels cannot be joined; "
+                    f"both must be multiples of {multiple}, and the stride at most the tile",
+                    f"vae_config.tile_sample_stride_{side}",
+                )
+        return t
 
 
 class Vae:
@@ -253,12 +267,13 @@ class Vae:
         self.mean, std = (torch.tensor(v).view(-1, 1, 1).to(device, dtype) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
         tiled = settings.vae_tiling or settings.vae_config.use_tiling
-        self.tiling = Tiling.of(settings.vae_config) if tiled else None
+        self.tiling = Tiling.of(settings.vae_config, self.spatial) if tiled else None
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU."""
+    def decode(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU; `pulse` is called again and again."""
         z = x[0].transpose(0, 1).to(self.mean, memory_format=torch.channels_last) / self.precision + self.mean
-        video = self.in_tiles(z, self.tiling) if self.tiling and self.is_large(z, self.tiling) else self.module(z)
+        tiled = self.tiling is not None and self.is_large(z, self.tiling)
+        video = self.in_tiles(z, self.tiling, pulse) if self.tiling and tiled else self.module(z, pulse)
         frames = (video.float() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (frames * 255).round().to(torch.uint8).cpu()
 
@@ -266,14 +281,14 @@ class Vae:
         """Whether a tile is smaller than the picture."""
         return z.shape[2] > t.height // self.spatial or z.shape[3] > t.width // self.spatial
 
-    def in_tiles(self, z: Tensor, t: Tiling) -> Tensor:
+    def in_tiles(self, z: Tensor, t: Tiling, pulse: Callable[[], None]) -> Tensor:
         """Tile by tile, each faded into the ones above and to the left."""
         s = self.spatial
         H, W = z.shape[2:]
         rows: list[list[Tensor]] = []
         for i in range(0, H, t.stride_height // s):
             columns = range(0, W, t.stride_width // s)
-            rows.append([self.module(z[..., i : i + t.height // s, j : j + t.width // s]) for j in columns])
+            rows.append([self.module(z[..., i : i + t.height // s, j : j + t.width // s], pulse) for j in columns])
         joined = []
         for i, row in enumerate(rows):
             for j, tile in enumerate(row):

@@ -206,14 +206,13 @@ BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
 
 BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
 WAN21_SMALL = BASE | {
-    "width": 832, "height": 480, "num_inference_steps": 50, "guidance_scale": 3.0, "flow_shift": 3.0
+    "width": 832, "height": 480, "num_inference_steps": 50, "guidance_scale": 3.0
 }  # fmt: skip
 WAN21_LARGE = BASE | {
-    "width": 1280, "height": 720, "num_inference_steps": 50, "guidance_scale": 5.0, "flow_shift": 5.0
+    "width": 1280, "height": 720, "num_inference_steps": 50, "guidance_scale": 5.0
 }  # fmt: skip
 WAN22_A14B = BASE | {
     "width": 1280, "height": 720, "num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0,
-    "flow_shift": 12.0,
 }  # fmt: skip
 
 
@@ -223,6 +222,7 @@ class WanConditioning(Conditioning):
 
     length: int = attrs.field(kw_only=True)  # tokens with padding
     boundary: float | None = attrs.field(kw_only=True)  # time below which the second expert takes over
+    keys: dict[WanTransformer, TextKeys] = attrs.field(factory=dict, init=False)  # of the expert at work
 
 
 @attrs.frozen
@@ -274,7 +274,6 @@ class Wan(Family):
         self._vae: Vae = loaded(Vae(folders["vae"], s, vae, device))
         self._config = high.config
         self._check_widths()
-        self._keys: tuple[WanTransformer, WanConditioning, TextKeys] | None = None  # of the expert at work
         self.info = self._describe(load.folder, index["_class_name"], names)
 
     def _check_widths(self) -> None:
@@ -320,11 +319,10 @@ class Wan(Family):
             return params.guidance_scale
         return params.guidance_scale_2
 
-    def decode(self, x: Tensor) -> Tensor:
-        self._keys = None
+    def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         if self._mesh.rank:
             return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        return self._vae.decode(x)
+        return self._vae.decode(x, pulse)
 
     def _grid(self, params: SamplingParams) -> tuple[int, int, int]:
         """Patches of one output in time, height and width."""
@@ -335,11 +333,11 @@ class Wan(Family):
 
     def _read(self, expert: WanTransformer, condition: WanConditioning) -> TextKeys:
         """Keys and values of the text for that expert; computed at its first step and kept till another's."""
-        if self._keys is None or self._keys[0] is not expert or self._keys[1] is not condition:
-            self._keys = None
+        if expert not in condition.keys:
+            condition.keys.clear()
             text, bias = pad([condition.positive, condition.negative], condition.length, self._fold_padding)
-            self._keys = expert, condition, expert.read(text, bias)
-        return self._keys[2]
+            condition.keys[expert] = expert.read(text, bias)
+        return condition.keys[expert]
 
     def _describe(self, folder: Path, name: str, components: tuple[str, ...]) -> ModelInfo:
         pt, ph, pw = self._config.patch_size

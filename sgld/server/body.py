@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import anyio.to_thread
 import attrs
 from aiohttp import web
 
@@ -14,7 +16,7 @@ from sgld.convert import fields_of, knob, structure
 from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 from sgld.params import SamplingParams
 
-_SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _FIXED = {"save_output": True, "return_frames": False, "return_file_paths_only": True}  # over HTTP always so
 _OPENAI_QUALITY = ("auto", "standard")  # words of OpenAI's that ask for the default
 
@@ -50,10 +52,13 @@ async def read_body(request: web.Request, fields: type) -> dict[str, Any]:
     """
     if request.content_type == "multipart/form-data":
         form = await request.post()
+        for name in form:
+            if len(form.getall(name)) > 1:
+                raise BadRequest(f"{name}: given {len(form.getall(name))} times; give it once", name)
         return {name: _form_value(name, value, fields) for name, value in form.items()}
     try:
-        body = await request.json()
-    except ValueError as error:
+        body = await anyio.to_thread.run_sync(json.loads, await request.read())
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
@@ -78,6 +83,8 @@ def split(body: Mapping[str, Any], cls: type[Any]) -> tuple[Any, dict[str, Any]]
     own, shared = fields_of(cls), fields_of(SamplingParams)
     for key, value in body.items():
         name = config.ALIASES.get(key, key)
+        if name in sampling:
+            raise BadRequest(f"{key}: {name} is given too; give one of them", key)
         if key in own:
             api[key] = value
         elif name in shared:
@@ -88,8 +95,14 @@ def split(body: Mapping[str, Any], cls: type[Any]) -> tuple[Any, dict[str, Any]]
             raise NotBuilt(f"{key}: the server decides it, not a request", key)
         else:
             raise UnknownField(f"unknown parameter {key!r}{nearest(key, [*own, *shared, *config.ALIASES])}", key)
+    if isinstance(seconds := api.get("seconds"), str):  # OpenAI writes it as text
+        api["seconds"] = config.from_text(seconds, int)
     fields = structure(api, cls)
-    return fields, {**sampling, **_size(fields.size), **_quality(sampling)}
+    size = _size(fields.size)
+    for name in size:
+        if sampling.get(name) not in (None, size[name]):
+            raise BadRequest(f"size: {fields.size!r} contradicts {name} {sampling[name]}; give one of them", "size")
+    return fields, {**sampling, **size, **_quality(sampling)}
 
 
 def _check_fixed(key: str, value: Any) -> None:

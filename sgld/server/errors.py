@@ -14,17 +14,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 RETRY_AFTER_S = 5
 
 
-def error_body(error: SgldError) -> dict[str, object]:
+def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
     """The JSON of one error."""
-    kind = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
-    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return {"error": body, "detail": error.message}
+    kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
 
 
 def error_response(error: SgldError) -> web.Response:
     """One error with its status; `Retry-After` where it will pass by itself."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, NotReady) else {}
-    return web.json_response(error_body(error), status=error.status, headers=headers)
+    body = error_body(error.status, error.code, error.message, error.param)
+    return web.json_response(body, status=error.status, headers=headers)
 
 
 @web.middleware
@@ -37,19 +37,19 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as refused:
         if refused.status < 400:
             raise
-        return error_response(_of_status(refused, request))
+        return _refusal(refused, request)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return error_response(SgldError("internal error; the server's log has the reason"))
 
 
-def _of_status(refused: web.HTTPException, request: web.Request) -> SgldError:
+def _refusal(refused: web.HTTPException, request: web.Request) -> web.Response:
+    """aiohttp's own answer (no such route, wrong method, body too large) in our form."""
     reasons = {
         404: ("not_found", f"no route {request.method} {request.path}"),
         405: ("method_not_allowed", f"{request.path} does not take {request.method}"),
         413: ("too_large", f"the body is larger than {request.client_max_size} bytes"),
     }
     code, message = reasons.get(refused.status, ("http_error", refused.reason))
-    error = SgldError(message)
-    error.status, error.code = refused.status, code  # type: ignore[misc]
-    return error
+    headers = {"Allow": refused.headers["Allow"]} if "Allow" in refused.headers else {}
+    return web.json_response(error_body(refused.status, code, message), status=refused.status, headers=headers)

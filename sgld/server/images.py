@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 
 import anyio.to_thread
 from aiohttp import web
@@ -26,28 +27,36 @@ async def generate(request: web.Request) -> web.Response:
     _check(fields, sampling)
     service.check_model(fields.model)
     params, notes = service.params({**sampling, "num_frames": 1})
+    media.check_encodable(
+        fields.output_format,
+        num_frames=1,
+        height=params.height,
+        width=params.width,
+        fps=params.fps,
+        metadata=media.describe(params, service.model_id),
+    )
     pictures: list[str] = []
 
-    async def finish(job: Job) -> None:
-        for made in job.made:
-            pictures.append(await anyio.to_thread.run_sync(_encode, made, fields.output_format, service.model_id))
+    async def finish(_: Job, each: SamplingParams, result: Media) -> None:
+        picture = await anyio.to_thread.run_sync(_encode, each, result, fields.output_format, service.model_id)
+        pictures.append(picture)
 
     job = service.jobs.submit("image", params, notes, finish)
     try:
         await service.jobs.result(job)
     finally:
         service.jobs.forget(job)
-    return web.json_response(
-        {
-            "id": job.id,
-            "created": job.created_at,
-            "data": [{"b64_json": picture, "revised_prompt": params.prompt} for picture in pictures],
-            "output_format": fields.output_format,
-            "size": f"{params.width}x{params.height}",
-            "seeds": job.seeds,
-            "warnings": job.notes,
-        }
-    )
+    answer = {
+        "id": job.id,
+        "created": job.created_at,
+        "data": [{"b64_json": picture, "revised_prompt": params.prompt} for picture in pictures],
+        "output_format": fields.output_format,
+        "size": f"{params.width}x{params.height}",
+        "seeds": job.seeds,
+        "warnings": job.notes,
+    }
+    text = await anyio.to_thread.run_sync(json.dumps, answer)  # megabytes of base64
+    return web.Response(text=text, content_type="application/json")
 
 
 def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
@@ -60,8 +69,7 @@ def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
         )
 
 
-def _encode(made: tuple[SamplingParams, Media], output_format: str, model: str) -> str:
-    params, result = made
+def _encode(params: SamplingParams, result: Media, output_format: str, model: str) -> str:
     quality = media.file_quality(output_format, params.output_quality, params.output_compression)
     metadata = media.describe(params, model)
     return base64.b64encode(

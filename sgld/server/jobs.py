@@ -13,12 +13,12 @@ from typing import ClassVar
 import attrs
 
 from sgld.engine.engine import Engine
-from sgld.errors import Cancelled, NotFound, NotReady, OutputError, SgldError
+from sgld.errors import Cancelled, NotFound, NotReady, SgldError
 from sgld.messages import Event, Media, Note, Progress
 from sgld.params import SamplingParams
 
 log = logging.getLogger(__name__)
-Finish = Callable[["Job"], Awaitable[None]]
+Finish = Callable[["Job", SamplingParams, Media], Awaitable[None]]
 
 
 @attrs.define(eq=False)
@@ -33,7 +33,6 @@ class Job:
     progress: int = 0
     completed_at: int | None = None
     error: SgldError | None = None
-    made: list[tuple[SamplingParams, Media]] = attrs.field(factory=list)  # emptied when the job ends
     seeds: list[int] = attrs.field(factory=list)
     paths: list[Path] = attrs.field(factory=list)
     notes: list[str] = attrs.field(factory=list)
@@ -54,8 +53,8 @@ class JobStore:
         self.output_path = output_path
 
     def submit(self, kind: str, params: SamplingParams, notes: list[str], finish: Finish) -> Job:
-        """Queue a job; `finish` turns its media into the result before the job says completed."""
-        if self._engine.state not in ("ready", "restarting"):
+        """Queue a job; `finish` turns each output into a result before the job says completed."""
+        if self._engine.state in ("new", "loading", "stopped"):
             raise NotReady(f"the server is {self._engine.state}; try again soon")
         job = Job(f"{kind}_{uuid.uuid4().hex}", kind, params, notes=notes)
         self._jobs[job.id] = job
@@ -93,26 +92,26 @@ class JobStore:
             await asyncio.wait(tasks)
 
     async def _run(self, job: Job, finish: Finish) -> None:
-        outputs = job.params.outputs()
         try:
-            for index, params in enumerate(outputs):
-                follow = _Follower(job, index, len(outputs))
-                media = await self._engine.generate(job.id, params, follow)
-                job.made.append((params, media))
-                job.seeds.append(media.seed)
-            await finish(job)
-            job.finish("completed")
+            await self._make(job, finish)
         except asyncio.CancelledError:
             job.finish("failed", Cancelled("cancelled"))
             raise
         except SgldError as error:
             log.warning("%s failed: %s", job.id, error)
             job.finish("failed", error)
-        except OSError as error:
-            job.finish("failed", OutputError(f"the result could not be written: {error.strerror}"))
-            log.warning("%s failed: %s", job.id, error)
-        finally:
-            job.made.clear()
+        except Exception:  # every job ends in one of its states
+            log.exception("%s failed", job.id)
+            job.finish("failed", SgldError("internal error; the server's log has the reason"))
+        else:
+            job.finish("completed")
+
+    async def _make(self, job: Job, finish: Finish) -> None:
+        outputs = job.params.outputs()
+        for index, params in enumerate(outputs):
+            media = await self._engine.generate(job.id, params, _Follower(job, index, len(outputs)))
+            await finish(job, params, media)
+            job.seeds.append(media.seed)
 
 
 class _Follower:

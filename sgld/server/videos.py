@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from aiohttp import web
 
 from sgld import media
-from sgld.errors import NotFound, SgldError
+from sgld.errors import BadRequest, NotFound, SgldError
 from sgld.messages import Media
 from sgld.params import SamplingParams
 from sgld.server.body import VideoFields, read_body, require_prompt, split
@@ -29,12 +30,10 @@ async def create(request: web.Request) -> web.Response:
     service.check_model(fields.model)
     params, notes = service.params({**sampling, **_length(fields, sampling, service)})
 
-    async def finish(job: Job) -> None:
-        for index, made in enumerate(job.made):
-            name = indexed(f"{job.id}.mp4", index, len(job.made))
-            job.paths.append(
-                await anyio.to_thread.run_sync(_write, made, service.jobs.output_path, name, service.model_id)
-            )
+    async def finish(job: Job, each: SamplingParams, result: Media) -> None:
+        name = indexed(f"{job.id}.mp4", len(job.paths), params.num_outputs_per_prompt)
+        storage = LocalStorage(service.jobs.output_path)
+        job.paths.append(await anyio.to_thread.run_sync(_write, each, result, storage, name, service.model_id))
 
     job = service.jobs.submit("video", params, notes, finish)
     return web.json_response(_video(job, service.model_id))
@@ -59,20 +58,22 @@ async def content(request: web.Request) -> web.StreamResponse:
     if variant not in names:
         raise NotFound(f"variant: {variant!r} is not one of {', '.join(names)}", "variant")
     path = job.paths[names[variant]]
+    if not await anyio.Path(path).is_file():
+        raise NotFound(f"video {job.id!r}: its file has been removed", "id")
     return web.FileResponse(path, headers={"Content-Type": media.FORMATS["mp4"].media_type})
 
 
 def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> dict[str, int]:
     """Frames for `seconds`, at the request's rate or the one it will get."""
-    if fields.seconds is None or sampling.get("num_frames") is not None:
+    if fields.seconds is None:
         return {}
+    if sampling.get("num_frames") is not None:
+        raise BadRequest("seconds: num_frames is given too; give one of them", "seconds")
     fps = sampling.get("fps") or service.default("fps")
     return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # a wrong fps is told by params
 
 
-def _write(made: tuple[SamplingParams, Media], folder: Path, name: str, model: str) -> Path:
-    params, result = made
-    storage = LocalStorage(folder)
+def _write(params: SamplingParams, result: Media, storage: LocalStorage, name: str, model: str) -> Path:
     with storage.create(name) as part:
         media.encode(
             part,

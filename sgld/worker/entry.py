@@ -8,6 +8,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -70,15 +71,25 @@ class Worker:
         self._family: Any = None
 
     def run(self) -> None:
+        while (command := self._next()) is not None:
+            answer = self._answer(command)
+            with suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone, and `_next` will say so
+                self._connection.send(answer)
+                if isinstance(answer, Done) and isinstance(answer.value, Media):
+                    answer.value.frames.send(self._connection)
+
+    def _next(self) -> Command | None:
+        """The next command; None to end, when told to or when the parent is gone. A late `Cancel` is stale."""
         while True:
             try:
-                command = self._connection.recv()
-                if isinstance(command, Stop):
-                    return
-                if not isinstance(command, Cancel):  # a cancel that comes after its job is stale
-                    self._connection.send(self._answer(command))
-            except (EOFError, BrokenPipeError, ConnectionResetError):
-                return  # the parent is gone
+                message = self._connection.recv()
+            except (EOFError, ConnectionResetError):
+                return None
+            if isinstance(message, Stop):
+                return None
+            if not isinstance(message, Cancel):
+                command: Command = message
+                return command
 
     def _answer(self, command: Command) -> Terminal:
         from sgld.worker.hook import Stopped
@@ -88,9 +99,7 @@ class Worker:
                 return Done(self._load(command))
             return Done(self._generate(command))
         except Stopped as stopped:
-            return Cancelled(stopped.step)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
+            return Cancelled(stopped.where)
         except Exception as error:  # the one place where a rank's fault becomes its answer
             failed = _failed(error, out_of_memory=self.platform.is_out_of_memory(error))
         gc.collect()
@@ -113,7 +122,7 @@ class Worker:
         from sgld.worker.hook import Hook
         from sgld.worker.sampler import sample
 
-        hook = Hook(command.job_id, self.mesh, self._connection)
+        hook = Hook(command.job_id, self.mesh, self._connection, self.platform.synchronize)
         frames = sample(self._family, command.params, hook)
         if self.mesh.rank != 0:
             return None

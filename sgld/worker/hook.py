@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
@@ -12,22 +12,23 @@ from sgld.nn.parallel import Mesh
 
 
 class Stopped(Exception):
-    """All ranks agreed to stop before `step`."""
+    """A cancel was heard; all ranks stop in the same place."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped before step {step}")
-        self.step = step
+    def __init__(self, where: str):
+        super().__init__(f"stopped in {where}")
+        self.where = where
 
 
 class Hook:
     """One generation's line to the executor. The same calls are made on every rank; rank 0 talks."""
 
-    def __init__(self, job_id: str, mesh: Mesh, connection: Connection):
+    def __init__(self, job_id: str, mesh: Mesh, connection: Connection, synchronize: Callable[[], None]):
         self.job_id = job_id
         self.stages_ms: dict[str, float] = {}
         self.steps_ms: list[float] = []
         self._mesh = mesh
         self._connection = connection
+        self._synchronize = synchronize  # a GPU's kernels have not run when their launch returns
         self._stage, self._total, self._step = "", 0, 0
         self._cancelled = False
 
@@ -39,6 +40,7 @@ class Hook:
         self._send(Progress(self.job_id, name, 0, total))
         start = time.perf_counter()
         yield
+        self._synchronize()
         self.stages_ms[name] = self.stages_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
         if self._step < total:
             self._send(Progress(self.job_id, name, total, total))
@@ -49,17 +51,30 @@ class Hook:
         self.check()
         start = time.perf_counter()
         yield
+        self._synchronize()
         self.steps_ms.append(1e3 * (time.perf_counter() - start))
         self._step += 1
         self._send(Progress(self.job_id, self._stage, self._step, self._total))
 
     def check(self) -> None:
         """Raise `Stopped` on every rank alike once a cancel for this job has arrived."""
+        if self._mesh.agree(self._heard()):
+            raise Stopped(self._where)
+
+    def pulse(self) -> None:
+        """The same in the middle of what rank 0 does alone, while its peers have ended: no collective."""
+        if self._heard():
+            raise Stopped(self._where)
+
+    def _heard(self) -> bool:
         while self._mesh.rank == 0 and not self._cancelled and self._connection.poll():
             message = self._connection.recv()
             self._cancelled = isinstance(message, Cancel) and message.job_id == self.job_id
-        if self._mesh.agree(self._cancelled):
-            raise Stopped(self._step)
+        return self._cancelled
+
+    @property
+    def _where(self) -> str:
+        return f"{self._stage}, step {self._step + 1} of {self._total}"
 
     def note(self, text: str) -> None:
         """A warning for the user."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgld.errors import NotBuilt
 from sgld.models.family import Conditioning, Family
 from sgld.params import SamplingParams
 from sgld.worker.hook import Hook
@@ -19,8 +18,6 @@ def sample(family: Family, params: SamplingParams, hook: Hook) -> Tensor:
     Raises:
         Stopped: all ranks agreed to stop, between two steps.
     """
-    if params.generator_device != "cpu":
-        raise NotBuilt("generator_device: only cpu is built in this version of sgld", "generator_device")
     assert isinstance(params.seed, int)
     with hook.stage("encode"):
         condition, warnings = family.encode(params)
@@ -31,7 +28,7 @@ def sample(family: Family, params: SamplingParams, hook: Hook) -> Tensor:
     with hook.stage("denoise", len(solver.timesteps)):
         x = denoise(family, params, hook, solver, condition, x)
     with hook.stage("decode"):
-        return family.decode(x)
+        return family.decode(x, hook.pulse)
 
 
 def denoise(

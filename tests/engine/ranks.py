@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -67,12 +68,17 @@ class FaultyFamily(Family):
         if fault == "hang":
             time.sleep(600)
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
+        if self.mesh.rank != 0:
+            return torch.empty(0, dtype=torch.uint8)
+        for _ in range(int(100 * self.fault.get("decode_s", 0))):
+            pulse()
+            time.sleep(0.01)
         return torch.full((5, 16, 16, 3), self.step, dtype=torch.uint8)
 
 
 def load_faulty(load: Load, mesh: Mesh, platform: object, progress: object) -> FaultyFamily:
-    if load.folder.name == "broken":
+    if load.folder.resolve().name == "broken":
         raise ModelError("model_index.json is missing")
     if load.folder.name == "dies":
         os._exit(3)

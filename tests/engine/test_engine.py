@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sgld.config import Settings
+from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.errors import SgldError, WorkerDied
@@ -56,6 +58,7 @@ async def test_jobs_run_in_order_and_the_loop_stays_free(engine: Engine) -> None
     assert order == ["a", "b", "c"]
     assert all((media.frames.array == STEPS).all() for media in made)
     assert len(gaps) > 50, "the loop did not run while the ranks worked"
+    assert max(gaps) < 0.5, "something held the loop"
 
 
 async def heartbeat(gaps: list[float]) -> None:
@@ -123,3 +126,49 @@ async def test_stop_waits_for_the_running_job(tmp_path: Path) -> None:
     await engine.stop()
     assert ((await running).frames.array == STEPS).all()
     assert engine.group.pids == []
+
+
+async def test_a_cancel_that_meets_completion_has_one_winner(engine: Engine) -> None:
+    """Cancelling at any moment around the end gives the result or CancelledError, never anything else."""
+    outcomes = set()
+    for delay in range(40):
+        task = asyncio.create_task(engine.generate("race", asked(1), ignore))
+        for _ in range(delay):
+            await asyncio.sleep(0.0005)
+        task.cancel()
+        try:
+            outcomes.add(type(await task).__name__)
+        except asyncio.CancelledError:
+            outcomes.add("cancelled")
+    assert outcomes <= {"Media", "cancelled"}
+    assert (await engine.generate("after", asked(), ignore)).seed == 1
+
+
+async def test_set_after_close_does_nothing() -> None:
+    token = CancelToken()
+    token.close()
+    token.set()
+
+
+async def test_queued_jobs_hold_no_descriptor(engine: Engine) -> None:
+    me = psutil.Process()
+    running = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), ignore))
+    await asyncio.sleep(0)
+    before = me.num_fds()
+    queued = [asyncio.create_task(engine.generate(f"queued {i}", asked(), ignore)) for i in range(100)]
+    await asyncio.sleep(0.1)
+    assert me.num_fds() < before + 10
+    for task in (running, *queued):
+        task.cancel()
+    done, _ = await asyncio.wait([running, *queued])
+    assert all(task.cancelled() for task in done)
+
+
+async def test_stop_during_a_restart_does_not_load_the_model_again(engine: Engine) -> None:
+    os.kill(engine.group.pids[0], signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while engine.state != "restarting":
+            await asyncio.sleep(0.01)
+    await engine.stop()
+    assert engine.group.pids == []
+    assert engine.state == "stopped"

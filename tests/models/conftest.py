@@ -54,7 +54,7 @@ def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> Family:
 
 def generate(family: Family, mesh: Mesh | None = None, **changes: Any) -> Tensor:
     """Frames u8 [N, H, W, 3] of `REQUEST` with changes."""
-    params, _ = resolve(REQUEST | {"flow_shift": family.scheduler.get("flow_shift")} | changes, family.info)
+    params, _ = resolve(REQUEST | changes, family.info)
     ours, theirs = Pipe()
     try:
         return sample(family, params, Hook("job", mesh or Mesh.solo(), theirs))

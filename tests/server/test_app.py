@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -17,6 +18,7 @@ from sgld import media
 from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
+from sgld.errors import SgldError
 from sgld.server.app import load, make_app
 from sgld.server.state import SERVICE
 from tests.engine.ranks import run_faulty
@@ -56,6 +58,19 @@ async def test_before_the_model_is_loaded(client: Client) -> None:
     assert (await client.get("/health"))[0] == 503
     status, body = await client.post("/v1/images/generations", {})
     assert (status, body["error"]["code"]) == (503, "not_ready")
+
+
+@pytest.mark.parametrize("warmup", ["server", "off"])
+async def test_the_warm_up_is_a_generation_of_the_model(client: Client, warmup: str) -> None:
+    """The failing family cannot read the warm-up's prompt, so with a warm-up the load fails, and without it does not."""
+    service = client.app[SERVICE]
+    service.settings = attrs.evolve(service.settings, warmup=warmup)
+    if warmup == "off":
+        await load(service)
+    else:
+        with pytest.raises(SgldError, match="JSONDecodeError"):
+            await load(service)
+    assert (await client.get("/health"))[0] == (200 if warmup == "off" else 503)
 
 
 async def test_a_client_that_goes_away_frees_the_workers(client: Client) -> None:

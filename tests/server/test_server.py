@@ -192,18 +192,51 @@ def test_fields_that_say_what_is_so_anyway_are_taken(server: Server) -> None:
     assert server.client.images.generate(prompt="a red circle", extra_body=fields).data
 
 
+def test_values_that_contradict_each_other(server: Server) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"n": 2, "num_outputs": 3}, "given too"),
+        ({"size": "64x64", "width": 128}, "contradicts width"),
+        ({"seed": [1, 2]}, "2 seeds for 1 output"),
+        ({"seed": 2**63 - 1, "size": "12345678x1"}, "WIDTHxHEIGHT"),
+    ]
+    for body, words in cases:
+        with pytest.raises(openai.BadRequestError, match=words):
+            server.client.images.generate(prompt="a red circle", extra_body=body)
+    with pytest.raises(openai.BadRequestError, match="num_frames is given too"):
+        server.client.videos.create(prompt="a red circle", seconds="4", extra_body={"num_frames": 5})
+    with pytest.raises(openai.BadRequestError, match="metadata of a jpeg"):
+        server.client.images.generate(prompt="a red circle " * 6000, output_format="jpeg")
+
+
 def test_unknown_places(server: Server) -> None:
     assert server.get("/v1/videos/nothing")[0] == 404
     status, body = server.get("/v2/anything")
     assert status == 404 and body["error"]["code"] == "not_found" and body["detail"]
 
 
-def test_a_body_that_is_no_json(server: Server) -> None:
-    request = urllib.request.Request(f"{server.url}/v1/images/generations", b"{", {"Content-Type": "application/json"})
+@pytest.mark.parametrize("body", [b"{", b"[" * 200_000, b"\xff", b"[]", b""])
+def test_a_body_that_is_no_json(server: Server, body: bytes) -> None:
+    request = urllib.request.Request(f"{server.url}/v1/images/generations", body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=10)
     assert caught.value.code == 400
-    assert "not valid JSON" in json.load(caught.value)["error"]["message"]
+    assert "JSON" in json.load(caught.value)["error"]["message"]
+
+
+def test_a_client_that_goes_away_frees_the_server(server: Server) -> None:
+    """The connection is cut while its picture is made; `handler_cancellation` is what lets the server hear of it."""
+    body = json.dumps({"prompt": "a red circle", "num_inference_steps": 1000, "num_outputs_per_prompt": 10}).encode()
+    lines = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + body)
+        ranks = psutil.Process(server.process.pid).children()
+        used = [sum(rank.cpu_times()[:2]) for rank in ranks]
+        while sum(sum(rank.cpu_times()[:2]) for rank in ranks) < sum(used) + 0.5:  # it is being made
+            time.sleep(0.05)
+    started = time.monotonic()
+    assert server.client.images.generate(prompt="a red circle", extra_body=extra()).data
+    assert time.monotonic() - started < 20, "10,000 steps would take minutes"
 
 
 def test_a_killed_worker_fails_its_job_and_the_server_recovers(server: Server) -> None:

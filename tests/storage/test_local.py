@@ -96,9 +96,7 @@ def test_a_name_keeps_or_gets_its_extension(name: str, extension: str, completed
 
 
 def test_extensions_of_other_media_are_refused() -> None:
-    with pytest.raises(
-        BadRequest, match=r"'a\.AVI': \.avi is not one of mp4, webm, gif, png, jpg, jpeg, webp, npy"
-    ):
+    with pytest.raises(BadRequest, match=r"'a\.AVI': \.avi is not one of mp4, webm, gif, png, jpg, jpeg, webp, npy"):
         complete_name("a.AVI", "mp4")
     with pytest.raises(BadRequest, match="has 257 bytes"):
         complete_name("x" * 253, "mp4")
@@ -212,9 +210,7 @@ def test_of_two_writers_exactly_one_wins(storage: LocalStorage) -> None:
     with ThreadPoolExecutor(4) as pool:
         for i in range(50):
             ready, name = Barrier(4), f"{i}.mp4"
-            winners = [
-                w for w in pool.map(lambda w, n=name, r=ready: attempt(w, n, r), range(4)) if w is not None
-            ]
+            winners = [w for w in pool.map(lambda w, n=name, r=ready: attempt(w, n, r), range(4)) if w is not None]
             assert len(winners) == 1
             assert storage.path(name).read_bytes() == bytes(winners) * 1000
     assert len(listing(storage)) == 50
@@ -249,9 +245,7 @@ def test_a_claimed_name_is_given_back(storage: LocalStorage, monkeypatch: pytest
 
 def test_a_file_in_place_of_the_folder_is_told_early(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(
-        OutputError, match=rf"^cannot write {tmp_path}/out: it is a file, not a folder$"
-    ) as caught:
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/out: it is a file, not a folder$") as caught:
         LocalStorage(tmp_path / "out").check(["a.mp4"])
     assert caught.value.param == "output_path"
     with pytest.raises(OutputError, match=r"out/below: Not a directory$"):
