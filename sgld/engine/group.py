@@ -311,7 +311,7 @@ class _Call:
             raise self._lost(rank) from None
 
     def _lost(self, rank: _Rank) -> _GroupLost:
-        return _GroupLost(WorkerDied(f"{rank.died()} during the job; the workers restart"))
+        return _GroupLost(WorkerDied(f"{rank.died()} during the job"))
 
     def _out_of_patience(self) -> _GroupLost:
         silent = ", ".join(str(rank.number) for rank in self._pending.values())
@@ -320,7 +320,7 @@ class _Call:
                 if isinstance(self._command, Load):
                     return _GroupLost(self._error(answer))
                 reason = f"worker {number} failed alone ({answer.message}) and worker {silent} could not go on"
-                return _GroupLost(WorkerDied(f"{reason}; the workers restart"))
+                return _GroupLost(WorkerDied(reason))
         return _GroupLost(CancelledError(f"cancelled; worker {silent} did not stop in time and was killed"))
 
     def _error(self, failed: Failed) -> SgldError:

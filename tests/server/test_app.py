@@ -62,7 +62,7 @@ async def test_before_the_model_is_loaded(client: Client) -> None:
 
 @pytest.mark.parametrize("warmup", ["server", "off"])
 async def test_the_warm_up_is_a_generation_of_the_model(client: Client, warmup: str) -> None:
-    """The failing family cannot read the warm-up's prompt, so with a warm-up the load fails, and without it does not."""
+    """The failing family cannot read the warm-up's prompt: with a warm-up the load fails, without it does not."""
     service = client.app[SERVICE]
     service.settings = attrs.evolve(service.settings, warmup=warmup)
     if warmup == "off":
