@@ -207,7 +207,7 @@ class WanDecoder(nn.Module):
         self.post_quant_conv = CausalConv3d(c.z_dim, c.z_dim, 1, 1)
         self.decoder = Decoder(c)
 
-    def forward(self, z: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def forward(self, z: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """`pulse` is called before each chunk."""
         past: Past = {}
         pixels = z[0, 0].numel() * self.config.scale_factor_spatial**2 * self.config.scale_factor_temporal
@@ -281,7 +281,7 @@ class Vae:
         """Whether a tile is smaller than the picture."""
         return z.shape[2] > t.height // self.spatial or z.shape[3] > t.width // self.spatial
 
-    def in_tiles(self, z: Tensor, t: Tiling, pulse: Callable[[], None]) -> Tensor:
+    def in_tiles(self, z: Tensor, t: Tiling, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """Tile by tile, each faded into the ones above and to the left."""
         s = self.spatial
         H, W = z.shape[2:]

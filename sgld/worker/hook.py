@@ -22,7 +22,7 @@ class Stopped(Exception):
 class Hook:
     """One generation's line to the executor. The same calls are made on every rank; rank 0 talks."""
 
-    def __init__(self, job_id: str, mesh: Mesh, connection: Connection, synchronize: Callable[[], None]):
+    def __init__(self, job_id: str, mesh: Mesh, connection: Connection, synchronize: Callable[[], None] = lambda: None):
         self.job_id = job_id
         self.stages_ms: dict[str, float] = {}
         self.steps_ms: list[float] = []

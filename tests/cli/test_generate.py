@@ -83,7 +83,7 @@ def test_several_prompts_are_one_load_and_an_image_is_one_frame(tmp_path: Path) 
     ]  # fmt: skip
     assert files(tmp_path) == ["one_0.png", "one_1.png", "prompts.txt"]
     frames, _ = media.decode(tmp_path / "one_1.png")
-    assert frames.shape == (1, 64, 64, 3)
+    assert frames.shape == (1, 96, 96, 3)
 
 
 def test_raw_frames_and_a_reader_that_has_gone(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_raw_frames_and_a_reader_that_has_gone(tmp_path: Path) -> None:
     assert files(tmp_path) == ["x.mp4_0.npy", "x.mp4_1.npy"]
     for name in files(tmp_path):
         frames = np.load(tmp_path / name)
-        assert (frames.shape, frames.dtype) == ((5, 64, 64, 3), np.uint8)
+        assert (frames.shape, frames.dtype) == ((5, 96, 96, 3), np.uint8)
 
 
 def test_closed_standard_streams_do_no_harm(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def broken(folder: Path, kind: str) -> None:
             None,
             ["--height", "60"],
             2,
-            r"^error: --height: 60 is not a multiple of \d+; the nearest valid size is 64x64",
+            r"^error: --height: 60 is not a multiple of \d+; the nearest valid size is 96x72",
         ),
     ],
     ids=["truncated", "no-model", "no-folder", "size"],
