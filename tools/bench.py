@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sgld import __version__
-from sgld.config import Settings
+from sgld.config import Settings, set_default_environment
 from sgld.engine.engine import Engine
 from sgld.engine.hub import resolve_model
 from sgld.messages import Event
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7, help="counted runs of each (default: 7)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
+    set_default_environment(OMP_WAIT_POLICY="passive")  # as the ranks do, so that both sides of a ratio wait alike
     figures: Figures = {}
     for name in options.names or BENCHES:
         figures |= asyncio.run(BENCHES[name](options.repeat))
