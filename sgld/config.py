@@ -216,7 +216,40 @@ class Settings:
         aliases=("warmup_mode",),
     )
 
+    api_key: str | None = knob(
+        None, "key that clients must send; it may do everything", group=SERVER, serve_only=True, secret=True,
+        env="SGLANG_API_KEY",
+    )  # fmt: skip
+    api_key_file: str | None = knob(
+        None, "YAML file of keys: a name for each, its key and its tier (user or admin)", group=SERVER, serve_only=True
+    )
+    allow_unauthenticated: bool = knob(
+        False, "listen beyond this machine without any key", group=SERVER, serve_only=True
+    )
+    max_queue: int = knob(
+        64, "jobs that may wait; one more is refused with 429", group=SERVER, serve_only=True, min=1, max=100_000
+    )
+    job_ttl: int = knob(
+        604_800, "seconds until a finished job, its files and its uploads are removed; 0 keeps them", group=SERVER,
+        serve_only=True, min=0,
+    )  # fmt: skip
+    ephemeral: bool = knob(
+        False, "keep no journal: jobs are forgotten when the server stops", group=SERVER, serve_only=True
+    )
+    shutdown_timeout: int = knob(
+        30, "seconds that SIGTERM leaves to the running job before it goes back to the journal", group=SERVER,
+        serve_only=True, min=0, aliases=("http_graceful_shutdown_timeout",),
+    )  # fmt: skip
+    max_request_mb: int = knob(
+        64, "largest request body, uploads included, in MiB", group=SERVER, serve_only=True, min=1, max=4096
+    )
+    allow_private_urls: bool = knob(
+        False, "let requests and webhooks name addresses of private networks", group=SERVER, serve_only=True
+    )
+    enable_metrics: bool = knob(True, "Prometheus metrics at /metrics", group=SERVER, serve_only=True)
+
     output_path: str = knob("outputs", "folder of the results", group=STORAGE)
+    input_save_path: str = knob("inputs/uploads", "folder of uploaded pictures", group=STORAGE, serve_only=True)
     cloud_storage_type: str | None = knob(
         None,
         "object storage for results",
@@ -261,6 +294,9 @@ class Settings:
         "least level that is logged; debug adds tracebacks",
         group=LOGGING,
         choices=("debug", "info", "warning", "error"),
+    )
+    log_format: str = knob(
+        "text", "lines for people, or one JSON object a line", group=LOGGING, choices=("text", "json")
     )
 
 

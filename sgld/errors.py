@@ -4,7 +4,11 @@ SgldError                      500 internal_error      exit 1
 |- BadRequest                  400 invalid_value       exit 2
 |  |- UnknownField             400 unknown_parameter
 |  `- NotBuilt                 400 not_supported
+|- Unauthorized                401 invalid_api_key
+|- Forbidden                   403 forbidden
 |- NotFound                    404 not_found
+|- TooLarge                    413 too_large           exit 2
+|- QueueFull                   429 queue_full
 |- ModelError                  500 model_error         exit 1
 |- OutputError                 500 output_error        exit 1
 |- OutOfMemory                 500 out_of_memory       exit 1
@@ -56,11 +60,44 @@ class NotBuilt(BadRequest):
     code = "not_supported"
 
 
+class Unauthorized(SgldError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(SgldError):
+    """A key that may not do this."""
+
+    status = 403
+    code = "forbidden"
+
+
 class NotFound(SgldError):
     """No such model, job or file."""
 
     status = 404
     code = "not_found"
+
+
+class TooLarge(SgldError):
+    """More bytes or pixels than the server takes, or more memory than it has."""
+
+    status = 413
+    code = "too_large"
+    exit_code = 2
+
+
+class QueueFull(SgldError):
+    """Too many jobs wait; the client may try again after `retry_after` seconds."""
+
+    status = 429
+    code = "queue_full"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: int = 5):
+        super().__init__(message, param)
+        self.retry_after = retry_after
 
 
 class ModelError(SgldError):

@@ -11,10 +11,7 @@ Stages, each reading what the ones before it wrote to the work folder; `vae` and
     assemble     the WanPipeline folder in bf16, `<workdir>/final`
 
 Budgets are in steps, and every batch is drawn from (seed, stage, step, worker), so that a seed and a number of threads
-reproduce a run. The model in `sgld/demo` had these steps in all, but in pieces: the autoencoder's cosine was cut from
-4,500 to 3,500 steps on the way; the transformer's first 1,500 steps ran on latents not yet compressed, and its last
-1,300 started from those weights, converted by hand. So this script does not give those very weights; one uninterrupted
-run of it, which nobody has made yet, is the way to better ones.
+reproduce a run.
 """
 
 import argparse
@@ -38,10 +35,10 @@ class Budget:
     """Steps of each training stage, and scenes in the bank."""
 
     text: int = 1500
-    vae: int = 3500
-    clips: int = 2560
-    images: int = 2560
-    transformer: int = 2800
+    vae: int = 2800
+    clips: int = 3840
+    images: int = 5120
+    transformer: int = 4200
 
 
 def run_stage(stage: str, budget: Budget, workdir: Path, seed: int, threads: int) -> None:

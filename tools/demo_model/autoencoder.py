@@ -46,7 +46,7 @@ class Mix:
     crop: int | None
 
 
-SHORT_STEPS = 2500
+SHORT_STEPS = 2000
 """Steps on mostly single frames and short clips; the rest go to long clips, whose later frames drift at first."""
 SHORT_MIXES = (
     Mix(0.40, 12, 1, 48),

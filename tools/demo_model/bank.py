@@ -1,7 +1,8 @@
 """Stage `bank`: encodes rendered clips and images once, for the transformer to train on."""
 
 import json
-from dataclasses import asdict
+import random
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .autoencoder import SIZE, channels_last
 from .compress import compress_bank
 from .runs import Run
-from .scenes import FULL_LENGTH, Scene, render_batch, sample_scene
+from .scenes import FULL_LENGTH, SHAPES, Scene, render_batch, sample_scene
 
 CHUNK = 8
 
@@ -23,15 +24,27 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     return latents
 
 
+def draw_twins(rng: random.Random, frames: int, image: bool) -> tuple[list[Scene], Tensor]:
+    """Two scenes that differ in nothing but the shape, and their pictures [2, 3, T, H, W]."""
+    scene = sample_scene(rng, image=image)
+    others = [replace(scene, shape=shape) for shape in SHAPES if shape != scene.shape]
+    scenes = [scene, rng.choice([other for other in others if not other.held_out])]
+    state, pictures = rng.getstate(), []
+    for twin in scenes:
+        rng.setstate(state)
+        pictures.append(torch.from_numpy(render_batch([twin], frames, SIZE, rng)))
+    return scenes, torch.cat(pictures)
+
+
 def encode_scenes(run: Run, vae: AutoencoderKLWan, count: int, image: bool) -> tuple[list[Scene], Tensor]:
-    """This worker's share of `count` scenes and their latents."""
-    scenes, latents, name = [], [], "images" if image else "clips"
+    """This worker's share of `count` scenes, twin beside twin, and their latents."""
+    scenes: list[Scene] = []
+    latents, name = [], "images" if image else "clips"
     for chunk in range(count // CHUNK // run.workers):
         rng = run.own_rng(f"bank-{name}", chunk)
-        batch = [sample_scene(rng, image=image) for _ in range(CHUNK)]
-        pixels = torch.from_numpy(render_batch(batch, 1 if image else FULL_LENGTH, SIZE, rng))
-        latents.append(encode(vae, pixels))
-        scenes += batch
+        twins = [draw_twins(rng, 1 if image else FULL_LENGTH, image) for _ in range(CHUNK // 2)]
+        latents.append(encode(vae, torch.cat([pictures for _, pictures in twins])))
+        scenes += [scene for pair, _ in twins for scene in pair]
         if chunk % 32 == 31:
             run.log(f"bank {name} {len(scenes) * run.workers}")
     return scenes, torch.cat(latents)
