@@ -1,4 +1,4 @@
-# docker build -t sgld . && docker run --rm -p 30010:30010 sgld
+# docker build -t sgld . && docker run --rm -p 30010:30010 -e SGLANG_API_KEY="$KEY" sgld
 FROM python:3.11-slim
 WORKDIR /opt/sgld
 COPY pyproject.toml constraints.txt README.md LICENSE ./

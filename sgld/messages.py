@@ -44,10 +44,11 @@ class Load:
 
 @attrs.frozen
 class Generate:
-    """Make one output: `params` holds one prompt and one seed."""
+    """Make one output: `params` holds one prompt and one seed. At most `previews` pictures are sent on the way."""
 
     job_id: str
     params: SamplingParams
+    previews: int = 0
 
 
 @attrs.frozen
@@ -84,6 +85,17 @@ class Note:
 
 
 @attrs.frozen
+class Preview:
+    """Preview `index` (from 0) of an output: what the clean latents were thought to be after `step` of `total`."""
+
+    job_id: str
+    index: int
+    step: int
+    total: int
+    frames: SharedFrames  # [1, H, W, 3]
+
+
+@attrs.frozen
 class Done:
     """The command succeeded; rank 0 carries its value."""
 
@@ -107,7 +119,7 @@ class Cancelled:
     where: str
 
 
-Event = Progress | Note
+Event = Progress | Note | Preview
 Terminal = Done | Failed | Cancelled
 
 
@@ -171,3 +183,17 @@ class SharedFrames:
     def __del__(self) -> None:
         if self._fd is not None:
             os.close(self._fd)  # the mapping lives on until the last view of the array is gone
+
+
+def frames_of(message: object) -> SharedFrames | None:
+    """The frames whose descriptor follows that message."""
+    if isinstance(message, Preview):
+        return message.frames
+    return message.value.frames if isinstance(message, Done) and isinstance(message.value, Media) else None
+
+
+def send(connection: Connection, message: Event | Terminal) -> None:
+    """Send a message, and the descriptor of its frames where it has any. Raises OSError when the parent has gone."""
+    connection.send(message)
+    if (frames := frames_of(message)) is not None:
+        frames.send(connection)

@@ -20,6 +20,7 @@ from sgld.params import SamplingParams
 
 if TYPE_CHECKING:
     from sgld.engine.engine import Engine
+    from sgld.server.auth import Keys
 
 DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a config file become defaults of requests."
 
@@ -40,9 +41,13 @@ def run(words: list[str]) -> int:
         if parsed.print_config:
             sys.stdout.write(show.merged(layer, settings, [Settings, SamplingParams]))
             return 0
-        log.set_up(settings.log_level)
+        log.set_up(settings.log_level, settings.log_format)
         refuse_unbuilt(settings, checked, spell=layer.spell)
-        return asyncio.run(_serve(settings, sampling))
+        from sgld.server.auth import check_exposure, load_keys
+
+        keys = load_keys(settings)
+        check_exposure(settings, keys)
+        return asyncio.run(_serve(settings, sampling, keys))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,14 +64,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise SgldError(f"{param}: cannot listen on {host}:{port}: {reason}", param) from None
 
 
-async def _serve(settings: Settings, sampling: dict[str, Any]) -> int:
+async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> int:
     from aiohttp import web
 
     from sgld.server.app import load, make_app
     from sgld.server.state import SERVICE
 
     listener = listen(settings.host, settings.port)
-    app = make_app(settings, sampling)
+    app = make_app(settings, sampling, keys=keys)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
     await runner.setup()
     stopping = asyncio.Event()
@@ -75,7 +80,9 @@ async def _serve(settings: Settings, sampling: dict[str, Any]) -> int:
     try:
         await web.SockSite(runner, listener).start()
         logging.getLogger("sgld").info("listening on http://%s:%d", *listener.getsockname()[:2])
-        await _until_stopped(asyncio.create_task(load(app[SERVICE])), stopping, app[SERVICE].engine)
+        service = app[SERVICE]
+        await _until_stopped(asyncio.create_task(load(service)), stopping, service.engine)
+        await service.jobs.drain(settings.shutdown_timeout)
     finally:
         await runner.cleanup()
     return 0

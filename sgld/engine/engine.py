@@ -59,8 +59,11 @@ class Engine:
         self._become_ready()
         return info
 
-    async def generate(self, job_id: str, params: SamplingParams, emit: Emit) -> Media:
+    async def generate(self, job_id: str, params: SamplingParams, emit: Emit, previews: int = 0) -> Media:
         """Make one output. Jobs run in the order of their calls, one at a time.
+
+        `emit` is called on the loop with every event; `Preview` is among them at most `previews` times, and at most
+        once for each step before the last.
 
         Raises:
             errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
@@ -68,7 +71,7 @@ class Engine:
         """
         async with self._turn:  # a queued job holds no descriptor
             token = CancelToken()
-            command = Generate(job_id, params)
+            command = Generate(job_id, params, previews)
             future = self._submit(self.group.run, command, self._on_loop(emit), token)
             future.add_done_callback(lambda _: token.close())
             try:

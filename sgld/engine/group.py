@@ -36,11 +36,12 @@ from sgld.messages import (
     Failed,
     Generate,
     Load,
-    Media,
     Progress,
     Seat,
+    SharedFrames,
     Stop,
     Terminal,
+    frames_of,
 )
 from sgld.params import ModelInfo
 
@@ -276,8 +277,8 @@ class _Call:
             message = rank.connection.recv()
         except (EOFError, OSError):
             raise self._lost(rank) from None
-        if isinstance(message, Done) and isinstance(message.value, Media):
-            self._attach(message.value, rank)
+        if (frames := frames_of(message)) is not None:
+            self._attach(frames, rank)
         if isinstance(message, Terminal):
             self._answers[rank.number] = message
             del self._pending[rank.connection]
@@ -289,9 +290,9 @@ class _Call:
             self._last_step_s, self._step_started = now - self._step_started, now
         self._emit(message)
 
-    def _attach(self, media: Media, rank: _Rank) -> None:
+    def _attach(self, frames: SharedFrames, rank: _Rank) -> None:
         try:
-            media.frames.receive(rank.connection)
+            frames.receive(rank.connection)
         except (EOFError, OSError):
             raise self._lost(rank) from None
 

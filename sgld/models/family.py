@@ -46,5 +46,9 @@ class Family(ABC):
         """The guidance scale that holds at time `t`."""
 
     @abstractmethod
+    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+        """One frame of an estimate of the clean latents, the first: u8 [1, H, W, 3], else as `decode`."""
+
+    @abstractmethod
     def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         """Latents to frames: u8 [N, H, W, 3] on the CPU; ranks other than 0 may answer with none."""

@@ -319,6 +319,9 @@ class Wan(Family):
             return params.guidance_scale
         return params.guidance_scale_2
 
+    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+        return self.decode(x0[:, :, :1], pulse)  # the decoder is causal: the first latent frame is the first frame
+
     def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         if self._mesh.rank:
             return torch.empty(0, 0, 0, 3, dtype=torch.uint8)

@@ -1,9 +1,12 @@
-"""The aiohttp application: routes, and the engine's life around them."""
+"""The aiohttp application: routes, and what lives and dies with it."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import tempfile
 import time
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,40 +17,82 @@ from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.messages import Event, Progress
 from sgld.params import resolve
-from sgld.server import images, info, videos
+from sgld.server import images, info, metrics, videos, webhooks
+from sgld.server.auth import KEYS, Keys, authenticate, load_keys
 from sgld.server.errors import answer_errors
-from sgld.server.jobs import JobStore
+from sgld.server.fetch import Fetcher
+from sgld.server.journal import Journal
+from sgld.server.metrics import METRICS, Metrics
+from sgld.server.outputs import Outputs
 from sgld.server.state import SERVICE, Service
+from sgld.server.store import JobStore
+from sgld.server.webhooks import WEBHOOKS, Webhooks
 
 log = logging.getLogger(__name__)
-MAX_BODY_BYTES = 64 * 2**20
 WARMUP_PROMPT = "warm-up"
+JOURNAL = Path(".sgld") / "journal.db"
 
 
 def make_app(
-    settings: Settings, sampling: dict[str, Any] | None = None, engine: Engine | None = None
+    settings: Settings,
+    sampling: dict[str, Any] | None = None,
+    engine: Engine | None = None,
+    keys: Keys | None = None,
 ) -> web.Application:
     """The application for these settings; `sampling` are the operator's defaults for requests."""
-    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(
+        middlewares=[metrics.count_requests, answer_errors, authenticate],
+        client_max_size=settings.max_request_mb * 2**20,
+    )
     engine = engine or Engine(settings)
-    jobs = JobStore(engine, Path(settings.output_path).expanduser())
-    app[SERVICE] = Service(settings, sampling or {}, engine, jobs, int(time.time()))
-    for module in (info, images, videos):
+    fetcher = Fetcher(settings.allow_private_urls)
+    app[KEYS], app[METRICS] = keys if keys is not None else load_keys(settings), Metrics()
+    app[WEBHOOKS] = Webhooks(fetcher)
+    model = settings.served_model_name or settings.model_path
+    jobs = JobStore(engine, Outputs(_output_folder(settings), model), settings, app[METRICS], app[WEBHOOKS])
+    app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
+    app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
+    for module in (info, images, videos, webhooks):
         app.add_routes(module.routes)
+    if settings.enable_metrics:
+        app.add_routes(metrics.routes)
+    app.on_response_prepare.append(_name_request)
     app.cleanup_ctx.append(_running)
     return app
 
 
+def _output_folder(settings: Settings) -> Path:
+    """The folder of results. With `output_path` empty nothing stays: one that the system clears."""
+    if settings.output_path:
+        return Path(settings.output_path).expanduser()
+    return Path(tempfile.gettempdir()) / f"sgld-{uuid.uuid4().hex}"
+
+
 async def _running(app: web.Application) -> AsyncIterator[None]:
-    """Stop the jobs and the engine when the server ends."""
-    service = app[SERVICE]
-    async with service.engine:
+    """Open the journal, and at the end stop jobs, deliveries and workers in this order."""
+    service, hooks = app[SERVICE], app[WEBHOOKS]
+    keeps = bool(service.settings.output_path) and not service.settings.ephemeral
+    journal = await Journal.open(service.jobs.outputs.root / JOURNAL) if keeps else None
+    async with contextlib.AsyncExitStack() as stack:
+        if journal is not None:
+            stack.push_async_callback(journal.close)
+        stack.push_async_callback(service.fetcher.close)
+        hooks._journal = journal
+        await hooks.load()
+        stack.push_async_callback(hooks.close)
+        await stack.enter_async_context(service.engine)
+        await service.jobs.open(journal)
+        stack.push_async_callback(service.jobs.close)
         yield
-        await service.jobs.close()
+
+
+async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
+    """OpenAI's client shows this header in its errors."""
+    response.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
 
 
 async def load(service: Service) -> None:
-    """Load the model, and make one small output so that the first client does not wait for it."""
+    """Load the model, make one small output so that the first client does not wait for it, and begin with the jobs."""
     started = time.perf_counter()
     service.info = await service.engine.load(_log_progress)
     if service.settings.warmup == "server":
@@ -55,6 +100,7 @@ async def load(service: Service) -> None:
         params, _ = resolve({**service.sampling, **small}, service.info)
         await service.engine.generate("warmup", params, _log_progress)
     service.warm = True
+    service.jobs.start()
     log.info("%s is ready after %.1f s", service.model_id, time.perf_counter() - started)
 
 

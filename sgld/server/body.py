@@ -1,79 +1,151 @@
-"""Request bodies: JSON or multipart text in, sampling values and API fields out."""
+"""Request bodies: JSON or multipart in, sampling values, API fields and files out."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import attrs
 from aiohttp import web
 
 from sgld import config
-from sgld.convert import fields_of, knob, structure
+from sgld.convert import fields_of, structure
 from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 from sgld.params import SamplingParams
+from sgld.server.schema import OPENAI_QUALITIES
 
+T = TypeVar("T")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+_FORM_KEY = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
 _FIXED = {"save_output": True, "return_frames": False, "return_file_paths_only": True}  # over HTTP always so
-_OPENAI_QUALITY = ("auto", "standard")  # words of OpenAI's that ask for the default
+_EXTRAS = ("extra_body", "extra_json", "extra_params")
+_OPENAI_FORMATS = {"jpg": "jpeg"}
 
 
 @attrs.frozen
-class ImageFields:
-    """Fields of an image request beside `SamplingParams`."""
+class Upload:
+    """A file of a form."""
 
-    model: str | None = knob(None, "model id")
-    size: str | None = knob(None, "WIDTHxHEIGHT; empty or auto is the model's own")
-    data_type: str = knob("image", "what this route makes", choices=("image",))
-    response_format: str = knob("b64_json", "how the picture comes back", choices=("b64_json", "url"))
-    output_format: str = knob("png", "file format", choices=("png", "jpeg", "webp"))
-    user: str | None = knob(None, "end user, for your own records")
+    field: str
+    name: str
+    data: bytes = attrs.field(repr=False)
 
 
 @attrs.frozen
-class VideoFields:
-    """Fields of a video request beside `SamplingParams`."""
+class Body:
+    """What a request brought."""
 
-    model: str | None = knob(None, "model id")
-    size: str | None = knob(None, "WIDTHxHEIGHT; empty or auto is the model's own")
-    data_type: str = knob("video", "what this route makes", choices=("video",))
-    seconds: int | None = knob(None, "length; times fps, rounded to a length the model can make", min=1, max=3600)
-    user: str | None = knob(None, "end user, for your own records")
+    values: dict[str, Any]
+    files: list[Upload]
+
+    def digest(self) -> str:
+        """The same for the same request, however it was written."""
+        text = json.dumps(self.values, sort_keys=True, ensure_ascii=False)
+        files = [f"{file.field} {hashlib.sha256(file.data).hexdigest()}" for file in self.files]
+        return hashlib.sha256("\n".join([text, *files]).encode(errors="surrogatepass")).hexdigest()
 
 
-async def read_body(request: web.Request, fields: type) -> dict[str, Any]:
-    """The body as plain values; multipart text is read as its field's type.
+async def read_body(request: web.Request, fields: type, *, empty: bool = False) -> Body:
+    """The body as plain values and files; a form's text is read as its field's type.
 
     Raises:
-        BadRequest: neither a JSON object nor a form, or a file where none is taken.
+        BadRequest: neither a JSON object nor a form, or a field that stands twice.
+        TooLarge: through aiohttp, a body of more bytes than the server takes.
     """
     if request.content_type == "multipart/form-data":
-        form = await request.post()
-        for name in form:
-            if len(form.getall(name)) > 1:
-                raise BadRequest(f"{name}: given {len(form.getall(name))} times; give it once", name)
-        return {name: _form_value(name, value, fields) for name, value in form.items()}
+        values, files = await _read_form(request, fields)
+    else:
+        values, files = await _read_json(request, empty), []
+    return Body(_merge_extras(values), files)
+
+
+async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
+    text = await request.read()
+    if empty and not text:
+        return {}
     try:
-        body = await anyio.to_thread.run_sync(json.loads, await request.read())
+        values = await anyio.to_thread.run_sync(json.loads, text)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
+    if not isinstance(values, dict):
         raise BadRequest("the body must be a JSON object")
-    return body
+    return values
 
 
-def _form_value(name: str, value: str | web.FileField | bytes | bytearray, fields: type) -> Any:
-    if not isinstance(value, str):
-        raise NotBuilt(f"{name}: file input is not built yet in this version of sgld", name)
-    known = fields_of(fields).get(name) or fields_of(SamplingParams).get(name)
-    return config.from_text(value, known.type) if known else value
+async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any], list[Upload]]:
+    try:
+        form = await request.post()
+    except ValueError as error:
+        raise BadRequest(f"the body is not a valid form: {error}") from None
+    values: dict[str, Any] = {}
+    files: list[Upload] = []
+    for key, value in form.items():
+        if isinstance(value, web.FileField):
+            data = await anyio.to_thread.run_sync(value.file.read)
+            files.append(Upload(key.removesuffix("[]"), value.filename, data))
+        elif isinstance(value, str):
+            _place(values, key, value, fields)
+        else:
+            raise BadRequest(f"{key}: it is neither text nor a file", key)
+    return values, files
 
 
-def split(body: Mapping[str, Any], cls: type[Any]) -> tuple[Any, dict[str, Any]]:
-    """API fields as `cls`, and the sampling values that were given.
+def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
+    """Put `a`, `a[]`, `a[b]` or `a[b][c][]` where it belongs."""
+    match = _FORM_KEY.fullmatch(key)
+    if match is None:
+        raise BadRequest(f"{key}: it is not a field name such as a, a[] or a[b]", key)
+    name, *steps = [match[1], *re.findall(r"\[([^\[\]]*)\]", match[2])]
+    value = _form_value(name, text, fields)
+    target: Any = values
+    for step in steps:
+        target = target.setdefault(name, [] if step == "" else {}) if isinstance(target, dict) else None
+        name = step
+        if not isinstance(target, dict if step else list):
+            raise BadRequest(f"{key}: it contradicts another field of that name", key)
+    if isinstance(target, list):
+        target.append(value)
+    elif name in target:
+        raise BadRequest(f"{key}: given several times; give it once, or as {key}[]", key)
+    else:
+        target[name] = value
+
+
+def _form_value(name: str, text: str, fields: type) -> Any:
+    known = fields_of(fields).get(name) or fields_of(SamplingParams).get(config.ALIASES.get(name, name))
+    if known is None:
+        return text
+    if "dict" in str(known.type) and text.lstrip().startswith("{"):
+        return _json_text(name, text)
+    return config.from_text(text, known.type)
+
+
+def _json_text(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{name}: it is not valid JSON: {error}", name) from None
+
+
+def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
+    """The client libraries' `extra_body`, in case one sends it as it stands; the top level wins."""
+    merged: dict[str, Any] = {}
+    for name in _EXTRAS:
+        extra = values.pop(name, None)
+        if isinstance(extra, str):
+            extra = _json_text(name, extra)
+        if extra is not None and not isinstance(extra, dict):
+            raise BadRequest(f"{name}: {extra!r} is not an object", name)
+        merged |= extra or {}
+    return merged | values
+
+
+def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], list[str]]:
+    """API fields as `cls`, the sampling values that were given, and warnings.
 
     Raises:
         UnknownField: a parameter neither knows, with the nearest one.
@@ -95,14 +167,18 @@ def split(body: Mapping[str, Any], cls: type[Any]) -> tuple[Any, dict[str, Any]]
             raise NotBuilt(f"{key}: the server decides it, not a request", key)
         else:
             raise UnknownField(f"unknown parameter {key!r}{nearest(key, [*own, *shared, *config.ALIASES])}", key)
-    if isinstance(seconds := api.get("seconds"), str):  # OpenAI writes it as text
-        api["seconds"] = config.from_text(seconds, int)
+    _respell(api)
     fields = structure(api, cls)
-    size = _size(fields.size)
-    for name in size:
-        if sampling.get(name) not in (None, size[name]):
-            raise BadRequest(f"size: {fields.size!r} contradicts {name} {sampling[name]}; give one of them", "size")
-    return fields, {**sampling, **size, **_quality(sampling)}
+    sampling |= _size(api.get("size"), sampling)
+    return fields, *_quality(sampling, fields)
+
+
+def _respell(api: dict[str, Any]) -> None:
+    """OpenAI writes seconds as text; and jpg is jpeg."""
+    if isinstance(seconds := api.get("seconds"), str):
+        api["seconds"] = config.from_text(seconds, int)
+    if isinstance(format := api.get("output_format"), str):
+        api["output_format"] = _OPENAI_FORMATS.get(format, format)
 
 
 def _check_fixed(key: str, value: Any) -> None:
@@ -112,17 +188,30 @@ def _check_fixed(key: str, value: Any) -> None:
         raise NotBuilt(f"{key}: {value!r} is not possible over HTTP, where it is always {fixed}", key)
 
 
-def _size(size: str | None) -> dict[str, int]:
+def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
     if size in (None, "", "auto"):
         return {}
     match = _SIZE.fullmatch(size or "")
     if match is None:
         raise BadRequest(f"size: {size!r} must be WIDTHxHEIGHT, such as 640x480, or auto", "size")
-    return {"width": int(match[1]), "height": int(match[2])}
+    sides = {"width": int(match[1]), "height": int(match[2])}
+    for name, side in sides.items():
+        if sampling.get(name) not in (None, side):
+            raise BadRequest(f"size: {size!r} contradicts {name} {sampling[name]}; give one of them", "size")
+    return sides
 
 
-def _quality(sampling: Mapping[str, Any]) -> dict[str, None]:
-    return {"quality": None} if sampling.get("quality") in _OPENAI_QUALITY else {}
+def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], list[str]]:
+    """OpenAI's words that nothing here answers to: taken, and told in a warning."""
+    warnings = []
+    if (word := sampling.get("quality")) in OPENAI_QUALITIES:
+        sampling = {**sampling, "quality": None}
+        if word not in ("auto", "standard"):
+            warnings.append(f"quality: {word!r} changes nothing: every picture is made at the model's full quality")
+    for name in ("style", "input_fidelity"):
+        if getattr(fields, name, None) is not None:
+            warnings.append(f"{name}: {getattr(fields, name)!r} changes nothing: no model here has a use for it")
+    return sampling, warnings
 
 
 def require_prompt(sampling: Mapping[str, Any]) -> None:
@@ -130,3 +219,8 @@ def require_prompt(sampling: Mapping[str, Any]) -> None:
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRequest(f"prompt: {prompt!r} is not a text that says what to show", "prompt")
+
+
+def take(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Remove fields from a body's values and return them."""
+    return {name: values.pop(name) for name in names if name in values}

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from sgld.errors import NotReady, SgldError
+from sgld.errors import NotReady, QueueFull, SgldError, Unauthorized
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -20,11 +20,19 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
 
 
+def error_of(error: SgldError) -> dict[str, object]:
+    """The JSON of a typed error."""
+    return error_body(error.status, error.code, error.message, error.param)
+
+
 def error_response(error: SgldError) -> web.Response:
     """One error with its status; `Retry-After` where it will pass by itself."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, NotReady) else {}
-    body = error_body(error.status, error.code, error.message, error.param)
-    return web.json_response(body, status=error.status, headers=headers)
+    headers = {}
+    if isinstance(error, NotReady | QueueFull):
+        headers["Retry-After"] = str(error.retry_after if isinstance(error, QueueFull) else RETRY_AFTER_S)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.json_response(error_of(error), status=error.status, headers=headers)
 
 
 @web.middleware

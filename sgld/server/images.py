@@ -1,32 +1,84 @@
-"""`POST /v1/images/generations`: pictures as base64 in the answer."""
+"""`/v1/images`: pictures, as base64 or as addresses, at once or streamed with previews."""
 
 from __future__ import annotations
 
 import base64
 import json
+import time
+from typing import Any
 
 import anyio.to_thread
 from aiohttp import web
+from aiohttp_sse import sse_response
 
 from sgld import media
-from sgld.errors import BadRequest, NotBuilt
-from sgld.messages import Media
-from sgld.params import SamplingParams
-from sgld.server.body import ImageFields, read_body, require_prompt, split
-from sgld.server.jobs import Job
-from sgld.server.state import SERVICE
+from sgld.errors import BadRequest, NotFound
+from sgld.server import pictures
+from sgld.server.auth import IDENTITY
+from sgld.server.body import read_body, require_prompt, split
+from sgld.server.errors import error_of
+from sgld.server.jobs import Artifact, Job
+from sgld.server.schema import EditFields, ImageFields, Images, InputTokensDetails, Picture, Usage, body
+from sgld.server.state import SERVICE, Service
+from sgld.server.urls import absolute
 
 routes = web.RouteTableDef()
+KEEP_ALIVE_S = 10.0
+PICTURE_FIELDS = ("image", "url", "mask")
 
 
 @routes.post("/v1/images/generations")
-async def generate(request: web.Request) -> web.Response:
+async def generate(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures; the answer waits for them. A client that goes away cancels the job."""
+    return await _make(request, ImageFields, "image_generation")
+
+
+@routes.post("/v1/images/edits")
+async def edit(request: web.Request) -> web.StreamResponse:
+    """Make `n` pictures from pictures and a prompt."""
+    return await _make(request, EditFields, "image_edit")
+
+
+@routes.post("/v1/images/variations")
+async def vary(request: web.Request) -> web.StreamResponse:
+    """Make `n` pictures from one picture."""
+    return await _make(request, EditFields, "image_edit", prompted=False)
+
+
+@routes.get("/v1/images/{id}/content")
+async def content(request: web.Request) -> web.StreamResponse:
+    """The file of one output; `variant` is its number."""
     service = request.app[SERVICE]
-    fields, sampling = split(await read_body(request, ImageFields), ImageFields)
-    _check(fields, sampling)
+    job = service.jobs.get("image", request.match_info["id"], request[IDENTITY])
+    return web.FileResponse(service.jobs.outputs.root / artifact_of(job, request.query.get("variant", "0")).name)
+
+
+def artifact_of(job: Job, variant: str) -> Artifact:
+    """An output by its number. Raises NotFound."""
+    if job.status != "completed":
+        reason = job.error.message if job.error is not None else f"it is {job.status}, {job.progress} %"
+        raise NotFound(f"{job.kind} {job.id!r} has no content: {reason}", "id")
+    numbers = [str(i) for i in range(len(job.artifacts))]
+    if variant not in numbers:
+        raise NotFound(f"variant: {variant!r} is not one of {', '.join(numbers)}", "variant")
+    return job.artifacts[int(variant)]
+
+
+async def _make(
+    request: web.Request, cls: type[ImageFields], event: str, *, prompted: bool = True
+) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    content = await read_body(request, cls)
+    sources = pictures.find_sources(content, PICTURE_FIELDS if cls is EditFields else ())
+    fields, sampling, notes = split(content.values, cls)
+    if prompted:
+        require_prompt(sampling)
+    if cls is EditFields and not sources:
+        raise BadRequest("image: a picture is needed: a file, or an http(s) or data: URL in url", "image")
     service.check_model(fields.model)
-    params, notes = service.params({**sampling, "num_frames": 1})
+    _check(fields, sampling)
+    pictures.refuse(sources, service.model_id)
+    params, more = service.params({**sampling, "num_frames": 1})
     media.check_encodable(
         fields.output_format,
         num_frames=1,
@@ -35,43 +87,95 @@ async def generate(request: web.Request) -> web.Response:
         fps=params.fps,
         metadata=media.describe(params, service.model_id),
     )
-    pictures: list[str] = []
-
-    async def finish(_: Job, each: SamplingParams, result: Media) -> None:
-        picture = await anyio.to_thread.run_sync(_encode, each, result, fields.output_format, service.model_id)
-        pictures.append(picture)
-
-    job = service.jobs.submit("image", params, notes, finish)
-    try:
-        await service.jobs.result(job)
-    finally:
-        service.jobs.forget(job)
-    answer = {
-        "id": job.id,
-        "created": job.created_at,
-        "data": [{"b64_json": picture, "revised_prompt": params.prompt} for picture in pictures],
-        "output_format": fields.output_format,
-        "size": f"{params.width}x{params.height}",
-        "seeds": job.seeds,
-        "warnings": job.notes,
-    }
-    text = await anyio.to_thread.run_sync(json.dumps, answer)  # megabytes of base64
-    return web.Response(text=text, content_type="application/json")
+    job = service.new_job(
+        request,
+        "image",
+        fields,
+        params,
+        content,
+        output_format=fields.output_format,
+        previews=fields.partial_images if fields.stream else 0,
+        notes=notes + more,
+    )
+    job = await service.jobs.submit(job)
+    async with service.jobs.attend(job):
+        if fields.stream:
+            return await _stream(request, job, fields, event)
+        await job.wait()
+        if job.error is not None:
+            raise job.error
+        return await _answer(request, job, fields)
 
 
 def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
-    require_prompt(sampling)
-    if fields.response_format == "url":
-        raise NotBuilt("response_format: url is not built yet in this version of sgld; b64_json is", "response_format")
     if sampling.get("num_frames") not in (None, 1):
         raise BadRequest(
             f"num_frames: {sampling['num_frames']!r} frames are a video; POST /v1/videos makes those", "num_frames"
         )
+    if fields.partial_images and not fields.stream:
+        raise BadRequest("partial_images: previews come in a stream; give stream true, or leave it out", "stream")
 
 
-def _encode(params: SamplingParams, result: Media, output_format: str, model: str) -> str:
-    quality = media.file_quality(output_format, params.output_quality, params.output_compression)
-    metadata = media.describe(params, model)
-    return base64.b64encode(
-        media.encode_image(result.frames.array[0], output_format, quality=quality, metadata=metadata)
-    ).decode()
+async def _answer(request: web.Request, job: Job, fields: ImageFields) -> web.Response:
+    answer = Images(
+        id=job.id,
+        created=int(job.created_at),
+        data=[await _picture(request, job, i, fields) for i in range(len(job.artifacts))],
+        background="opaque",
+        output_format=fields.output_format,
+        quality="high",
+        size=f"{job.params.width}x{job.params.height}",
+        seeds=job.seeds,
+        usage=usage(job),
+        warnings=job.notes,
+        inference_time_s=round((job.completed_at or time.time()) - (job.started_at or job.created_at), 3),
+    )
+    text = await anyio.to_thread.run_sync(lambda: json.dumps(body(answer)))  # megabytes of base64
+    return web.Response(text=text, content_type="application/json")
+
+
+async def _picture(request: web.Request, job: Job, index: int, fields: ImageFields) -> Picture:
+    if fields.response_format == "url":
+        return Picture(None, absolute(request, f"/v1/images/{job.id}/content?variant={index}"), job.params.prompt)
+    return Picture(await _base64(request.app[SERVICE], job, index), None, job.params.prompt)
+
+
+async def _base64(service: Service, job: Job, index: int) -> str:
+    data = await service.jobs.outputs.read(job.artifacts[index])
+    return (await anyio.to_thread.run_sync(base64.b64encode, data)).decode()
+
+
+def usage(job: Job) -> Usage:
+    """Tokens of the prompt for each output, and of the latents that were denoised."""
+    details = InputTokensDetails(text_tokens=job.prompt_tokens, image_tokens=0)
+    return Usage(job.prompt_tokens, details, job.output_tokens, job.prompt_tokens + job.output_tokens)
+
+
+async def _stream(request: web.Request, job: Job, fields: ImageFields, event: str) -> web.StreamResponse:
+    """Previews and pictures as OpenAI's client reads them; `[DONE]` ends the stream."""
+    common = {
+        "background": "opaque",
+        "created_at": int(job.created_at),
+        "output_format": fields.output_format,
+        "quality": "high",
+        "size": f"{job.params.width}x{job.params.height}",
+    }
+    async with sse_response(request, ping_interval=KEEP_ALIVE_S, allow_all_methods=True, sep="\n") as stream:
+
+        async def send(name: str, **own: Any) -> None:
+            data = {"type": f"{event}.{name}", **common, **own}
+            await stream.send(await anyio.to_thread.run_sync(json.dumps, data), event=f"{event}.{name}")
+
+        async for told in job.follow():
+            if told.name == "preview":
+                shown = {"partial_image_index": told.data["index"], "output_index": told.data["output"]}
+                await send("partial_image", b64_json=told.data["b64_json"], **shown)
+        if job.error is not None:
+            await stream.send(json.dumps(error_of(job.error)), event="error")
+        else:
+            for index in range(len(job.artifacts)):
+                picture = await _base64(request.app[SERVICE], job, index)
+                last = {"usage": body(usage(job)), "id": job.id, "seed": job.seeds[index], "output_index": index}
+                await send("completed", b64_json=picture, warnings=job.notes, **last)
+        await stream.send("[DONE]")
+    return stream

@@ -1,134 +1,188 @@
-"""Jobs: one for each image or video request, run one after the other by the engine. In memory only, for now."""
+"""A job: one image or video request, from the queue to its files, and the events that tell of it."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-import uuid
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import ClassVar
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
 
 import attrs
 
-from sgld.engine.engine import Engine
-from sgld.errors import Cancelled, NotFound, NotReady, SgldError
-from sgld.messages import Event, Media, Note, Progress
+from sgld.errors import SgldError, from_code
+from sgld.messages import Progress
 from sgld.params import SamplingParams
+from sgld.storage.local import indexed
 
-log = logging.getLogger(__name__)
-Finish = Callable[["Job", SamplingParams, Media], Awaitable[None]]
+ENDED = ("completed", "failed", "deleted")
+_LOG_EVENTS = 1000
+
+
+@attrs.frozen
+class Artifact:
+    """A result's file in the output folder."""
+
+    name: str
+    media_type: str
+    bytes: int
+    seed: int
+    frames: int
+
+
+@attrs.frozen
+class JobEvent:
+    """One line of a job's log; numbers rise by one."""
+
+    number: int
+    name: str  # queued, progress, preview, completed, failed or deleted
+    data: dict[str, Any]
 
 
 @attrs.define(eq=False)
 class Job:
-    """Mutable, and touched by the loop alone. `progress` never falls, and is 100 only with the result."""
+    """Mutable, and touched by the loop alone. Plain data, so that the journal can hold it, but for the log."""
 
     id: str
-    kind: str
-    params: SamplingParams
-    created_at: int = attrs.field(factory=lambda: int(time.time()))
-    status: str = "queued"  # queued, in_progress, completed or failed
-    progress: int = 0
-    completed_at: int | None = None
+    kind: str  # image or video
+    owner: str  # the name of the key that asked; "" where there are no keys
+    params: SamplingParams  # one seed for each output
+    output_format: str
+    cost: float  # pixels x frames x steps x outputs: what queue and estimates reckon with
+    model: str = ""
+    priority: str = "normal"
+    previews: int = 0
+    remixed_from: str | None = None
+    inputs: list[str] = attrs.field(factory=list)  # names of uploads
+    idempotency_key: str | None = None
+    digest: str = ""  # of the request that has the key
+    created_at: float = attrs.field(factory=time.time)
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    attempts: int = 0
+    status: str = "queued"
+    progress: int = 0  # percent; never falls, and is 100 only with the files
+    stage: str = "queued"
+    step: int = 0
+    total: int = 0
     error: SgldError | None = None
-    seeds: list[int] = attrs.field(factory=list)
-    paths: list[Path] = attrs.field(factory=list)
+    artifacts: list[Artifact] = attrs.field(factory=list)
     notes: list[str] = attrs.field(factory=list)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    # of this process only
+    settled: bool = False  # its end is decided: by the first of completion, failure and cancel
     task: asyncio.Task[None] | None = None
+    waiters: int = 0
+    _log: deque[JobEvent] = attrs.field(factory=lambda: deque(maxlen=_LOG_EVENTS))
+    _number: int = 0
+    _changed: asyncio.Event = attrs.field(factory=asyncio.Event)
+    _followers: int = 0
 
-    def finish(self, status: str, error: SgldError | None = None) -> None:
-        self.status, self.error = status, error
-        self.completed_at = int(time.time())
-        self.progress = 100 if status == "completed" else self.progress
+    VOLATILE: ClassVar = ("settled", "task", "waiters", "_log", "_number", "_changed", "_followers")
 
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
 
-class JobStore:
-    """Submits jobs to the engine and keeps them by id."""
+    @property
+    def number(self) -> int:
+        """Of its last event."""
+        return self._number
 
-    def __init__(self, engine: Engine, output_path: Path):
-        self._engine = engine
-        self._jobs: dict[str, Job] = {}
-        self.output_path = output_path
+    @property
+    def followed(self) -> bool:
+        """Whether somebody reads its events."""
+        return self._followers > 0
 
-    def submit(self, kind: str, params: SamplingParams, notes: list[str], finish: Finish) -> Job:
-        """Queue a job; `finish` turns each output into a result before the job says completed."""
-        if self._engine.state in ("new", "loading", "stopped"):
-            raise NotReady(f"the server is {self._engine.state}; try again soon")
-        job = Job(f"{kind}_{uuid.uuid4().hex}", kind, params, notes=notes)
-        self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._run(job, finish), name=job.id)
-        return job
+    @property
+    def seeds(self) -> list[int]:
+        assert isinstance(self.params.seed, list)
+        return self.params.seed
 
-    def get(self, kind: str, job_id: str) -> Job:
-        """The job of that id. Raises `NotFound`."""
-        job = self._jobs.get(job_id)
-        if job is None or job.kind != kind:
-            raise NotFound(f"no {kind} {job_id!r}", "id")
-        return job
+    def settle(self) -> bool:
+        """Decide its end: true for the first who asks, who then must end it."""
+        first, self.settled = not self.settled, True
+        return first
 
-    async def result(self, job: Job) -> None:
-        """Wait for the job; a caller that is cancelled (its client has gone) cancels it. Raises what it failed with."""
-        assert job.task is not None
+    def ending(self, error: SgldError | None, ttl: int) -> dict[str, Any]:
+        """What changes when it has completed, or failed with `error`; the journal hears of it first."""
+        now, status = time.time(), "failed" if error is not None else "completed"
+        changes = {"status": status, "stage": status, "error": error, "completed_at": now}
+        changes["expires_at"] = now + ttl if ttl else None
+        return changes if error is not None else changes | {"progress": 100}
+
+    def change(self, **changes: Any) -> None:
+        """Set several fields at once."""
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    # Events
+
+    def publish(self, name: str, data: dict[str, Any]) -> None:
+        """Add a line to the log and wake who follows it; after the end only the last line is kept."""
+        self._number += 1
+        if self.ended:
+            self._log.clear()
+        self._log.append(JobEvent(self._number, name, data))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def follow(self, after: int = 0) -> AsyncIterator[JobEvent]:
+        """Events with higher numbers than `after`, until and with the one of its end."""
+        self._followers += 1
         try:
-            await asyncio.shield(job.task)
-        except asyncio.CancelledError:
-            job.task.cancel()
-            raise
-        if job.error is not None:
-            raise job.error
+            while True:
+                changed = self._changed
+                for event in [event for event in self._log if event.number > after]:
+                    after = event.number
+                    yield event
+                if self.ended:
+                    return
+                await changed.wait()
+        finally:
+            self._followers -= 1
 
-    def forget(self, job: Job) -> None:
-        """Drop a job whose result has been handed over."""
-        self._jobs.pop(job.id, None)
+    async def wait(self) -> None:
+        """Until its end."""
+        while not self.ended:
+            await self._changed.wait()
 
-    async def close(self) -> None:
-        """Cancel what has not ended."""
-        tasks = [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+    # The journal
 
-    async def _run(self, job: Job, finish: Finish) -> None:
-        try:
-            await self._make(job, finish)
-        except asyncio.CancelledError:
-            job.finish("failed", Cancelled("cancelled"))
-            raise
-        except SgldError as error:
-            log.warning("%s failed: %s", job.id, error)
-            job.finish("failed", error)
-        except Exception:  # every job ends in one of its states
-            log.exception("%s failed", job.id)
-            job.finish("failed", SgldError("internal error; the server's log has the reason"))
-        else:
-            job.finish("completed")
+    def record(self, **changes: Any) -> dict[str, Any]:
+        """Everything that outlives the process, as JSON; with these changes."""
+        names = [field.name for field in attrs.fields(Job) if field.name not in self.VOLATILE]
+        record = {name: getattr(self, name) for name in names} | changes
+        error = record["error"]
+        return record | {
+            "params": attrs.asdict(record["params"]),
+            "artifacts": [attrs.asdict(artifact) for artifact in record["artifacts"]],
+            "error": [error.code, error.message, error.param] if error is not None else None,
+        }
 
-    async def _make(self, job: Job, finish: Finish) -> None:
-        outputs = job.params.outputs()
-        for index, params in enumerate(outputs):
-            media = await self._engine.generate(job.id, params, _Follower(job, index, len(outputs)))
-            await finish(job, params, media)
-            job.seeds.append(media.seed)
+    @classmethod
+    def restore(cls, record: dict[str, Any]) -> Job:
+        """A job as the journal holds it."""
+        own = {
+            "params": SamplingParams(**record["params"]),
+            "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],
+            "error": from_code(*record["error"]) if record["error"] else None,
+        }
+        return cls(**{**record, **own}, settled=record["status"] in ENDED)
 
+    # What a rank says
 
-class _Follower:
-    """Turns a rank's events into the job's status and percentage."""
+    SHARE: ClassVar = {"encode": (0, 5), "denoise": (5, 85), "decode": (90, 9)}  # of 100 percent: start, width
 
-    SHARE: ClassVar = {"encode": (0, 5), "denoise": (5, 85), "decode": (90, 9)}
+    def advance(self, event: Progress, index: int) -> None:
+        """Take a stage's step for output `index`."""
+        start, width = self.SHARE[event.stage]
+        percent = start + width * event.step / event.total
+        self.progress = max(self.progress, min(int((100 * index + percent) / len(self.seeds)), 99))
+        self.stage, self.step, self.total = event.stage, event.step, event.total
 
-    def __init__(self, job: Job, index: int, outputs: int):
-        self._job, self._index, self._outputs = job, index, outputs
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Note):
-            self._job.notes.append(event.text)
-        elif isinstance(event, Progress) and event.stage in self.SHARE:
-            start, width = self.SHARE[event.stage]
-            percent = start + width * event.step / event.total
-            overall = int((100 * self._index + percent) / self._outputs)
-            if self._job.status == "queued":
-                self._job.status = "in_progress"
-            self._job.progress = max(self._job.progress, min(overall, 99))
+    def file_names(self) -> list[str]:
+        """The file of each output; a single one carries no number."""
+        return [indexed(f"{self.id}.{self.output_format}", i, len(self.seeds)) for i in range(len(self.seeds))]

@@ -1,7 +1,9 @@
-"""What the handlers share, under typed application keys."""
+"""What the handlers share, under a typed application key."""
 
 from __future__ import annotations
 
+import uuid
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -10,9 +12,16 @@ from aiohttp import web
 from sgld.config import Settings
 from sgld.convert import default_of, fields_of
 from sgld.engine.engine import Engine
-from sgld.errors import NotFound, NotReady
+from sgld.errors import BadRequest, Forbidden, NotFound, NotReady
 from sgld.params import ModelInfo, SamplingParams, resolve
-from sgld.server.jobs import JobStore
+from sgld.server.auth import IDENTITY, OWNER
+from sgld.server.body import Body
+from sgld.server.fetch import Fetcher
+from sgld.server.jobs import Job
+from sgld.server.schema import CommonFields
+from sgld.server.store import JobStore
+
+MAX_KEY_CHARACTERS = 255
 
 
 @attrs.define
@@ -23,6 +32,7 @@ class Service:
     sampling: dict[str, Any]  # the operator's defaults, over the model's and under a request's
     engine: Engine
     jobs: JobStore
+    fetcher: Fetcher
     started_at: int
     info: ModelInfo | None = None
     warm: bool = False
@@ -35,12 +45,21 @@ class Service:
     def ready(self) -> bool:
         return self.warm and self.engine.state == "ready"
 
+    @property
+    def uploads(self) -> Path:
+        """The folder of pictures that requests brought."""
+        return Path(self.settings.input_save_path).expanduser()
+
     def params(self, given: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
-        """A request's values, fitted to the model. Raises `NotReady` while it loads."""
+        """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads."""
+        params, notes = resolve({**self.sampling, **_given(given)}, self.loaded())
+        return attrs.evolve(params, seed=params.seeds()), notes
+
+    def loaded(self) -> ModelInfo:
+        """The model's description. Raises NotReady while it loads."""
         if self.info is None or not self.warm:
             raise NotReady(f"the model is {self.engine.state}; try again soon")
-        own = {name: value for name, value in given.items() if value is not None}
-        return resolve({**self.sampling, **own}, self.info)
+        return self.info
 
     def default(self, name: str) -> Any:
         """What a request that does not name this sampling field gets."""
@@ -51,6 +70,44 @@ class Service:
         """Refuse a model that this server does not run."""
         if name not in (None, self.model_id, self.settings.model_path):
             raise NotFound(f"model: {name!r} is not served here; {self.model_id!r} is", "model")
+
+    def new_job(
+        self,
+        request: web.Request,
+        kind: str,
+        fields: CommonFields,
+        params: SamplingParams,
+        body: Body,
+        **own: Any,
+    ) -> Job:
+        """A job for this caller. Raises Forbidden for a priority that its key may not have."""
+        if fields.priority == "high" and not request[IDENTITY].admin:
+            raise Forbidden("priority: high needs an admin key; low and normal are allowed", "priority")
+        key = request.headers.get("Idempotency-Key")
+        if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
+            raise BadRequest(f"Idempotency-Key: 1 to {MAX_KEY_CHARACTERS} characters are allowed", "Idempotency-Key")
+        return Job(
+            f"{kind}_{uuid.uuid4().hex}",
+            kind,
+            request[OWNER],
+            params,
+            cost=cost(params),
+            model=self.model_id,
+            priority=fields.priority,
+            idempotency_key=key,
+            digest=f"{kind} {body.digest()}" if key is not None else "",
+            **own,
+        )
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def cost(params: SamplingParams) -> float:
+    """Pixels x frames x steps x outputs."""
+    each = params.height * params.width * params.num_frames * params.num_inference_steps
+    return float(each * params.num_outputs_per_prompt)
 
 
 SERVICE = web.AppKey("service", Service)

@@ -1,66 +1,173 @@
-"""`POST /v1/videos`, its status and its content."""
+"""`/v1/videos`: jobs that are followed by polling or by events, and their files."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
 import anyio
-import anyio.to_thread
+import attrs
 from aiohttp import web
+from aiohttp_sse import sse_response
 
 from sgld import media
-from sgld.errors import BadRequest, NotFound, SgldError
-from sgld.messages import Media
+from sgld.config import from_text
+from sgld.convert import knob, structure
+from sgld.errors import BadRequest, NotFound
 from sgld.params import SamplingParams
-from sgld.server.body import VideoFields, read_body, require_prompt, split
+from sgld.server import pictures
+from sgld.server.auth import IDENTITY
+from sgld.server.body import read_body, require_prompt, split
+from sgld.server.images import KEEP_ALIVE_S, artifact_of
 from sgld.server.jobs import Job
+from sgld.server.schema import Problem, Video, VideoFields, VideoList, body
 from sgld.server.state import SERVICE, Service
-from sgld.storage.local import LocalStorage, indexed
+from sgld.server.urls import absolute
 
 routes = web.RouteTableDef()
+PICTURE_FIELDS = ("input_reference", "reference_url")
+FORMAT = "mp4"
+POLL_MS = (250, 5000)  # how often a client is told to ask: a tenth of what is left, within these
+
+
+@attrs.frozen
+class Remix:
+    """`POST /v1/videos/{id}/remix`."""
+
+    prompt: str = knob("", "what the new video shows; everything else stays")
+
+
+@attrs.frozen
+class Page:
+    """The query of `GET /v1/videos`."""
+
+    after: str | None = knob(None, "id of the last job of the page before")
+    limit: int = knob(20, "jobs on a page", min=1, max=100)
+    order: str = knob("desc", "by age", choices=("asc", "desc"))
 
 
 @routes.post("/v1/videos")
 async def create(request: web.Request) -> web.Response:
     """Queue a video and answer at once."""
     service = request.app[SERVICE]
-    fields, sampling = split(await read_body(request, VideoFields), VideoFields)
+    content = await read_body(request, VideoFields)
+    sources = pictures.find_sources(content, PICTURE_FIELDS)
+    fields, sampling, notes = split(content.values, VideoFields)
     require_prompt(sampling)
     service.check_model(fields.model)
-    params, notes = service.params({**sampling, **_length(fields, sampling, service)})
+    pictures.refuse(sources, service.model_id)
+    params, more = service.params({**sampling, **_length(fields, sampling, service)})
+    _check_file(params, service)
+    own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more}
+    job = await service.jobs.submit(service.new_job(request, "video", fields, params, content, **own))
+    return _answer(request, job)
 
-    async def finish(job: Job, each: SamplingParams, result: Media) -> None:
-        name = indexed(f"{job.id}.mp4", len(job.paths), params.num_outputs_per_prompt)
-        storage = LocalStorage(service.jobs.output_path)
-        job.paths.append(await anyio.to_thread.run_sync(_write, each, result, storage, name, service.model_id))
 
-    job = service.jobs.submit("video", params, notes, finish)
-    return web.json_response(_video(job, service.model_id))
+@routes.post("/v1/videos/{id}/remix")
+async def remix(request: web.Request) -> web.Response:
+    """Queue the same video, seeds included, with another prompt."""
+    service = request.app[SERVICE]
+    before = _find(request)
+    content = await read_body(request, Remix)
+    wanted = structure(content.values, Remix)
+    require_prompt({"prompt": wanted.prompt})
+    service.loaded()
+    params = attrs.evolve(before.params, prompt=wanted.prompt)
+    _check_file(params, service)
+    fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
+    own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id}
+    job = await service.jobs.submit(service.new_job(request, "video", fields, params, content, **own))
+    return _answer(request, job)
+
+
+@routes.get("/v1/videos")
+async def list_jobs(request: web.Request) -> web.Response:
+    """A page of jobs, the newest first unless asked otherwise."""
+    page = _page(request)
+    store = request.app[SERVICE].jobs
+    jobs = list(store.select("video", request[IDENTITY], newest_first=page.order == "desc"))
+    if page.after is not None:
+        ids = [job.id for job in jobs]
+        if page.after not in ids:
+            raise BadRequest(f"after: no video {page.after!r}", "after")
+        jobs = jobs[ids.index(page.after) + 1 :]
+    shown = [_video(request, job) for job in jobs[: page.limit]]
+    first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
+    return web.json_response(body(VideoList(shown, first, last, has_more=len(jobs) > page.limit)))
 
 
 @routes.get("/v1/videos/{id}")
 async def retrieve(request: web.Request) -> web.Response:
     """The job as it stands."""
-    service = request.app[SERVICE]
-    return web.json_response(_video(service.jobs.get("video", request.match_info["id"]), service.model_id))
+    return _answer(request, _find(request))
+
+
+@routes.delete("/v1/videos/{id}")
+async def delete(request: web.Request) -> web.Response:
+    """Cancel the job where it has not ended, and remove it with its files."""
+    job = _find(request)
+    await request.app[SERVICE].jobs.delete(job)
+    gone = {"id": job.id, "object": "video.deleted", "deleted": True}
+    return web.json_response({**body(_video(request, job)), **gone})
+
+
+@routes.post("/v1/videos/{id}/cancel")
+async def cancel(request: web.Request) -> web.Response:
+    """Stop the job; one that has ended stays as it is."""
+    job = _find(request)
+    await request.app[SERVICE].jobs.cancel(job)
+    return _answer(request, job)
+
+
+@routes.get("/v1/videos/{id}/events")
+async def events(request: web.Request) -> web.StreamResponse:
+    """Server-sent events until the job's end; `Last-Event-ID` resumes, and 204 says that nothing follows."""
+    job = _find(request)
+    last = request.headers.get("Last-Event-ID")
+    if last is not None and not (last.isascii() and last.isdigit()):
+        raise BadRequest(f"Last-Event-ID: {last!r} is not the number of an event", "Last-Event-ID")
+    seen = int(last) if last is not None else max(0, job.number - 1)  # a newcomer gets the latest
+    if last is not None and job.ended and seen == job.number:
+        return web.Response(status=204)
+    if seen > job.number:  # of the server before this one
+        seen = 0
+    async with sse_response(request, ping_interval=KEEP_ALIVE_S, sep="\n") as stream:
+        if job.ended and not job.number:  # ended before this server started
+            await stream.send(json.dumps(_event(job.status, request.app[SERVICE].jobs.state(job))), event=job.status)
+        async for event in job.follow(seen):
+            text = await anyio.to_thread.run_sync(json.dumps, _event(event.name, event.data))
+            await stream.send(text, id=str(event.number), event=event.name)
+    return stream
+
+
+def _event(name: str, data: dict[str, Any]) -> dict[str, Any]:
+    return {"type": f"video.{name}", **data}
 
 
 @routes.get("/v1/videos/{id}/content")
 async def content(request: web.Request) -> web.StreamResponse:
-    """The file, with ranges; `variant` is `video` or an output's number."""
-    job = request.app[SERVICE].jobs.get("video", request.match_info["id"])
-    if job.status != "completed":
-        reason = job.error.message if job.error is not None else f"it is {job.status}, {job.progress} %"
-        raise NotFound(f"video {job.id!r} has no content: {reason}", "id")
+    """The file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
+    job, store = _find(request), request.app[SERVICE].jobs
     variant = request.query.get("variant", "video")
-    names = {"video": 0, **{str(index): index for index in range(len(job.paths))}}
-    if variant not in names:
-        raise NotFound(f"variant: {variant!r} is not one of {', '.join(names)}", "variant")
-    path = job.paths[names[variant]]
+    artifact = artifact_of(job, "0" if variant in ("video", "thumbnail", "spritesheet") else variant)
+    if variant in ("thumbnail", "spritesheet"):
+        make = store.outputs.thumbnail if variant == "thumbnail" else store.outputs.spritesheet
+        return web.Response(body=await make(artifact), content_type="image/webp")
+    path = store.outputs.root / artifact.name
     if not await anyio.Path(path).is_file():
         raise NotFound(f"video {job.id!r}: its file has been removed", "id")
-    return web.FileResponse(path, headers={"Content-Type": media.FORMATS["mp4"].media_type})
+    return web.FileResponse(path, headers={"Content-Type": artifact.media_type})
+
+
+def _find(request: web.Request) -> Job:
+    return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY])
+
+
+def _page(request: web.Request) -> Page:
+    values: dict[str, Any] = dict(request.query)
+    if "limit" in values:
+        values["limit"] = from_text(values["limit"], int)
+    return structure(values, Page)
 
 
 def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> dict[str, int]:
@@ -73,43 +180,54 @@ def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> 
     return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # a wrong fps is told by params
 
 
-def _write(params: SamplingParams, result: Media, storage: LocalStorage, name: str, model: str) -> Path:
-    with storage.create(name) as part:
-        media.encode(
-            part,
-            "mp4",
-            result.frames.array,
-            fps=result.fps,
-            quality=media.file_quality("mp4", params.output_quality, params.output_compression),
-            metadata=media.describe(params, model),
-            x264_preset=params.x264_preset,
-        )
-    return storage.path(name)
+def _check_file(params: SamplingParams, service: Service) -> None:
+    """Refuse now what the encoder would refuse after minutes."""
+    media.check_encodable(
+        FORMAT,
+        num_frames=params.num_frames,
+        height=params.height,
+        width=params.width,
+        fps=params.fps,
+        metadata=media.describe(params, service.model_id),
+    )
 
 
-def _video(job: Job, model: str) -> dict[str, Any]:
-    params = job.params
-    return {
-        "id": job.id,
-        "object": "video",
-        "model": model,
-        "status": job.status,
-        "progress": job.progress,
-        "created_at": job.created_at,
-        "completed_at": job.completed_at if job.status == "completed" else None,
-        "expires_at": None,
-        "prompt": params.prompt,
-        "size": f"{params.width}x{params.height}",
-        "seconds": f"{params.num_frames / params.fps:g}",
-        "fps": params.fps,
-        "num_frames": params.num_frames,
-        "num_outputs": params.num_outputs_per_prompt,
-        "seeds": job.seeds,
-        "warnings": job.notes,
-        "remixed_from_video_id": None,
-        "error": _error(job.error),
-    }
+def _answer(request: web.Request, job: Job) -> web.Response:
+    eta = request.app[SERVICE].jobs.eta(job)
+    low, high = POLL_MS
+    wait = low if eta is None else min(high, max(low, int(100 * eta)))
+    headers = {} if job.ended else {"openai-poll-after-ms": str(wait)}
+    return web.json_response(body(_video(request, job)), headers=headers)
 
 
-def _error(error: SgldError | None) -> dict[str, Any] | None:
-    return {"code": error.code, "message": error.message} if error is not None else None
+def _video(request: web.Request, job: Job) -> Video:
+    params, state = job.params, request.app[SERVICE].jobs.state(job)
+    content = absolute(request, f"/v1/videos/{job.id}/content")
+    urls = [f"{content}?variant={i}" for i in range(len(job.artifacts))]
+    return Video(
+        id=job.id,
+        model=job.model,
+        status=job.status,
+        progress=job.progress,
+        created_at=int(job.created_at),
+        completed_at=int(job.completed_at) if job.status == "completed" and job.completed_at else None,
+        expires_at=int(job.expires_at) if job.expires_at else None,
+        prompt=params.prompt,
+        size=f"{params.width}x{params.height}",
+        seconds=f"{params.num_frames / params.fps:g}",
+        fps=params.fps,
+        num_frames=params.num_frames,
+        num_outputs=params.num_outputs_per_prompt,
+        seeds=job.seeds,
+        stage=job.stage,
+        step=job.step,
+        total=job.total,
+        queue_position=state["queue_position"],
+        eta_seconds=state["eta_seconds"],
+        priority=job.priority,
+        warnings=job.notes,
+        urls=urls,
+        url=urls[0] if urls else None,
+        remixed_from_video_id=job.remixed_from,
+        error=Problem(job.error.code, job.error.message) if job.error is not None else None,
+    )

@@ -31,6 +31,7 @@ from sgld.messages import (
     Stop,
     Terminal,
     Timings,
+    send,
 )
 from sgld.params import ModelInfo
 
@@ -74,9 +75,7 @@ class Worker:
         while (command := self._next()) is not None:
             answer = self._answer(command)
             with suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone, and `_next` will say so
-                self._connection.send(answer)
-                if isinstance(answer, Done) and isinstance(answer.value, Media):
-                    answer.value.frames.send(self._connection)
+                send(self._connection, answer)
 
     def _next(self) -> Command | None:
         """The next command; None to end, when told to or when the parent is gone. A late `Cancel` is stale."""
@@ -123,7 +122,7 @@ class Worker:
         from sgld.worker.sampler import sample
 
         hook = Hook(command.job_id, self.mesh, self._connection, self.platform.synchronize)
-        frames = sample(self._family, command.params, hook)
+        frames = sample(self._family, command.params, hook, command.previews)
         if self.mesh.rank != 0:
             return None
         timings = Timings(hook.stages_ms, hook.steps_ms, self.platform.peak_memory())

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-from sgld.messages import Cancel, Note, Progress
+from torch import Tensor
+
+from sgld.messages import Cancel, Event, Note, Preview, Progress, SharedFrames, send
 from sgld.nn.parallel import Mesh
 
 
@@ -76,10 +78,22 @@ class Hook:
     def _where(self) -> str:
         return f"{self._stage}, step {self._step + 1} of {self._total}"
 
+    def preview(self, index: int, decode: Callable[[Callable[[], None]], Tensor]) -> None:
+        """Send the frame u8 [1, H, W, 3] of `decode(pulse)`, after a step that is not the last.
+
+        A cancel ends the decoding on rank 0 alone; the ranks agree on it at their next step, where its peers wait.
+        """
+        try:
+            frames = decode(self.pulse)
+        except Stopped:
+            return
+        if self._mesh.rank == 0:
+            self._send(Preview(self.job_id, index, self._step, self._total, SharedFrames.of(frames.numpy())))
+
     def note(self, text: str) -> None:
         """A warning for the user."""
         self._send(Note(self.job_id, text))
 
-    def _send(self, event: Progress | Note) -> None:
+    def _send(self, event: Event) -> None:
         if self._mesh.rank == 0:
-            self._connection.send(event)
+            send(self._connection, event)

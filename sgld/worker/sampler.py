@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from sgld.worker.solvers import Solver, make_solver
 
 
 @torch.inference_mode()
-def sample(family: Family, params: SamplingParams, hook: Hook) -> Tensor:
+def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0) -> Tensor:
     """One output: frames u8 [N, H, W, 3] on the CPU. `params` holds one seed.
 
     Raises:
@@ -26,20 +28,44 @@ def sample(family: Family, params: SamplingParams, hook: Hook) -> Tensor:
     solver = make_solver(family.scheduler, params.num_inference_steps, params.flow_shift)
     x = family.noise(params, torch.Generator("cpu").manual_seed(params.seed))
     with hook.stage("denoise", len(solver.timesteps)):
-        x = denoise(family, params, hook, solver, condition, x)
+        x = denoise(family, params, hook, solver, condition, x, preview_steps(len(solver.timesteps), previews))
     with hook.stage("decode"):
         return family.decode(x, hook.pulse)
 
 
 def denoise(
-    family: Family, params: SamplingParams, hook: Hook, solver: Solver, condition: Conditioning, x: Tensor
+    family: Family,
+    params: SamplingParams,
+    hook: Hook,
+    solver: Solver,
+    condition: Conditioning,
+    x: Tensor,
+    previews: list[int],
 ) -> Tensor:
-    """Latents from noise."""
-    for t in solver.timesteps:
+    """Latents from noise. `previews` are the steps after which the estimate of the clean latents is shown."""
+    for i, t in enumerate(solver.timesteps, 1):
         with hook.step():
             v, negative = family.velocities(x, t, condition)
-            x = solver.step(guide(v, negative, family.guidance(t, params)), x)
+            scale = family.guidance(t, params)
+            estimate = clean(x, float(solver.sigmas[i - 1]), v, negative, scale) if i in previews else None
+            x = solver.step(guide(v, negative, scale), x)
+        if estimate is not None:
+            hook.preview(previews.index(i), partial(family.preview, estimate))
     return x
+
+
+def clean(x: Tensor, sigma: float, v: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+    """The estimate of the clean latents to show. Guidance grows as noise falls: early on it overshoots.
+
+    On the embedded model this brings every preview nearer to the final picture than full guidance does.
+    """
+    return x - sigma * guide(v, negative, 1 + (scale - 1) * (1 - sigma))
+
+
+def preview_steps(total: int, previews: int) -> list[int]:
+    """That many steps, evenly spread over 1 to `total` - 1; fewer where there are fewer."""
+    n = min(previews, total - 1)
+    return [total * i // (n + 1) for i in range(1, n + 1)]
 
 
 def guide(v: Tensor, negative: Tensor | None, scale: float) -> Tensor:

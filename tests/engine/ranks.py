@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from sgld.errors import ModelError
-from sgld.messages import Load, Seat
+from sgld.messages import Load, Seat, SharedFrames
 from sgld.models.family import Conditioning, Family
 from sgld.nn.parallel import Mesh
 from sgld.params import ModelInfo, SamplingParams
@@ -38,10 +38,12 @@ class FaultyFamily(Family):
         self.mesh = mesh
         self.fault: dict[str, Any] = {}
         self.step = 0
+        self.num_frames = 0
 
     def encode(self, params: SamplingParams) -> tuple[Conditioning, list[str]]:
         self.fault = json.loads(params.prompt)
         self.step = 0
+        self.num_frames = params.num_frames
         return Conditioning(params), []
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
@@ -68,13 +70,18 @@ class FaultyFamily(Family):
         if fault == "hang":
             time.sleep(600)
 
+    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+        if self.fault.get("fault") == "exit before the descriptor":
+            SharedFrames.send = lambda *_: os._exit(9)  # type: ignore[method-assign]
+        return self.decode(x0, pulse)[:1]
+
     def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         if self.mesh.rank != 0:
             return torch.empty(0, dtype=torch.uint8)
         for _ in range(int(100 * self.fault.get("decode_s", 0))):
             pulse()
             time.sleep(0.01)
-        return torch.full((5, 16, 16, 3), self.step, dtype=torch.uint8)
+        return torch.full((self.num_frames, 16, 16, 3), self.step, dtype=torch.uint8)
 
 
 def load_faulty(load: Load, mesh: Mesh, platform: object, progress: object) -> FaultyFamily:

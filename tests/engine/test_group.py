@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import attrs
 import psutil
 import pytest
 
@@ -21,7 +22,7 @@ from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Patience, WorkerGroup
 from sgld.errors import Cancelled, ModelError, OutOfMemory, SgldError, WorkerDied
-from sgld.messages import Event, Generate, Load, Media, Progress
+from sgld.messages import Event, Generate, Load, Media, Preview, Progress
 from sgld.params import SamplingParams
 from tests.engine.ranks import INFO, run_faulty
 
@@ -30,7 +31,8 @@ STEPS = 4
 
 
 def job(name: str = "job", steps: int = STEPS, **fault: Any) -> Generate:
-    return Generate(name, SamplingParams(prompt=json.dumps(fault), seed=1, num_inference_steps=steps, fps=8))
+    params = SamplingParams(prompt=json.dumps(fault), seed=1, num_frames=5, num_inference_steps=steps, fps=8)
+    return Generate(name, params)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,45 @@ def test_frames_progress_and_timings_come_back(shared: WorkerGroup) -> None:
     assert set(made.timings.stages_ms) == {"encode", "denoise", "decode"}
     steps = [event.step for event in events if isinstance(event, Progress) and event.stage == "denoise"]
     assert steps == list(range(STEPS + 1))
+
+
+def with_previews(command: Generate) -> Generate:
+    return attrs.evolve(command, previews=3)
+
+
+def test_previews_come_back_with_their_frames(shared: WorkerGroup) -> None:
+    events: list[Event] = []
+    made = shared.run(with_previews(job()), events.append)
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [(p.index, p.step, p.total, p.frames.shape) for p in previews] == [
+        (i, i + 1, STEPS, (1, 16, 16, 3)) for i in range(3)
+    ]
+    assert all((p.frames.array == p.step).all() for p in previews)
+    assert (made.frames.array == STEPS).all()
+    shared.run(job(), events.append)
+    assert sum(isinstance(event, Preview) for event in events) == 3
+
+
+def test_a_cancel_is_heard_while_rank_0_decodes_a_preview(shared: WorkerGroup, token: CancelToken) -> None:
+    works(shared)
+    before = shared.pids
+
+    def cancel_at_step_1(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == ("denoise", 1):
+            token.set()
+
+    started = time.monotonic()
+    with pytest.raises(Cancelled, match="cancelled in denoise, step 2 of 4"):
+        shared.run(with_previews(job(decode_s=60)), cancel_at_step_1, token)
+    assert time.monotonic() - started < 20
+    assert shared.pids == before
+    assert works(shared)
+
+
+def test_a_rank_that_dies_between_a_preview_and_its_frames(shared: WorkerGroup) -> None:
+    with pytest.raises(WorkerDied, match="worker 0 died"):
+        shared.run(with_previews(job(fault="exit before the descriptor")))
+    assert works(shared)
 
 
 def test_the_same_exception_on_all_ranks_fails_the_job_and_keeps_the_group(shared: WorkerGroup) -> None:

@@ -1,0 +1,477 @@
+"""JobStore: admits jobs, decides their order, drives the engine with them, and keeps what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio.to_thread
+import attrs
+
+from sgld import media
+from sgld.config import Settings
+from sgld.engine.engine import Engine
+from sgld.errors import BadRequest, Cancelled, NotFound, NotReady, OutputError, QueueFull, SgldError, WorkerDied
+from sgld.log import job_context
+from sgld.messages import Event, Media, Note, Preview, Progress
+from sgld.server.auth import Identity, may_see
+from sgld.server.jobs import Artifact, Job
+from sgld.server.journal import Journal
+from sgld.server.metrics import Metrics
+from sgld.server.outputs import Outputs
+from sgld.server.queue import FairQueue
+from sgld.server.webhooks import Webhooks
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
+SAVING = 2  # outputs that may be written while the next one is made
+SWEEP_S = 30.0
+AGED_S = 1.0
+_PACE_WEIGHT = 0.3
+
+
+@attrs.define
+class Pace:
+    """How fast this machine has been: seconds for a unit of a job's cost, as a moving average."""
+
+    seconds: float | None = None
+
+    def learn(self, cost: float, seconds: float) -> None:
+        seen = seconds / cost
+        self.seconds = seen if self.seconds is None else self.seconds + _PACE_WEIGHT * (seen - self.seconds)
+
+    def estimate(self, cost: float) -> float | None:
+        """Seconds for a job; None before the first has ended."""
+        return None if self.seconds is None else self.seconds * cost
+
+
+@attrs.frozen
+class Place:
+    """A waiting job's place in the queue, from 1, and the cost of all jobs up to and with it."""
+
+    position: int
+    cost: float
+
+
+class JobStore:
+    """All jobs of a server. One is made at a time; its files are written while the next one runs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        outputs: Outputs,
+        settings: Settings,
+        metrics: Metrics,
+        webhooks: Webhooks,
+    ):
+        self.outputs = outputs
+        self.draining = False
+        self._engine = engine
+        self._settings = settings
+        self._metrics = metrics
+        self._webhooks = webhooks
+        self._journal: Journal | None = None
+        self._jobs: dict[str, Job] = {}  # in the order of their arrival
+        self._repeats: dict[tuple[str, str], Job] = {}  # by owner and Idempotency-Key
+        self._queue: FairQueue[Job] = FairQueue()
+        self._admitting = 0
+        self._running: Job | None = None
+        self._line: tuple[float, dict[Job, Place]] | None = None  # when it was reckoned, and the queue in order
+        self._pace = Pace()
+        self._wake = asyncio.Event()
+        self._saving = asyncio.Semaphore(SAVING)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._dispatcher: asyncio.Task[None] | None = None
+
+    # Life
+
+    async def open(self, journal: Journal | None) -> None:
+        """Read the journal: what had not ended waits again, once more. None: there is no journal."""
+        self._journal = journal
+        records = await journal.all("job") if journal is not None else []
+        for record in records:
+            job = Job.restore(record)
+            self._remember(job)
+            if job.ended:
+                continue
+            if job.attempts >= ATTEMPTS:
+                job.settle()
+                await self._end(job, WorkerDied(f"the server was killed {job.attempts} times while it made this"))
+            else:
+                job.status = job.stage = "queued"
+                self._push(job)
+        self._spawn(self._sweep())
+
+    def start(self) -> None:
+        """Begin to make jobs, now that the model is loaded."""
+        self._dispatcher = self._spawn(self._dispatch())
+
+    async def drain(self, seconds: float) -> None:
+        """Admit nothing more, start nothing more, and leave `seconds` to what runs and to files being written."""
+        self.draining = True
+        if self._dispatcher is not None:
+            self._dispatcher.cancel()
+        while (busy := self._busy()) and seconds > 0:
+            began = time.monotonic()
+            await asyncio.wait(busy, timeout=seconds)
+            seconds -= time.monotonic() - began
+
+    async def close(self) -> None:
+        """Put what has not ended back into the journal, or fail it where there is none."""
+        self.draining = True
+        for job in [job for job in self._jobs.values() if not job.ended]:
+            if self._journal is not None and job.kind == "video":
+                job.settled = True  # in this process nobody ends it any more
+                started = job.status == "in_progress"
+                await self._write(job, status="queued", attempts=job.attempts - started)
+            elif job.settle():
+                await self._end(job, NotReady("the server is stopping"))
+            if job.task is not None:
+                job.task.cancel()
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # Requests
+
+    async def submit(self, job: Job) -> Job:
+        """Queue a job; the one that the same Idempotency-Key brought before, where there is one.
+
+        Raises:
+            NotReady: the server stops.
+            QueueFull: as many wait as may.
+            BadRequest: the key came before, with another request.
+        """
+        if (before := self._repeated(job)) is not None:
+            return before
+        if self.draining:
+            raise NotReady("the server is stopping; try another one")
+        if len(self._queue) + self._admitting >= self._settings.max_queue:
+            raise QueueFull(f"{self._settings.max_queue} jobs wait already; try again later", None, self._relief())
+        self._remember(job)
+        self._admitting += 1
+        try:
+            if job.kind == "video":  # an image's client is gone when the server is, and its job with it
+                await self._write(job)
+        except BaseException:
+            self._forget(job)
+            self._spawn(self._erase([job]))
+            raise
+        finally:
+            self._admitting -= 1
+        self._push(job)
+        return job
+
+    def get(self, kind: str, job_id: str, identity: Identity) -> Job:
+        """The job of that id. Raises NotFound, for another key's job too."""
+        job = self._jobs.get(job_id)
+        if job is None or job.kind != kind or not may_see(identity, job.owner):
+            raise NotFound(f"no {kind} {job_id!r}", "id")
+        return job
+
+    def select(self, kind: str, identity: Identity, *, newest_first: bool) -> Iterable[Job]:
+        """Jobs by age."""
+        jobs = reversed(self._jobs.values()) if newest_first else iter(self._jobs.values())
+        return (job for job in jobs if job.kind == kind and may_see(identity, job.owner))
+
+    @asynccontextmanager
+    async def attend(self, job: Job) -> AsyncIterator[None]:
+        """A client waits for this job: when the last one has gone before its end, so does the job."""
+        job.waiters += 1
+        try:
+            yield
+        finally:
+            job.waiters -= 1
+            if not job.ended and not job.waiters:
+                self._spawn(self.delete(job))
+
+    async def cancel(self, job: Job) -> None:
+        """Cancel it, unless its end is decided already."""
+        if not job.settle():
+            await job.wait()
+            return
+        if self._queue.remove(job):
+            self._line = None
+        if job.task is not None:
+            job.task.cancel()
+        self._metrics.job_cancelled(job.kind)
+        await self._end(job, Cancelled("the job was cancelled"))
+
+    async def delete(self, job: Job) -> None:
+        """Cancel it where needed, and remove it with its files."""
+        if not job.ended:
+            await self.cancel(job)
+        self._forget(job)
+        job.status = "deleted"
+        job.publish("deleted", self.state(job))
+        await self._erase([job])
+
+    def state(self, job: Job) -> dict[str, Any]:
+        """Where a job stands: what every event and every answer tells."""
+        eta, place = self.eta(job), self._places().get(job)
+        return {
+            "id": job.id,
+            "status": job.status,
+            "progress": job.progress,
+            "stage": job.stage,
+            "step": job.step,
+            "total": job.total,
+            "queue_position": place.position if place is not None else None,
+            "eta_seconds": None if eta is None else round(eta, 1),
+        }
+
+    def eta(self, job: Job) -> float | None:
+        """Seconds until its end, where past jobs allow an estimate."""
+        if job.ended:
+            return None
+        if job.status == "in_progress":
+            return self._remaining(job)
+        waits = self._remaining(self._running) if self._running is not None else 0.0
+        place = self._places().get(job)
+        own = self._pace.estimate(place.cost if place is not None else job.cost)
+        return None if own is None or waits is None else waits + own
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Jobs with the workers: one or none."""
+        return int(self._running is not None)
+
+    # Making
+
+    async def _dispatch(self) -> None:
+        while True:
+            while not len(self._queue):
+                self._wake.clear()
+                await self._wake.wait()
+            job = self._running = self._queue.pop(time.monotonic())
+            self._line = None
+            try:
+                job.task = self._spawn(self._make(job))
+                await asyncio.wait({job.task})
+            finally:
+                self._running = None
+            self._tell_positions()
+
+    async def _make(self, job: Job) -> None:
+        """Every output of a job, then its end in a task of its own."""
+        saves: list[asyncio.Task[Artifact]] = []
+        previews: list[asyncio.Task[None]] = []
+        with job_context(job.id):
+            try:
+                await self._begin(job)
+                await self._generate(job, saves, previews)
+            except asyncio.CancelledError:
+                self._spawn(self._discard(job, saves))
+                raise
+            except SgldError as error:
+                self._spawn(self._finish(job, saves, previews, error))
+            except Exception:  # every job ends in one of its states
+                log.exception("%s failed", job.id)
+                self._spawn(self._finish(job, saves, previews, _internal()))
+            else:
+                job.task = self._spawn(self._finish(job, saves, previews, None))
+
+    async def _begin(self, job: Job) -> None:
+        job.change(status="in_progress", started_at=time.time(), attempts=job.attempts + 1)
+        if job.kind == "video":
+            await self._write(job)
+        job.publish("progress", self.state(job))
+
+    async def _generate(
+        self, job: Job, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
+    ) -> None:
+        started, names = time.monotonic(), job.file_names()
+        for index, params in enumerate(job.params.outputs()):
+
+            def emit(event: Event, index: int = index) -> None:
+                self._hear(job, event, index, previews)
+
+            await self._saving.acquire()
+            try:
+                result = await self._engine.generate(job.id, params, emit, job.previews)
+            except BaseException:
+                self._saving.release()
+                raise
+            self._metrics.stages(result.timings)
+            saves.append(self._spawn(self._save(job, index, names[index], result)))
+        self._pace.learn(job.cost, time.monotonic() - started)
+
+    async def _save(self, job: Job, index: int, name: str, result: Media) -> Artifact:
+        try:
+            began = time.monotonic()
+            artifact = await self.outputs.save(job.params.outputs()[index], result, name, job.output_format)
+            self._metrics.stage("save", time.monotonic() - began)
+            return artifact
+        finally:
+            self._saving.release()
+
+    def _hear(self, job: Job, event: Event, index: int, previews: list[asyncio.Task[None]]) -> None:
+        """A rank's event on the loop."""
+        if job.settled:
+            return
+        if isinstance(event, Note):
+            job.notes.append(event.text)
+        elif isinstance(event, Preview):
+            previews.append(self._spawn(self._show(job, event, index)))
+        elif isinstance(event, Progress) and event.stage in job.SHARE:
+            job.advance(event, index)
+            job.publish("progress", self.state(job))
+
+    async def _show(self, job: Job, preview: Preview, index: int) -> None:
+        """Publish a preview as a picture of the job's format (a video's as webp)."""
+        format = job.output_format if job.kind == "image" else "webp"
+        quality = media.file_quality(format, job.params.output_quality, job.params.output_compression)
+        picture = await anyio.to_thread.run_sync(_encode, preview.frames.array[0], format, quality)
+        if not job.ended:
+            shown = {"index": preview.index, "output": index, "format": format, "b64_json": picture}
+            job.publish("preview", {**self.state(job), **shown})
+
+    async def _finish(
+        self,
+        job: Job,
+        saves: list[asyncio.Task[Artifact]],
+        previews: list[asyncio.Task[None]],
+        error: SgldError | None,
+    ) -> None:
+        with job_context(job.id):
+            try:
+                artifacts = await asyncio.gather(*saves)
+                await asyncio.gather(*previews)
+            except SgldError as failed:
+                artifacts, error = [], error or failed
+            except Exception:  # as above
+                log.exception("%s failed", job.id)
+                artifacts, error = [], error or _internal()
+            if error is not None:
+                await self._discard(job, saves)
+            if not job.settle():  # a cancel came first
+                await self._discard(job, saves)
+                return
+            if error is not None:
+                log.warning("%s failed: %s", job.id, error)
+                self._metrics.job_failed(job.kind, error.code)
+            else:
+                job.artifacts = list(artifacts)
+                self._metrics.job_finished(job.kind)
+            await self._end(job, error)
+
+    async def _discard(self, job: Job, saves: list[asyncio.Task[Artifact]]) -> None:
+        """Remove what was written of a job that came to nothing."""
+        if saves:
+            await asyncio.wait(saves)
+        await self.outputs.remove(job.file_names())
+
+    async def _end(self, job: Job, error: SgldError | None) -> None:
+        """Write a settled job's end down, then tell it."""
+        changes = job.ending(error, self._settings.job_ttl)
+        try:
+            await self._write(job, **changes)
+        except OutputError as full:
+            log.error("%s: its end is not in the journal: %s", job.id, full)
+        job.change(**changes)
+        job.publish(job.status, self.state(job))
+        if job.kind == "video":
+            self._webhooks.notify(job.owner, f"video.{job.status}", job.id)
+
+    # Keeping
+
+    async def _write(self, job: Job, **changes: Any) -> None:
+        if self._journal is not None:
+            await self._journal.put("job", job.id, job.record(**changes))
+
+    async def _erase(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            await self.outputs.remove([artifact.name for artifact in job.artifacts])
+        if self._journal is not None:
+            await self._journal.delete("job", [job.id for job in jobs])
+
+    async def _sweep(self) -> None:
+        """Remove what has expired."""
+        while True:
+            now = time.time()
+            old = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
+            for job in old:
+                self._forget(job)
+            if old:
+                log.info("%d expired jobs are removed", len(old))
+                await self._erase(old)
+            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
+
+    def _remember(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        if job.idempotency_key is not None:
+            self._repeats[job.owner, job.idempotency_key] = job
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        if job.idempotency_key is not None:
+            self._repeats.pop((job.owner, job.idempotency_key), None)
+
+    def _repeated(self, job: Job) -> Job | None:
+        before = self._repeats.get((job.owner, job.idempotency_key)) if job.idempotency_key is not None else None
+        if before is not None and before.digest != job.digest:
+            raise BadRequest("Idempotency-Key: it came before with another request; take a new one", "Idempotency-Key")
+        return before
+
+    def _push(self, job: Job) -> None:
+        since = time.monotonic() - (time.time() - job.created_at)  # a restart does not begin the wait anew
+        self._queue.push(job, owner=job.owner, priority=job.priority, cost=job.cost, now=since)
+        self._line = None
+        self._wake.set()
+        job.publish("queued", self.state(job))
+
+    def _tell_positions(self) -> None:
+        for job in self._places():
+            if job.followed:
+                job.publish("queued", self.state(job))
+
+    def _places(self) -> dict[Job, Place]:
+        """Where every waiting job stands; reckoned anew when the queue has changed, or jobs have aged."""
+        now = time.monotonic()
+        if self._line is None or now - self._line[0] > AGED_S:
+            places, cost = {}, 0.0
+            for position, job in enumerate(self._queue.order(now), 1):
+                cost += job.cost
+                places[job] = Place(position, cost)
+            self._line = now, places
+        return self._line[1]
+
+    def _remaining(self, job: Job) -> float | None:
+        estimate = self._pace.estimate(job.cost)
+        if job.progress >= 10 and job.started_at is not None:  # its own speed tells more
+            estimate = (time.time() - job.started_at) * 100 / job.progress
+        return None if estimate is None else estimate * (100 - job.progress) / 100
+
+    def _relief(self) -> int:
+        """Seconds until a place in the queue is free, at least one and at most two minutes."""
+        running = self._remaining(self._running) if self._running is not None else None
+        return min(120, max(1, math.ceil(running if running is not None else 5)))
+
+    def _busy(self) -> set[asyncio.Task[None]]:
+        return {job.task for job in self._jobs.values() if job.task is not None and not job.task.done()}
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _encode(frame: Any, format: str, quality: int) -> str:
+    return base64.b64encode(media.encode_image(frame, format, quality=quality, metadata={})).decode()
+
+
+def _internal() -> SgldError:
+    return SgldError("internal error; the server's log has the reason")

@@ -1,0 +1,123 @@
+"""Pictures that clients send: verified before anything else reads them, kept under names of our own."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import secrets
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import anyio
+import anyio.to_thread
+import attrs
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from sgld.errors import BadRequest, OutputError, TooLarge
+from sgld.storage.local import LocalStorage
+
+log = logging.getLogger(__name__)
+MAX_PIXELS = 64_000_000
+FORMATS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp", "GIF": "gif"}  # MPO: a JPEG with more behind it
+
+_OPENERS = ("PNG", "JPEG", "WEBP", "GIF")
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error)
+_UPRIGHT = 1
+_NAME_CHARACTERS = 40
+_UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
+_DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of MAX_PIXELS
+
+
+@attrs.frozen
+class Picture:
+    """A file that decodes to exactly one upright picture."""
+
+    data: bytes = attrs.field(repr=False)
+    format: str  # png, jpeg or webp; a gif becomes a png
+    width: int  # pixels
+    height: int
+    name: str  # a harmless piece of what the client called it
+
+
+async def read_picture(data: bytes, name: str | None, param: str) -> Picture:
+    """Decode a png, jpeg, webp or gif completely, and turn it as its EXIF orientation says.
+
+    The client's own bytes are kept where they are one upright picture already; an animation gives its first frame.
+
+    Raises:
+        BadRequest: another format, or truncated or damaged.
+        TooLarge: more than `MAX_PIXELS`; told from the header, before anything is decoded.
+    """
+    return await anyio.to_thread.run_sync(_read, data, safe_name(name), param, limiter=_DECODERS)
+
+
+def safe_name(name: str | None) -> str:
+    """The letters and digits of a client's file name, without its folders and extension; `picture` if none are left."""
+    stem = PurePosixPath((name or "").replace("\\", "/")).stem
+    return _UNSAFE.sub("-", stem)[:_NAME_CHARACTERS].strip("-") or "picture"
+
+
+def _read(data: bytes, name: str, param: str) -> Picture:
+    try:
+        with Image.open(io.BytesIO(data), formats=_OPENERS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _bomb(name, param, f" of {image.width}x{image.height}")
+            image.load()
+            return _upright(image, data, name)
+    except UnidentifiedImageError:
+        allowed = ", ".join(dict.fromkeys(FORMATS.values()))
+        raise BadRequest(f"{param}: {name!r} is no picture that is taken; allowed are {allowed}", param) from None
+    except _BOMBS:
+        raise _bomb(name, param) from None
+    except _DAMAGED as error:
+        raise BadRequest(f"{param}: {name!r} is truncated or damaged: {error}", param) from None
+
+
+def _bomb(name: str, param: str, size: str = "") -> TooLarge:
+    return TooLarge(f"{param}: {name!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", param)
+
+
+def _upright(image: Image.Image, data: bytes, name: str) -> Picture:
+    format = FORMATS[str(image.format)]
+    turned = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT) != _UPRIGHT
+    if not turned and not getattr(image, "is_animated", False) and format != "gif":
+        return Picture(data, format, image.width, image.height, name)
+    frame = ImageOps.exif_transpose(image)
+    if frame.mode == "CMYK":  # which a png cannot hold
+        frame = frame.convert("RGB")
+    file = io.BytesIO()
+    frame.save(file, "png", compress_level=1, icc_profile=None)
+    return Picture(file.getvalue(), "png", frame.width, frame.height, name)
+
+
+async def keep(picture: Picture, root: Path) -> str:
+    """Store a picture under `root`, whole or not at all, and return the name it got.
+
+    The name is random; what the client called it only follows. Raises OutputError, whose reason is in the log.
+    """
+    name = f"{secrets.token_hex(16)}-{picture.name}.{picture.format}"
+    await anyio.to_thread.run_sync(_write, picture.data, root, name)
+    return name
+
+
+def _write(data: bytes, root: Path, name: str) -> None:
+    try:
+        with LocalStorage(root).create(name) as part:
+            part.write_bytes(data)
+    except OutputError as error:
+        log.error("an upload is lost: %s", error)
+        raise OutputError("the upload cannot be stored; the server's log has the reason") from None
+
+
+async def remove(names: Iterable[str], root: Path) -> None:
+    """Delete what `keep` stored; a name that is gone already is no error."""
+    await anyio.to_thread.run_sync(_unlink, list(names), LocalStorage(root))
+
+
+def _unlink(names: list[str], storage: LocalStorage) -> None:
+    for name in names:
+        storage.path(name).unlink(missing_ok=True)

@@ -1,0 +1,430 @@
+"""Webhooks: endpoints that are told, by a signed POST, when a video is completed or has failed.
+
+The signature is that of Standard Webhooks 1.0, which `openai.webhooks` verifies. Endpoints are kept in the journal;
+deliveries are not: what still waits for its next try when the server stops is never sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import random
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import attrs
+from aiohttp import web
+
+from sgld.config import from_text
+from sgld.convert import knob, plain, shown, structure
+from sgld.errors import BadRequest, NotFound, TooLarge
+from sgld.server.fetch import Fetcher
+from sgld.server.journal import Journal
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+EVENT_TYPES = ("video.completed", "video.failed")
+DELAYS_S = (1.0, 5.0, 25.0, 125.0)  # before the second try, the third, ...
+MAX_ENDPOINTS = 50  # of one owner
+OLD_SECRET_S = 24 * 3600
+CLOSING_S = 5.0
+
+_KIND = "webhook_endpoint"
+_SECRET_PREFIX, _SECRET_BYTES = "whsec_", 24
+_BODY_BYTES, _NAME_CHARACTERS = 64 * 2**10, 200
+
+
+# What crosses the wire
+
+
+@attrs.frozen
+class EndpointFields:
+    """`POST /v1/webhook_endpoints`, and `/{id}`, where what is absent stays."""
+
+    name: str | None = knob(None, f"what you call it, up to {_NAME_CHARACTERS} characters")
+    url: str | None = knob(None, "http or https URL that gets the events")
+    event_types: list[str] | None = knob(None, "events to send", choices=EVENT_TYPES)
+
+
+@attrs.frozen
+class RotateFields:
+    """`POST /v1/webhook_endpoints/{id}/rotate_secret`."""
+
+    keep_old_secret_active_for_24_hours: bool = knob(False, "sign with the old secret too for a day")
+
+
+@attrs.frozen
+class SampleFields:
+    """`POST /v1/webhook_endpoints/{id}/test`."""
+
+    event_type: str = knob(EVENT_TYPES[0], "event to send a sample of", choices=EVENT_TYPES)
+
+
+@attrs.frozen
+class ListFields:
+    """The query of `GET /v1/webhook_endpoints`."""
+
+    after: str | None = knob(None, "id of the last endpoint of the page before")
+    limit: int = knob(20, "endpoints in a page", min=1, max=100)
+
+
+@attrs.frozen(kw_only=True)
+class WebhookEndpoint:
+    """An endpoint as its owner sees it; its secret is only hinted at."""
+
+    id: str
+    object: str = _KIND
+    created_at: int
+    updated_at: int
+    name: str
+    url: str
+    event_types: list[str]
+    signing_secret_hint: str
+
+
+@attrs.frozen(kw_only=True)
+class WebhookEndpointWithSecret(WebhookEndpoint):
+    """The answer to create and rotate_secret, the only ones that tell the secret."""
+
+    signing_secret: str = attrs.field(repr=False)
+
+
+@attrs.frozen(kw_only=True)
+class WebhookEndpointList:
+    """A page of endpoints, the newest first."""
+
+    object: str = "list"
+    data: list[WebhookEndpoint]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+@attrs.frozen
+class DeletedWebhookEndpoint:
+    """The answer to DELETE."""
+
+    id: str
+    object: str = "webhook_endpoint.deleted"
+    deleted: bool = True
+
+
+@attrs.frozen
+class WebhookTestResult:
+    """The status that the endpoint answered to a sample."""
+
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    object: str = "webhook_endpoint.test"
+    success: bool = True
+
+
+# The endpoints and their deliveries
+
+
+@attrs.frozen
+class Endpoint:
+    """An endpoint as it is kept. Times are Unix seconds."""
+
+    id: str
+    owner: str
+    created_at: int
+    updated_at: int
+    name: str
+    url: str = attrs.field(repr=False)  # may itself hold a token
+    event_types: list[str]
+    secret: str = attrs.field(repr=False)
+    old_secret: str | None = attrs.field(default=None, repr=False)
+    old_secret_until: int = 0
+
+    def view(self) -> WebhookEndpoint:
+        return WebhookEndpoint(**self._shown())
+
+    def view_with_secret(self) -> WebhookEndpointWithSecret:
+        return WebhookEndpointWithSecret(**self._shown(), signing_secret=self.secret)
+
+    def _shown(self) -> dict[str, Any]:
+        names = ("id", "created_at", "updated_at", "name", "url", "event_types")
+        hint = f"{_SECRET_PREFIX}...{self.secret[-4:]}"
+        return {**{name: getattr(self, name) for name in names}, "signing_secret_hint": hint}
+
+    def signed(self, event_id: str, body: bytes) -> dict[str, str]:
+        """The headers of one delivery, now."""
+        now = int(time.time())
+        valid = [self.secret, self.old_secret] if now < self.old_secret_until else [self.secret]
+        return {
+            "Content-Type": "application/json",
+            "webhook-id": event_id,
+            "webhook-timestamp": str(now),
+            "webhook-signature": " ".join(sign(secret, event_id, now, body) for secret in valid if secret),
+        }
+
+
+def sign(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
+    """One signature, `v1,` and base64 (Standard Webhooks 1.0, section "Signature scheme")."""
+    key = base64.b64decode(secret.removeprefix(_SECRET_PREFIX))
+    digest = hmac.digest(key, b".".join((event_id.encode(), str(timestamp).encode(), body)), hashlib.sha256)
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def _new_secret() -> str:
+    return _SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+
+
+def _event(type: str, object_id: str) -> tuple[str, bytes]:
+    """The id and the body of a new event."""
+    id = f"evt_{uuid.uuid4().hex}"
+    fields = {"id": id, "object": "event", "created_at": int(time.time()), "type": type, "data": {"id": object_id}}
+    return id, json.dumps(fields).encode()
+
+
+class Webhooks:
+    """The endpoints of all owners, each of whom sees only their own, and the deliveries under way."""
+
+    def __init__(self, fetcher: Fetcher, journal: Journal | None = None, delays_s: Sequence[float] = DELAYS_S) -> None:
+        self._fetcher = fetcher
+        self._journal = journal  # None: endpoints are forgotten when the server stops
+        self._delays_s = delays_s
+        self._endpoints: dict[str, Endpoint] = {}
+        self._changing = asyncio.Lock()
+        self._closing = asyncio.Event()
+        self._deliveries: set[asyncio.Task[None]] = set()
+
+    async def load(self) -> None:
+        """Read the endpoints that an earlier server kept."""
+        if self._journal is not None:
+            kept = await self._journal.all(_KIND)
+            self._endpoints = {body["id"]: Endpoint(**body) for body in kept}
+
+    async def close(self, patience_s: float = CLOSING_S) -> None:
+        """Stop the retries, and give the deliveries on their way `patience_s` to arrive; call it after the last job."""
+        self._closing.set()
+        if self._deliveries:
+            await asyncio.wait(self._deliveries, timeout=patience_s)
+        late = list(self._deliveries)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        if late:
+            log.warning("%d webhook deliveries were broken off, for the server stops", len(late))
+
+    async def create(self, owner: str, fields: EndpointFields) -> Endpoint:
+        """A new endpoint with a new secret."""
+        for name in ("name", "url", "event_types"):
+            if getattr(fields, name) is None:
+                raise BadRequest(f"{name}: is missing; a webhook endpoint needs name, url and event_types", name)
+        self._check(fields)
+        now = int(time.time())
+        given = attrs.asdict(fields)
+        endpoint = Endpoint(f"we_{uuid.uuid4().hex}", owner, now, now, **given, secret=_new_secret())
+        async with self._changing:
+            if len(self._of(owner)) >= MAX_ENDPOINTS:
+                raise BadRequest(f"there are {MAX_ENDPOINTS} webhook endpoints, which is the limit; delete one first")
+            return await self._put(endpoint)
+
+    def get(self, owner: str, id: str) -> Endpoint:
+        """The owner's endpoint; NotFound if there is none by that id, or if it is another's."""
+        endpoint = self._endpoints.get(id)
+        if endpoint is None or endpoint.owner != owner:
+            raise NotFound(f"webhook endpoint {shown(id)} does not exist", "id")
+        return endpoint
+
+    def page(self, owner: str, fields: ListFields) -> tuple[list[Endpoint], bool]:
+        """The owner's endpoints, the newest first, and whether more follow."""
+        endpoints = self._of(owner)[::-1]
+        ids = [endpoint.id for endpoint in endpoints]
+        if fields.after is not None and fields.after not in ids:
+            raise NotFound(f"after: webhook endpoint {shown(fields.after)} does not exist", "after")
+        start = 0 if fields.after is None else ids.index(fields.after) + 1
+        end = start + fields.limit
+        return endpoints[start:end], end < len(endpoints)
+
+    async def update(self, owner: str, id: str, fields: EndpointFields) -> Endpoint:
+        """Change what is given."""
+        self._check(fields)
+        given = {name: value for name, value in attrs.asdict(fields).items() if value is not None}
+        async with self._changing:
+            endpoint = self.get(owner, id)
+            return await self._put(attrs.evolve(endpoint, **given, updated_at=int(time.time())))
+
+    async def rotate(self, owner: str, id: str, keep_old: bool) -> Endpoint:
+        """A new secret; with `keep_old` every delivery of the next day is signed with both."""
+        async with self._changing:
+            endpoint, now = self.get(owner, id), int(time.time())
+            old, until = (endpoint.secret, now + OLD_SECRET_S) if keep_old else (None, 0)
+            rotated = attrs.evolve(endpoint, secret=_new_secret(), old_secret=old, old_secret_until=until)
+            return await self._put(attrs.evolve(rotated, updated_at=now))
+
+    async def delete(self, owner: str, id: str) -> None:
+        """Forget an endpoint; tries that are left of its deliveries are not made."""
+        async with self._changing:
+            self.get(owner, id)
+            if self._journal is not None:
+                await self._journal.delete(_KIND, [id])
+            del self._endpoints[id]
+
+    async def test(self, owner: str, id: str, type: str) -> int:
+        """Send a sample once and return the status that answers; BadRequest if none does."""
+        endpoint = self.get(owner, id)
+        event_id, body = _event(type, f"video_sample_{uuid.uuid4().hex}")
+        return await self._fetcher.post(endpoint.url, body, endpoint.signed(event_id, body))
+
+    def notify(self, owner: str, type: str, object_id: str) -> None:
+        """Tell the owner's endpoints of an event, in tasks of their own; returns at once and raises nothing."""
+        event_id, body = _event(type, object_id)
+        for endpoint in self._of(owner):
+            if type in endpoint.event_types:
+                task = asyncio.create_task(self._deliver(endpoint.id, event_id, body))
+                self._deliveries.add(task)
+                task.add_done_callback(self._forget)
+
+    def _of(self, owner: str) -> list[Endpoint]:
+        return [endpoint for endpoint in self._endpoints.values() if endpoint.owner == owner]
+
+    def _check(self, fields: EndpointFields) -> None:
+        """What the fields' own types do not say."""
+        if fields.name is not None and not 0 < len(fields.name) <= _NAME_CHARACTERS:
+            raise BadRequest(f"name: {len(fields.name)} characters; 1 to {_NAME_CHARACTERS} are allowed", "name")
+        if fields.url is not None:
+            self._fetcher.check(fields.url, "url")
+        types = fields.event_types
+        if types is not None and (not types or len(set(types)) < len(types)):
+            raise BadRequest(f"event_types: {shown(types)} must name at least one event, and each once", "event_types")
+
+    async def _put(self, endpoint: Endpoint) -> Endpoint:
+        if self._journal is not None:
+            await self._journal.put(_KIND, endpoint.id, attrs.asdict(endpoint))
+        self._endpoints[endpoint.id] = endpoint
+        return endpoint
+
+    async def _deliver(self, id: str, event_id: str, body: bytes) -> None:
+        """Try until the endpoint takes the event, is deleted, or the tries are used up."""
+        tries = len(self._delays_s) + 1
+        for i in range(tries):
+            endpoint = self._endpoints.get(id)
+            if endpoint is None:
+                return
+            failure = await self._failure(endpoint, event_id, body)
+            if failure is None:
+                return
+            log.warning("webhook %s: try %d of %d to deliver %s: %s", id, i + 1, tries, event_id, failure)
+            if i + 1 == tries or await self._closes_within(self._delays_s[i] * random.uniform(0.5, 1)):
+                log.error("webhook %s: %s is not delivered", id, event_id)
+                return
+
+    async def _failure(self, endpoint: Endpoint, event_id: str, body: bytes) -> str | None:
+        """Send once; why it failed, or None."""
+        try:
+            status = await self._fetcher.post(endpoint.url, body, endpoint.signed(event_id, body))
+        except BadRequest as error:
+            return error.message
+        return None if 200 <= status < 300 else f"it answered {status}"
+
+    async def _closes_within(self, delay_s: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), delay_s)
+        return self._closing.is_set()
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._deliveries.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a webhook delivery failed", exc_info=error)
+
+
+# Routes
+
+WEBHOOKS = web.AppKey("webhooks", Webhooks)
+routes = web.RouteTableDef()
+
+
+def _owner(request: web.Request) -> str:
+    owner: str = request.get("owner", "")
+    return owner
+
+
+async def _fields(request: web.Request, cls: type[T]) -> T:
+    """The JSON body; no body at all is an empty one."""
+    text = await request.read()
+    if len(text) > _BODY_BYTES:
+        raise TooLarge(f"the body has {len(text)} bytes; at most {_BODY_BYTES} are taken here")
+    try:
+        values = json.loads(text or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadRequest("the body must be a JSON object")
+    return structure(values, cls)
+
+
+@routes.post("/v1/webhook_endpoints")
+async def create(request: web.Request) -> web.Response:
+    """Make an endpoint; its secret is told here, and never again."""
+    endpoint = await request.app[WEBHOOKS].create(_owner(request), await _fields(request, EndpointFields))
+    return web.json_response(plain(endpoint.view_with_secret()))
+
+
+@routes.get("/v1/webhook_endpoints")
+async def list_all(request: web.Request) -> web.Response:
+    """The caller's endpoints, the newest first."""
+    query: dict[str, Any] = dict(request.query)
+    if "limit" in query:
+        query["limit"] = from_text(query["limit"], int)
+    endpoints, more = request.app[WEBHOOKS].page(_owner(request), structure(query, ListFields))
+    data = [endpoint.view() for endpoint in endpoints]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return web.json_response(plain(WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=more)))
+
+
+@routes.get("/v1/webhook_event_types")
+async def event_types(request: web.Request) -> web.Response:
+    """The events there are."""
+    return web.json_response({"object": "list", "data": list(EVENT_TYPES)})
+
+
+@routes.get("/v1/webhook_endpoints/{id}")
+async def retrieve(request: web.Request) -> web.Response:
+    """One endpoint."""
+    endpoint = request.app[WEBHOOKS].get(_owner(request), request.match_info["id"])
+    return web.json_response(plain(endpoint.view()))
+
+
+@routes.post("/v1/webhook_endpoints/{id}")
+async def update(request: web.Request) -> web.Response:
+    """Change its name, URL or events."""
+    fields = await _fields(request, EndpointFields)
+    endpoint = await request.app[WEBHOOKS].update(_owner(request), request.match_info["id"], fields)
+    return web.json_response(plain(endpoint.view()))
+
+
+@routes.delete("/v1/webhook_endpoints/{id}")
+async def delete(request: web.Request) -> web.Response:
+    """Remove an endpoint."""
+    await request.app[WEBHOOKS].delete(_owner(request), request.match_info["id"])
+    return web.json_response(plain(DeletedWebhookEndpoint(request.match_info["id"])))
+
+
+@routes.post("/v1/webhook_endpoints/{id}/rotate_secret")
+async def rotate_secret(request: web.Request) -> web.Response:
+    """Give an endpoint a new secret, told here and never again."""
+    fields = await _fields(request, RotateFields)
+    keep_old = fields.keep_old_secret_active_for_24_hours
+    endpoint = await request.app[WEBHOOKS].rotate(_owner(request), request.match_info["id"], keep_old)
+    return web.json_response(plain(endpoint.view_with_secret()))
+
+
+@routes.post("/v1/webhook_endpoints/{id}/test")
+async def test(request: web.Request) -> web.Response:
+    """Send a sample event and wait for its answer, at most ten seconds."""
+    type = (await _fields(request, SampleFields)).event_type
+    id = request.match_info["id"]
+    status = await request.app[WEBHOOKS].test(_owner(request), id, type)
+    return web.json_response(plain(WebhookTestResult(id, type, status)))
