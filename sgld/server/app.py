@@ -57,12 +57,13 @@ def make_app(
     if settings.enable_metrics:
         app.add_routes(metrics.routes)
     app.on_response_prepare.append(_name_request)
+    app.on_shutdown.append(_release)
     app.cleanup_ctx.append(_running)
     return app
 
 
 def _output_folder(settings: Settings) -> Path:
-    """The folder of results. With `output_path` empty nothing stays: one that the system clears."""
+    """The folder of results. With `output_path` empty nothing stays: a temporary one, removed at the end."""
     if settings.output_path:
         return Path(settings.output_path).expanduser()
     return Path(tempfile.gettempdir()) / f"sgld-{uuid.uuid4().hex}"
@@ -74,16 +75,23 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     keeps = bool(service.settings.output_path) and not service.settings.ephemeral
     journal = await Journal.open(service.jobs.outputs.root / JOURNAL) if keeps else None
     async with contextlib.AsyncExitStack() as stack:
+        if not service.settings.output_path:
+            await service.jobs.outputs.make_private()
+            stack.push_async_callback(service.jobs.outputs.clear)
         if journal is not None:
             stack.push_async_callback(journal.close)
         stack.push_async_callback(service.fetcher.close)
-        hooks._journal = journal
-        await hooks.load()
+        await hooks.load(journal)
         stack.push_async_callback(hooks.close)
         await stack.enter_async_context(service.engine)
         await service.jobs.open(journal)
         stack.push_async_callback(service.jobs.close)
         yield
+
+
+async def _release(app: web.Application) -> None:
+    """Let go of jobs before connections are closed, so that who waits for one is answered."""
+    await app[SERVICE].jobs.close()
 
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:

@@ -33,6 +33,7 @@ USER_AGENT = f"sgld/{__version__}"
 
 _WEB_URL = "an http or https URL is needed"
 _PICTURE_URL = "an http, https or data URL is needed; a file of your own goes into an upload or a data URL"
+_HOST = re.compile(r"[\w.:%-]+", re.ASCII)
 _USER_INFO = re.compile("//[^/]*@")
 _URL_CHARACTERS = 8192
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -116,11 +117,11 @@ class Fetcher:
         """
         try:
             url = URL(text) if len(text) <= _URL_CHARACTERS else URL()
-            host, _ = url.raw_host, url.port
-        except ValueError:
-            url, host = URL(), None
-        if url.scheme not in ("http", "https") or not host:
-            harmless = _USER_INFO.sub("//", text.partition("?")[0])
+            host, _ = url.raw_host or "", url.port
+        except (ValueError, IndexError):  # IndexError: yarl, of "http://[]@"
+            url, host = URL(), ""
+        if url.scheme not in ("http", "https") or not _HOST.fullmatch(host):
+            harmless = _USER_INFO.sub("//", text[:_URL_CHARACTERS].partition("?")[0])
             raise BadRequest(f"{param}: {shown(harmless)} is not taken: {needed}", param)
         if url.raw_user is not None or url.raw_password is not None:
             raise BadRequest(f"{param}: a URL with a user name or password is not taken; leave them out", param)

@@ -87,7 +87,7 @@ async def _make(
         fps=params.fps,
         metadata=media.describe(params, service.model_id),
     )
-    job = service.new_job(
+    job = await service.new_job(
         request,
         "image",
         fields,

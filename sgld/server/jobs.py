@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import cached_property
 from typing import Any, ClassVar
 
 import attrs
@@ -37,6 +39,16 @@ class JobEvent:
     number: int
     name: str  # queued, progress, preview, completed, failed or deleted
     data: dict[str, Any]
+
+    @cached_property
+    def text(self) -> str:
+        """The event of a video as JSON, made once for all who follow it."""
+        return event_text(self.name, self.data)
+
+
+def event_text(name: str, data: dict[str, Any]) -> str:
+    """What a video's followers are sent, as JSON."""
+    return json.dumps({"type": f"video.{name}", **data})
 
 
 @attrs.define(eq=False)
@@ -73,14 +85,15 @@ class Job:
     output_tokens: int = 0
     # of this process only
     settled: bool = False  # its end is decided: by the first of completion, failure and cancel
-    task: asyncio.Task[None] | None = None
+    parked: bool = False  # it goes on in the next process, and tells nothing more in this one
+    task: asyncio.Task[None] | None = None  # makes its outputs
     waiters: int = 0
     _log: deque[JobEvent] = attrs.field(factory=lambda: deque(maxlen=_LOG_EVENTS))
     _number: int = 0
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event)
     _followers: int = 0
 
-    VOLATILE: ClassVar = ("settled", "task", "waiters", "_log", "_number", "_changed", "_followers")
+    VOLATILE: ClassVar = ("settled", "parked", "task", "waiters", "_log", "_number", "_changed", "_followers")
 
     @property
     def ended(self) -> bool:
@@ -106,6 +119,11 @@ class Job:
         first, self.settled = not self.settled, True
         return first
 
+    def park(self) -> None:
+        """Leave it to the next process; who follows it here hears no more."""
+        self.settled = self.parked = True
+        self._changed.set()
+
     def ending(self, error: SgldError | None, ttl: int) -> dict[str, Any]:
         """What changes when it has completed, or failed with `error`; the journal hears of it first."""
         now, status = time.time(), "failed" if error is not None else "completed"
@@ -130,7 +148,7 @@ class Job:
         self._changed = asyncio.Event()
 
     async def follow(self, after: int = 0) -> AsyncIterator[JobEvent]:
-        """Events with higher numbers than `after`, until and with the one of its end."""
+        """Events with higher numbers than `after`, until and with the one of its end, or until it is parked."""
         self._followers += 1
         try:
             while True:
@@ -138,7 +156,7 @@ class Job:
                 for event in [event for event in self._log if event.number > after]:
                     after = event.number
                     yield event
-                if self.ended:
+                if self.ended or self.parked:
                     return
                 await changed.wait()
         finally:

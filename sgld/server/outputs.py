@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 from pathlib import Path
 
 import anyio.to_thread
@@ -54,6 +55,20 @@ class Outputs:
             return await anyio.to_thread.run_sync((self.root / artifact.name).read_bytes)
         except FileNotFoundError:
             raise NotFound(f"{artifact.name}: the file has been removed", "id") from None
+
+    async def make_private(self) -> None:
+        """Make the folder, for this user's eyes alone."""
+        await anyio.to_thread.run_sync(lambda: self.root.mkdir(mode=0o700))
+
+    async def clear(self) -> None:
+        """Remove the folder and everything in it; what cannot be removed is logged."""
+        await anyio.to_thread.run_sync(self._clear)
+
+    def _clear(self) -> None:
+        try:
+            shutil.rmtree(self.root)
+        except OSError as error:
+            log.error("cannot remove %s: %s", self.root, error.strerror)
 
     async def remove(self, names: list[str]) -> None:
         """Remove files; those that have gone already are no error, and one that cannot be removed is logged."""

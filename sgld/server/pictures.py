@@ -6,6 +6,7 @@ from pathlib import Path
 
 import attrs
 
+from sgld.convert import shown
 from sgld.errors import BadRequest, NotBuilt
 from sgld.server import uploads
 from sgld.server.body import Body
@@ -43,7 +44,7 @@ def _url(field: str, value: object) -> str:
     if isinstance(value, dict) and set(value) == {"image_url"}:  # as OpenAI's JSON nests it
         value = value["image_url"]
     if not isinstance(value, str):
-        raise BadRequest(f"{field}: {value!r} is no address; give an http(s) or data: URL, or upload a file", field)
+        raise BadRequest(f"{field}: {shown(value)} is no address; give an http(s) or data: URL, or upload a file", field)
     return value
 
 

@@ -5,7 +5,7 @@ Routes read and write these, and the OpenAPI document is made from them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 
@@ -15,6 +15,17 @@ from sgld.server.queue import PRIORITIES
 SIZE_HELP = "WIDTHxHEIGHT; empty or auto is the model's own"
 OPENAI_QUALITIES = ("auto", "standard", "hd", "low", "medium", "xhigh", "max")
 """OpenAI's words for how much work to spend; this server always makes its best picture, and says so in `warnings`."""
+
+
+@attrs.frozen
+class Told:
+    """What the OpenAPI document says of a field of an answer, beside its type."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+# Requests
 
 
 @attrs.frozen
@@ -61,6 +72,35 @@ class VideoFields(CommonFields):
 
 
 @attrs.frozen
+class PictureQuery:
+    """The query of `GET /v1/images/{id}/content`."""
+
+    variant: str = knob("0", "number of the output, from 0")
+
+
+@attrs.frozen
+class VideoQuery:
+    """The query of `GET /v1/videos/{id}/content`."""
+
+    variant: str = knob("video", "video, thumbnail or spritesheet of the first output, or an output's number, from 0")
+
+
+# Answers
+
+Time = Annotated[int, Told("Unix seconds")]
+Status = Annotated[str, Told("where the job stands", ("queued", "in_progress", "completed", "failed", "deleted"))]
+Percent = Annotated[int, Told("percent; never falls, and is 100 only with the file")]
+Stage = Annotated[str, Told("what is being done: queued, encode, denoise, decode, or the status at its end")]
+Step = Annotated[int, Told("step of the stage, of `total`")]
+Place = Annotated[int | None, Told("place in the queue, from 1; null when it does not wait")]
+Eta = Annotated[float | None, Told("seconds until the end, as far as past jobs allow an estimate")]
+Seeds = Annotated[list[int], Told("noise seed of each output")]
+Warnings = Annotated[list[str], Told("what was changed, or has no effect")]
+Size = Annotated[str, Told("WIDTHxHEIGHT in pixels")]
+Base64 = Annotated[str, Told("the file, in base64")]
+
+
+@attrs.frozen
 class Problem:
     """Why a job failed."""
 
@@ -74,31 +114,64 @@ class Video:
 
     id: str
     model: str
-    status: str
-    progress: int
-    created_at: int
-    completed_at: int | None
-    expires_at: int | None
+    status: Status
+    progress: Percent
+    created_at: Time
+    completed_at: Time | None
+    expires_at: Annotated[int | None, Told("Unix seconds after which job and files are removed")]
     prompt: str
-    size: str
-    seconds: str
-    fps: int
+    size: Size
+    seconds: Annotated[str, Told("length, as a decimal number")]
+    fps: Annotated[int, Told("frames per second")]
     num_frames: int
     num_outputs: int
-    seeds: list[int]
-    stage: str
-    step: int
+    seeds: Seeds
+    stage: Stage
+    step: Step
     total: int
-    queue_position: int | None
-    eta_seconds: float | None
-    priority: str
-    warnings: list[str]
-    urls: list[str]
-    url: str | None
-    remixed_from_video_id: str | None
+    queue_position: Place
+    eta_seconds: Eta
+    priority: Annotated[str, Told("class in the queue", PRIORITIES)]
+    warnings: Warnings
+    urls: Annotated[list[str], Told("address of each output, once completed")]
+    url: Annotated[str | None, Told("the first of them")]
+    remixed_from_video_id: Annotated[str | None, Told("the video this one was made from")]
     error: Problem | None
     quality: str = "standard"
     object: str = "video"
+
+
+@attrs.frozen
+class DeletedVideo(Video):
+    """The job as it was, and that it is gone."""
+
+    object: str = "video.deleted"
+    deleted: bool = True
+
+
+@attrs.frozen
+class VideoEvent:
+    """`data` of an event of a video job."""
+
+    type: Annotated[str, Told("video. and the event's name")]
+    id: str
+    status: Status
+    progress: Percent
+    stage: Stage
+    step: Step
+    total: int
+    queue_position: Place
+    eta_seconds: Eta
+
+
+@attrs.frozen
+class VideoPreview(VideoEvent):
+    """`data` of a preview: the first frame as it would be if the generation ended now."""
+
+    index: Annotated[int, Told("number of the preview of this output, from 0")]
+    output: Annotated[int, Told("number of the output, from 0")]
+    format: str
+    b64_json: Base64
 
 
 @attrs.frozen
@@ -116,9 +189,9 @@ class VideoList:
 class Picture:
     """One image of an answer: its bytes or its address."""
 
-    b64_json: str | None
+    b64_json: Base64 | None
     url: str | None
-    revised_prompt: str
+    revised_prompt: Annotated[str, Told("the prompt as it was used")]
 
 
 @attrs.frozen
@@ -144,16 +217,49 @@ class Images:
     """The answer to an image request."""
 
     id: str
-    created: int
+    created: Time
     data: list[Picture]
     background: str
     output_format: str
     quality: str
-    size: str
-    seeds: list[int]
+    size: Size
+    seeds: Seeds
     usage: Usage
-    warnings: list[str]
-    inference_time_s: float
+    warnings: Warnings
+    inference_time_s: Annotated[float, Told("seconds from the start of the job to its end")]
+
+
+@attrs.frozen
+class PartialImage:
+    """`data` of a preview in a stream: the picture as it would be if the generation ended now."""
+
+    type: Annotated[str, Told("the event's name")]
+    background: str
+    created_at: Time
+    output_format: str
+    quality: str
+    size: Size
+    b64_json: Base64
+    partial_image_index: Annotated[int, Told("number of the preview of this output, from 0")]
+    output_index: Annotated[int, Told("number of the output, from 0")]
+
+
+@attrs.frozen
+class CompletedImage:
+    """`data` of a finished picture in a stream."""
+
+    type: Annotated[str, Told("the event's name")]
+    background: str
+    created_at: Time
+    output_format: str
+    quality: str
+    size: Size
+    b64_json: Base64
+    usage: Usage
+    warnings: Warnings
+    id: str
+    seed: int
+    output_index: Annotated[int, Told("number of the output, from 0")]
 
 
 @attrs.frozen
@@ -161,7 +267,7 @@ class ModelCard:
     """A model as OpenAI's client reads it."""
 
     id: str
-    created: int
+    created: Time
     object: str = "model"
     owned_by: str = "sgld"
 
@@ -175,13 +281,89 @@ class ModelList:
 
 
 @attrs.frozen
+class Liveness:
+    """The process answers."""
+
+    status: str = "ok"
+
+
+@attrs.frozen
+class Health:
+    """Whether requests are served now."""
+
+    status: Annotated[str, Told("ok, loading, stopping, or the state of the workers")]
+    version: str
+    restarts: Annotated[int, Told("of the workers, since the start")]
+
+
+@attrs.frozen
+class LoadedModel:
+    """What is loaded, by the names of the replaced system."""
+
+    model_path: str
+    num_gpus: int
+    task_type: str
+    supported_task_types: list[str]
+    dit_precision: Annotated[str | None, Told("null: chosen by the device")]
+    vae_precision: Annotated[str | None, Told("null: fp32")]
+    pipeline_name: str
+    pipeline_class: str
+
+
+@attrs.frozen
+class ServerInfo:
+    """The process and its workers."""
+
+    model_path: str
+    served_model_name: str
+    tp_size: int
+    num_gpus: int
+    version: str
+    state: Annotated[str, Told("of the workers")]
+    started_at: Time
+    restarts: Annotated[int, Told("of the workers, since the start")]
+    queue_depth: Annotated[int, Told("jobs that wait")]
+    max_queue: Annotated[int, Told("jobs that may wait")]
+
+
+@attrs.frozen
+class Limits:
+    """What is refused beyond these."""
+
+    max_queue: Annotated[int, Told("jobs that may wait; one more gets 429")]
+    max_request_bytes: Annotated[int, Told("of a body, its files included")]
+    max_pictures: Annotated[int, Told("of one request")]
+    max_picture_pixels: Annotated[int, Told("of one picture")]
+    max_fetched_bytes: Annotated[int, Told("of a picture given by its address")]
+    job_ttl_seconds: Annotated[int | None, Told("after its end a job is kept so long; null: until it is deleted")]
+
+
+@attrs.frozen
+class Capabilities:
+    """What this model takes and makes."""
+
+    model: str
+    name: Annotated[str, Told("pipeline class")]
+    kind: Annotated[str, Told("what it makes by default", ("image", "video"))]
+    tasks: Annotated[list[str], Told("T2I: picture from text; T2V: video from text; and so on")]
+    size_multiple: Annotated[int, Told("height and width are multiples of this many pixels")]
+    frame_multiple: Annotated[int, Told("num_frames is 1 more than a multiple of this")]
+    components: Annotated[list[str], Told("parts of the model")]
+    defaults: Annotated[dict[str, Any], Told("what a request gets that does not say otherwise")]
+    sampling: Annotated[dict[str, Any], Told("those of the defaults that the operator has set")]
+    fields: Annotated[dict[str, Any], Told("JSON Schema of each sampling field of a request")]
+    unsupported: Annotated[dict[str, str], Told("fields that are refused, and why")]
+    limits: Limits
+
+
+@attrs.frozen
 class ErrorDetail:
     """What went wrong, as OpenAI's client reads it."""
 
     message: str
-    type: str
-    param: str | None
-    code: str
+    type: Annotated[str, Told("kind of fault", ("invalid_request_error", "server_error"))]
+    param: Annotated[str | None, Told("field at fault, where there is one")]
+    code: Annotated[str, Told("what programs read: invalid_value, not_found, queue_full and so on")]
 
 
 @attrs.frozen
@@ -189,7 +371,7 @@ class Error:
     """The body of every error."""
 
     error: ErrorDetail
-    detail: str
+    detail: Annotated[str, Told("the message once more")]
 
 
 def body(answer: Any) -> dict[str, Any]:

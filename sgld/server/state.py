@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import attrs
 from aiohttp import web
 
@@ -71,7 +72,7 @@ class Service:
         if name not in (None, self.model_id, self.settings.model_path):
             raise NotFound(f"model: {name!r} is not served here; {self.model_id!r} is", "model")
 
-    def new_job(
+    async def new_job(
         self,
         request: web.Request,
         kind: str,
@@ -86,6 +87,7 @@ class Service:
         key = request.headers.get("Idempotency-Key")
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
             raise BadRequest(f"Idempotency-Key: 1 to {MAX_KEY_CHARACTERS} characters are allowed", "Idempotency-Key")
+        digest = "" if key is None else f"{kind} {await anyio.to_thread.run_sync(body.digest)}"
         return Job(
             f"{kind}_{uuid.uuid4().hex}",
             kind,
@@ -95,7 +97,7 @@ class Service:
             model=self.model_id,
             priority=fields.priority,
             idempotency_key=key,
-            digest=f"{kind} {body.digest()}" if key is not None else "",
+            digest=digest,
             **own,
         )
 

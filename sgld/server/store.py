@@ -17,7 +17,17 @@ import attrs
 from sgld import media
 from sgld.config import Settings
 from sgld.engine.engine import Engine
-from sgld.errors import BadRequest, Cancelled, NotFound, NotReady, OutputError, QueueFull, SgldError, WorkerDied
+from sgld.errors import (
+    BadRequest,
+    Cancelled,
+    ModelError,
+    NotFound,
+    NotReady,
+    OutputError,
+    QueueFull,
+    SgldError,
+    WorkerDied,
+)
 from sgld.log import job_context
 from sgld.messages import Event, Media, Note, Preview, Progress
 from sgld.server.auth import Identity, may_see
@@ -87,6 +97,7 @@ class JobStore:
         self._wake = asyncio.Event()
         self._saving = asyncio.Semaphore(SAVING)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._busy: set[asyncio.Task[None]] = set()  # those that make a job or write its files
         self._dispatcher: asyncio.Task[None] | None = None
 
     # Life
@@ -100,13 +111,21 @@ class JobStore:
             self._remember(job)
             if job.ended:
                 continue
-            if job.attempts >= ATTEMPTS:
+            if (error := self._lost(job)) is not None:
                 job.settle()
-                await self._end(job, WorkerDied(f"the server was killed {job.attempts} times while it made this"))
+                await self._end(job, error)
             else:
-                job.status = job.stage = "queued"
+                job.change(status="queued", stage="queued", progress=0, step=0, total=0)
                 self._push(job)
         self._spawn(self._sweep())
+
+    def _lost(self, job: Job) -> SgldError | None:
+        """Why a job of the process before this one cannot be made here."""
+        if job.attempts >= ATTEMPTS:
+            return WorkerDied(f"the server was killed {job.attempts} times while it made this")
+        if job.model != self.outputs.model:
+            return ModelError(f"the server was started again with {self.outputs.model!r}, not {job.model!r}")
+        return None
 
     def start(self) -> None:
         """Begin to make jobs, now that the model is loaded."""
@@ -117,19 +136,19 @@ class JobStore:
         self.draining = True
         if self._dispatcher is not None:
             self._dispatcher.cancel()
-        while (busy := self._busy()) and seconds > 0:
+        while self._busy and seconds > 0:
             began = time.monotonic()
-            await asyncio.wait(busy, timeout=seconds)
+            await asyncio.wait(self._busy, timeout=seconds)
             seconds -= time.monotonic() - began
 
     async def close(self) -> None:
         """Put what has not ended back into the journal, or fail it where there is none."""
         self.draining = True
-        for job in [job for job in self._jobs.values() if not job.ended]:
+        for job in [job for job in self._jobs.values() if not job.ended and not job.parked]:
             if self._journal is not None and job.kind == "video":
-                job.settled = True  # in this process nobody ends it any more
-                started = job.status == "in_progress"
-                await self._write(job, status="queued", attempts=job.attempts - started)
+                job.park()
+                if job.status == "in_progress":  # a queued one is in the journal as it stands
+                    await self._write(job, status="queued", attempts=job.attempts - 1)
             elif job.settle():
                 await self._end(job, NotReady("the server is stopping"))
             if job.task is not None:
@@ -166,7 +185,8 @@ class JobStore:
             raise
         finally:
             self._admitting -= 1
-        self._push(job)
+        if not job.settled:  # nobody was quick enough to cancel it
+            self._push(job)
         return job
 
     def get(self, kind: str, job_id: str, identity: Identity) -> Job:
@@ -258,7 +278,7 @@ class JobStore:
             job = self._running = self._queue.pop(time.monotonic())
             self._line = None
             try:
-                job.task = self._spawn(self._make(job))
+                job.task = self._labour(self._make(job))
                 await asyncio.wait({job.task})
             finally:
                 self._running = None
@@ -276,12 +296,12 @@ class JobStore:
                 self._spawn(self._discard(job, saves))
                 raise
             except SgldError as error:
-                self._spawn(self._finish(job, saves, previews, error))
+                self._labour(self._finish(job, saves, previews, error))
             except Exception:  # every job ends in one of its states
                 log.exception("%s failed", job.id)
-                self._spawn(self._finish(job, saves, previews, _internal()))
+                self._labour(self._finish(job, saves, previews, _internal()))
             else:
-                job.task = self._spawn(self._finish(job, saves, previews, None))
+                self._labour(self._finish(job, saves, previews, None))
 
     async def _begin(self, job: Job) -> None:
         job.change(status="in_progress", started_at=time.time(), attempts=job.attempts + 1)
@@ -322,7 +342,8 @@ class JobStore:
         if job.settled:
             return
         if isinstance(event, Note):
-            job.notes.append(event.text)
+            if event.text not in job.notes:  # each output tells it
+                job.notes.append(event.text)
         elif isinstance(event, Preview):
             previews.append(self._spawn(self._show(job, event, index)))
         elif isinstance(event, Progress) and event.stage in job.SHARE:
@@ -364,6 +385,7 @@ class JobStore:
                 self._metrics.job_failed(job.kind, error.code)
             else:
                 job.artifacts = list(artifacts)
+                log.info("%s completed in %.2f s", job.id, time.time() - (job.started_at or job.created_at))
                 self._metrics.job_finished(job.kind)
             await self._end(job, error)
 
@@ -459,8 +481,12 @@ class JobStore:
         running = self._remaining(self._running) if self._running is not None else None
         return min(120, max(1, math.ceil(running if running is not None else 5)))
 
-    def _busy(self) -> set[asyncio.Task[None]]:
-        return {job.task for job in self._jobs.values() if job.task is not None and not job.task.done()}
+    def _labour(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Spawn what a graceful stop waits for."""
+        task = self._spawn(work)
+        self._busy.add(task)
+        task.add_done_callback(self._busy.discard)
+        return task
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import anyio
@@ -19,7 +18,7 @@ from sgld.server import pictures
 from sgld.server.auth import IDENTITY
 from sgld.server.body import read_body, require_prompt, split
 from sgld.server.images import KEEP_ALIVE_S, artifact_of
-from sgld.server.jobs import Job
+from sgld.server.jobs import Job, event_text
 from sgld.server.schema import Problem, Video, VideoFields, VideoList, body
 from sgld.server.state import SERVICE, Service
 from sgld.server.urls import absolute
@@ -59,7 +58,7 @@ async def create(request: web.Request) -> web.Response:
     params, more = service.params({**sampling, **_length(fields, sampling, service)})
     _check_file(params, service)
     own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more}
-    job = await service.jobs.submit(service.new_job(request, "video", fields, params, content, **own))
+    job = await service.jobs.submit(await service.new_job(request, "video", fields, params, content, **own))
     return _answer(request, job)
 
 
@@ -76,7 +75,7 @@ async def remix(request: web.Request) -> web.Response:
     _check_file(params, service)
     fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
     own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id}
-    job = await service.jobs.submit(service.new_job(request, "video", fields, params, content, **own))
+    job = await service.jobs.submit(await service.new_job(request, "video", fields, params, content, **own))
     return _answer(request, job)
 
 
@@ -133,15 +132,10 @@ async def events(request: web.Request) -> web.StreamResponse:
         seen = 0
     async with sse_response(request, ping_interval=KEEP_ALIVE_S, sep="\n") as stream:
         if job.ended and not job.number:  # ended before this server started
-            await stream.send(json.dumps(_event(job.status, request.app[SERVICE].jobs.state(job))), event=job.status)
+            await stream.send(event_text(job.status, request.app[SERVICE].jobs.state(job)), event=job.status)
         async for event in job.follow(seen):
-            text = await anyio.to_thread.run_sync(json.dumps, _event(event.name, event.data))
-            await stream.send(text, id=str(event.number), event=event.name)
+            await stream.send(event.text, id=str(event.number), event=event.name)
     return stream
-
-
-def _event(name: str, data: dict[str, Any]) -> dict[str, Any]:
-    return {"type": f"video.{name}", **data}
 
 
 @routes.get("/v1/videos/{id}/content")

@@ -26,6 +26,7 @@ from aiohttp import web
 from sgld.config import from_text
 from sgld.convert import knob, plain, shown, structure
 from sgld.errors import BadRequest, NotFound, TooLarge
+from sgld.server.auth import OWNER
 from sgld.server.fetch import Fetcher
 from sgld.server.journal import Journal
 
@@ -199,8 +200,9 @@ class Webhooks:
         self._closing = asyncio.Event()
         self._deliveries: set[asyncio.Task[None]] = set()
 
-    async def load(self) -> None:
-        """Read the endpoints that an earlier server kept."""
+    async def load(self, journal: Journal | None = None) -> None:
+        """Read the endpoints that an earlier server kept in the journal, this one or the constructor's."""
+        self._journal = journal or self._journal
         if self._journal is not None:
             kept = await self._journal.all(_KIND)
             self._endpoints = {body["id"]: Endpoint(**body) for body in kept}
@@ -346,11 +348,6 @@ WEBHOOKS = web.AppKey("webhooks", Webhooks)
 routes = web.RouteTableDef()
 
 
-def _owner(request: web.Request) -> str:
-    owner: str = request.get("owner", "")
-    return owner
-
-
 async def _fields(request: web.Request, cls: type[T]) -> T:
     """The JSON body; no body at all is an empty one."""
     text = await request.read()
@@ -368,7 +365,7 @@ async def _fields(request: web.Request, cls: type[T]) -> T:
 @routes.post("/v1/webhook_endpoints")
 async def create(request: web.Request) -> web.Response:
     """Make an endpoint; its secret is told here, and never again."""
-    endpoint = await request.app[WEBHOOKS].create(_owner(request), await _fields(request, EndpointFields))
+    endpoint = await request.app[WEBHOOKS].create(request[OWNER], await _fields(request, EndpointFields))
     return web.json_response(plain(endpoint.view_with_secret()))
 
 
@@ -378,7 +375,7 @@ async def list_all(request: web.Request) -> web.Response:
     query: dict[str, Any] = dict(request.query)
     if "limit" in query:
         query["limit"] = from_text(query["limit"], int)
-    endpoints, more = request.app[WEBHOOKS].page(_owner(request), structure(query, ListFields))
+    endpoints, more = request.app[WEBHOOKS].page(request[OWNER], structure(query, ListFields))
     data = [endpoint.view() for endpoint in endpoints]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return web.json_response(plain(WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=more)))
@@ -393,7 +390,7 @@ async def event_types(request: web.Request) -> web.Response:
 @routes.get("/v1/webhook_endpoints/{id}")
 async def retrieve(request: web.Request) -> web.Response:
     """One endpoint."""
-    endpoint = request.app[WEBHOOKS].get(_owner(request), request.match_info["id"])
+    endpoint = request.app[WEBHOOKS].get(request[OWNER], request.match_info["id"])
     return web.json_response(plain(endpoint.view()))
 
 
@@ -401,14 +398,14 @@ async def retrieve(request: web.Request) -> web.Response:
 async def update(request: web.Request) -> web.Response:
     """Change its name, URL or events."""
     fields = await _fields(request, EndpointFields)
-    endpoint = await request.app[WEBHOOKS].update(_owner(request), request.match_info["id"], fields)
+    endpoint = await request.app[WEBHOOKS].update(request[OWNER], request.match_info["id"], fields)
     return web.json_response(plain(endpoint.view()))
 
 
 @routes.delete("/v1/webhook_endpoints/{id}")
 async def delete(request: web.Request) -> web.Response:
     """Remove an endpoint."""
-    await request.app[WEBHOOKS].delete(_owner(request), request.match_info["id"])
+    await request.app[WEBHOOKS].delete(request[OWNER], request.match_info["id"])
     return web.json_response(plain(DeletedWebhookEndpoint(request.match_info["id"])))
 
 
@@ -417,7 +414,7 @@ async def rotate_secret(request: web.Request) -> web.Response:
     """Give an endpoint a new secret, told here and never again."""
     fields = await _fields(request, RotateFields)
     keep_old = fields.keep_old_secret_active_for_24_hours
-    endpoint = await request.app[WEBHOOKS].rotate(_owner(request), request.match_info["id"], keep_old)
+    endpoint = await request.app[WEBHOOKS].rotate(request[OWNER], request.match_info["id"], keep_old)
     return web.json_response(plain(endpoint.view_with_secret()))
 
 
@@ -426,5 +423,5 @@ async def test(request: web.Request) -> web.Response:
     """Send a sample event and wait for its answer, at most ten seconds."""
     type = (await _fields(request, SampleFields)).event_type
     id = request.match_info["id"]
-    status = await request.app[WEBHOOKS].test(_owner(request), id, type)
+    status = await request.app[WEBHOOKS].test(request[OWNER], id, type)
     return web.json_response(plain(WebhookTestResult(id, type, status)))

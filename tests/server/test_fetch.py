@@ -35,7 +35,7 @@ PRIVATE_HOSTS = """
 10.1 192.168.0.1 100.64.0.1 ①②⑦.⓪.⓪.① 127。0。0。1
 """
 NO_WEB_URLS = """
-file:///etc/passwd /etc/passwd ..\\x.png ftp://example.com/x http:// http://h:99999/ http://[::
+file:///etc/passwd /etc/passwd ..\\x.png ftp://example.com/x http:// http://h:99999/ http://[:: http://[]@
 gopher://127.0.0.1:6379/_ https:example.com
 """
 WRONG_DATA_URLS = """
@@ -233,7 +233,7 @@ async def test_three_redirects_and_no_more(site: Site, fetcher: Fetcher) -> None
     assert "more than 3 redirects" in await refusal(fetcher.get(site.at("/loop"), param="url"))
 
 
-@pytest.mark.parametrize("url", [*NO_WEB_URLS.split(), "", "http://" + "a" * 9000])
+@pytest.mark.parametrize("url", [*NO_WEB_URLS.split(), "", "http://\0/", "http://" + "a" * 9000])
 async def test_what_is_no_web_url_is_refused(fetcher: Fetcher, url: str) -> None:
     told = await refusal(fetcher.read(url, param="input_reference"))
     assert "an http, https or data URL is needed" in told and len(told) < 400

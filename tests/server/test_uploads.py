@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -37,6 +36,10 @@ def packed(image: Image.Image, format: str, **options: Any) -> bytes:
 
 def opened(picture: Picture) -> Image.Image:
     return Image.open(io.BytesIO(picture.data))
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -248,12 +251,12 @@ async def test_kept_under_a_name_of_our_own(tmp_path: Path) -> None:
         random, _, rest = name.partition("-")
         assert len(random) == 32 and rest == "my-cat.jpeg"
         assert (root / name).read_bytes() == picture.data
-    assert sorted(os.listdir(root)) == sorted(names), "and nothing else"
-    assert os.listdir(tmp_path) == ["deep"]
+    assert listed(root) == sorted(names), "and nothing else"
+    assert listed(tmp_path) == ["deep"]
     await remove(names[:1], root)
-    assert os.listdir(root) == names[1:]
+    assert listed(root) == names[1:]
     await remove(names, root)  # one is gone already
-    assert os.listdir(root) == []
+    assert listed(root) == []
 
 
 async def test_whole_or_not_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -278,7 +281,7 @@ async def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: py
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OutputError):
             await keep(picture, tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "/etc/passwd"])
