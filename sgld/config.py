@@ -6,11 +6,12 @@ import os
 import re
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 
-from sgld.convert import fields_of, knob, knob_of, structure
+from sgld.convert import fields_of, knob, knob_of, shown, structure
 from sgld.errors import BadRequest, nearest
 from sgld.params import SamplingParams
 
@@ -94,7 +95,9 @@ class Settings:
     revision: str | None = knob(None, "commit, tag or branch of the repository", group=MODEL)
     model_subfolder: str | None = knob(None, "folder inside the repository", group=MODEL, pending="model subfolders")
     model_variant: str | None = knob(None, "weights variant, such as fp16", group=MODEL, pending="weight variants")
-    served_model_name: str | None = knob(None, "model id shown by the server", group=MODEL, shown_default="model-path")
+    served_model_name: str | None = knob(
+        None, "model id shown by the server", group=MODEL, serve_only=True, shown_default="model-path"
+    )
     component_paths: dict[str, str] = knob(
         {}, "folder for a component, as in --vae-path; its key must stand in model_index.json", group=MODEL
     )
@@ -321,7 +324,7 @@ class RunOptions:
         "make a video or an image",
         group="files",
         choices=("video", "image"),
-        shown_default="by extension, then the model's own",
+        shown_default="by extension, then by the number of frames",
     )
     json: bool = knob(False, "print one JSON object per output instead of its path", group="files")
     perf_dump_path: str | None = knob(
@@ -409,6 +412,16 @@ def _check_degrees(settings: Settings) -> None:
             f"ulysses_degree: {settings.ulysses_degree} x ring_degree {ring} is not num_gpus ({gpus}); leave it out",
             "ulysses_degree",
         )
+
+
+def user_path(text: str, param: str) -> Path:
+    """A path as a user writes it: `~` and `~name` are homes. Raises BadRequest for what no path can be."""
+    if "\0" in text:
+        raise BadRequest(f"{param}: {shown(text)} holds a NUL byte, which no path can", param)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise BadRequest(f"{param}: {shown(text)}: there is no such user, so no such home", param) from None
 
 
 def environment(*names: str) -> dict[str, str]:

@@ -100,11 +100,11 @@ def _check_range(name: str, value: float, meta: Knob) -> None:
 
 
 def describe_range(meta: Knob) -> str:
-    """`1 to 10`, `at least 1`, `more than 0`, `at most 5`."""
+    """`1 to 10`, `at least 1`, `more than 0`, `more than 0, at most 9`, `at most 5`."""
     if meta.min is not None and meta.max is not None:
         return f"{meta.min} to {meta.max}"
     if meta.above is not None:
-        return f"more than {meta.above}"
+        return f"more than {meta.above}" + (f", at most {meta.max}" if meta.max is not None else "")
     return f"at least {meta.min}" if meta.min is not None else f"at most {meta.max}"
 
 

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sgld import __version__
+from sgld.config import Settings
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Frames
 from sgld.params import DEBUG, SamplingParams
@@ -60,6 +61,11 @@ _BT709 = 1  # the code of matrix, primaries and transfer alike, ITU-T H.273
 _EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _GIF_SAMPLE = 1 << 18  # pixels that choose a gif's palette
+_SETTINGS = (
+    "revision", "component_paths", "precision", "dit_precision", "vae_precision", "text_encoder_precisions",
+    "vae_tiling",
+)  # fmt: skip
+_TILES = ("use_tiling", *(f"tile_sample_{what}_{side}" for what in ("min", "stride") for side in ("height", "width")))
 _DAMAGED = (av.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
 
 
@@ -81,12 +87,25 @@ def file_quality(format: str, output_quality: str = "default", output_compressio
     return QUALITIES.get(output_quality, DEFAULT_QUALITY[FORMATS[format].kind])
 
 
-def describe(params: SamplingParams, model: str) -> dict[str, Any]:
-    """What a file says of its making: sgld's version, the model, and every knob under its own name."""
+def describe(params: SamplingParams, model: str, settings: Settings | None = None) -> dict[str, Any]:
+    """What a file says of its making: sgld's version, the model, and every knob under its own name.
+
+    Of `settings` it says what changes pixels and is not at its default; of input files the names, not the folders.
+    """
     knobs = {field.name: field.metadata["knob"] for field in attrs.fields(SamplingParams)}
     values = attrs.asdict(params).items()
     kept = {name: value for name, value in values if not (knobs[name].pending or knobs[name].group == DEBUG)}
-    return {"sgld": __version__, "model": model, **{name: v for name, v in kept.items() if v is not None}}
+    kept["image_path"] = [Path(path).name for path in params.image_path] if params.image_path else None
+    kept["mask_path"] = Path(params.mask_path).name if params.mask_path else None
+    made_by = _telling(settings) if settings else {}
+    return {"sgld": __version__, "model": model, **made_by, **{name: v for name, v in kept.items() if v is not None}}
+
+
+def _telling(settings: Settings) -> dict[str, Any]:
+    """The settings that change pixels, but for those that stand at their defaults, which are all empty."""
+    tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name))}
+    values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles}
+    return {name: value for name, value in values.items() if value}
 
 
 def check_encodable(

@@ -68,7 +68,10 @@ Command = Load | Generate
 
 @attrs.frozen
 class Progress:
-    """Rank 0 finished `step` of `total` in `stage` (load, encode, denoise or decode)."""
+    """Rank 0 finished `step` of `total` in `stage` (load, encode, denoise or decode).
+
+    A stage's first (0) and last are always sent, others at most ten a second.
+    """
 
     job_id: str
     stage: str
@@ -133,6 +136,14 @@ class Timings:
 
 
 @attrs.frozen
+class Tokens:
+    """What one output cost in tokens: those of its prompt, and those of the latents that were denoised."""
+
+    prompt: int = 0
+    latent: int = 0
+
+
+@attrs.frozen
 class Media:
     """A finished output as it leaves rank 0."""
 
@@ -140,6 +151,7 @@ class Media:
     fps: int
     seed: int
     timings: Timings
+    tokens: Tokens = Tokens()
 
 
 class SharedFrames:

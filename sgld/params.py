@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import attrs
 
 from sgld.convert import knob, refuse_unbuilt, structure
-from sgld.errors import BadRequest, NotBuilt
+from sgld.errors import BadRequest, NotBuilt, TooLarge
 
 PROMPT, SIZE, SAMPLING, OUTPUT = "prompt", "size", "sampling", "output"
 POST, SPEED, DEBUG = "post-processing", "speed-ups", "debugging"
@@ -17,6 +18,9 @@ POST, SPEED, DEBUG = "post-processing", "speed-ups", "debugging"
 VIDEO_FORMATS = ("mp4", "webm", "gif")
 IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp")
 MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARACTERS = 32768
+MAX_SIDE = 16384
+STRENGTH = 0.8
 
 
 @attrs.frozen
@@ -29,7 +33,18 @@ class SamplingParams:
         512, "prompt tokens; a longer prompt is cut, with a warning", group=PROMPT, per_model=True, min=1, max=4096
     )
     image_path: list[str] | None = knob(
-        None, "input pictures", group=PROMPT, aliases=("image_paths",), pending="image input"
+        None, "pictures to start from, upright and cut to the size", group=PROMPT, aliases=("image_paths",)
+    )
+    mask_path: str | None = knob(
+        None, "where the picture changes: transparent, or white without any transparency", group=PROMPT
+    )
+    strength: float | None = knob(
+        None,
+        "how far from the picture: the share of the steps that is run",
+        group=PROMPT,
+        min=0.001,
+        max=1,
+        shown_default=f"{STRENGTH} with a picture",
     )
     video_path: list[str] | None = knob(None, "input videos", group=PROMPT, pending="video input")
     condition_inputs: dict[str, Any] | None = knob(
@@ -37,8 +52,8 @@ class SamplingParams:
     )
     task_type: str | None = knob(None, "task of a model that has several", group=PROMPT, pending="choosing a task")
 
-    height: int = knob(480, "pixels", group=SIZE, per_model=True, min=1, max=16384)
-    width: int = knob(832, "pixels", group=SIZE, per_model=True, min=1, max=16384)
+    height: int = knob(480, "pixels", group=SIZE, per_model=True, min=1, max=MAX_SIDE)
+    width: int = knob(832, "pixels", group=SIZE, per_model=True, min=1, max=MAX_SIDE)
     num_frames: int = knob(1, "frames; 1 makes an image", group=SIZE, per_model=True, min=1, max=10000)
     fps: int = knob(24, "frames per second of the file", group=SIZE, per_model=True, min=1, max=240)
     adjust_frames: bool = knob(
@@ -61,8 +76,8 @@ class SamplingParams:
         1, "outputs for each prompt", group=SAMPLING, aliases=("num_outputs", "n"), min=1, max=10
     )
     num_inference_steps: int = knob(50, "denoising steps", group=SAMPLING, per_model=True, min=1, max=1000)
-    guidance_scale: float = knob(1.0, "classifier-free guidance; 1 turns it off", group=SAMPLING, per_model=True, min=0)
-    guidance_scale_2: float | None = knob(None, "guidance of the second expert", group=SAMPLING, per_model=True, min=0)
+    guidance_scale: float = knob(1.0, "classifier-free guidance; 1 turns it off", group=SAMPLING, per_model=True, min=0, max=1000)
+    guidance_scale_2: float | None = knob(None, "guidance of the second expert", group=SAMPLING, per_model=True, min=0, max=1000)
     true_cfg_scale: float | None = knob(
         None, "real guidance of a guidance-distilled model", group=SAMPLING, min=0, pending="guidance-distilled models"
     )
@@ -81,7 +96,7 @@ class SamplingParams:
     boundary_ratio: float | None = knob(
         None, "share of the schedule of the first expert's hand-over", group=SAMPLING, per_model=True, min=0, max=1
     )
-    flow_shift: float | None = knob(None, "time shift of the flow schedule", group=SAMPLING, per_model=True, above=0)
+    flow_shift: float | None = knob(None, "time shift of the flow schedule", group=SAMPLING, per_model=True, above=0, max=1000)
     generator_device: str = knob(
         "cpu",
         "where noise is drawn; cpu gives the same picture everywhere",
@@ -170,9 +185,25 @@ class SamplingParams:
         ),
     )
 
+    @prompt.validator
+    @negative_prompt.validator
+    def _check_length(self, field: attrs.Attribute[Any], value: str | None) -> None:
+        if value is not None and len(value) > MAX_PROMPT_CHARACTERS:
+            raise BadRequest(
+                f"{field.name}: {len(value)} characters are too many; at most {MAX_PROMPT_CHARACTERS} are allowed",
+                field.name,
+            )
+
     profile: bool = knob(False, "write a torch trace", group=DEBUG, pending="profiling")
     num_profiled_timesteps: int = knob(5, "steps in the trace", group=DEBUG, min=1, pending="profiling")
     profile_all_stages: bool = knob(False, "trace every stage", group=DEBUG, pending="profiling")
+
+    @property
+    def first_step(self) -> int:
+        """The step of the schedule to begin with: 0 without a picture, later the lower the strength."""
+        if not self.image_path or self.strength is None:
+            return 0
+        return self.num_inference_steps - int(self.num_inference_steps * self.strength)
 
     def seeds(self) -> list[int]:
         """One seed for each output: given, counted up from the given one, or drawn now."""
@@ -193,6 +224,24 @@ class SamplingParams:
 
 
 @attrs.frozen
+class Memory:
+    """What one output takes beside the loaded weights, estimated linearly, and what there is; all in bytes.
+
+    Text encoder, denoiser and decoder run one after the other, so the largest of them counts.
+    """
+
+    free: int  # for the workers, measured once the model was loaded
+    base: int = 0  # whatever is asked for
+    text_pair: int = 0  # of the text encoder, for each pair of prompt tokens
+    token: int = 0  # of the denoiser, for `size_multiple`^2 pixels of `frame_multiple` frames
+    paired_tokens: int = 0  # up to so many tokens, guidance doubles them
+    pixel: int = 0  # of the frames, for each pixel of each
+    chunk_pixel: int = 0  # of the decoder, for each pixel of the frames that it decodes at once
+    chunk_pixels: int = 0  # as many it decodes at once, unless one latent frame has more
+    tile_pixels: int | None = None  # of a frame, when tiles are decoded one by one
+
+
+@attrs.frozen
 class ModelInfo:
     """What a model says of itself; rank 0 sends it once, as the answer to `Load`."""
 
@@ -203,24 +252,122 @@ class ModelInfo:
     frame_multiple: int  # num_frames is 1 more than a multiple of this
     components: tuple[str, ...]  # keys of model_index.json
     unsupported: dict[str, str] = attrs.field(factory=dict)  # sampling field -> why this model has no use for it
+    tasks: tuple[str, ...] = ()  # such as text-to-video and, from a video model that makes single frames, text-to-image
+    max_tokens: int | None = None  # of a prompt, at most; None: as many as max_sequence_length takes
+    memory: Memory | None = None
+    max_pictures: int = 0  # of `image_path`
+
+    def memory_needs(self, params: SamplingParams) -> dict[str, int]:
+        """Bytes that one output takes at its peak, by the field to lower when they are too many."""
+        if (m := self.memory) is None:
+            return {}
+        area = params.height * params.width
+        tokens = area // self.size_multiple**2 * ((params.num_frames - 1) // self.frame_multiple + 1)
+        denoise = m.token * max(tokens, min(2 * tokens, m.paired_tokens))
+        tile = min(area, m.tile_pixels or area)
+        chunk = min(params.num_frames * tile, max(m.chunk_pixels, self.frame_multiple * tile))
+        decode = m.pixel * params.num_frames * area + m.chunk_pixel * chunk
+        longest = max(len((text or "").encode()) for text in (params.prompt, params.negative_prompt))
+        return {
+            "num_frames" if params.num_frames > 1 else "height": m.base + max(denoise, decode),
+            "max_sequence_length": m.base + m.text_pair * min(params.max_sequence_length, longest + 1) ** 2,
+        }
 
 
-def resolve(given: Mapping[str, Any], info: ModelInfo) -> tuple[SamplingParams, list[str]]:
-    """The request's own values over the model's, structured once and fitted to it; and warnings for the user.
+def resolve(
+    given: Mapping[str, Any],
+    info: ModelInfo,
+    *,
+    base: Mapping[str, Any] | None = None,
+    picture: tuple[int, int] | None = None,
+) -> tuple[SamplingParams, list[str]]:
+    """The request's own values over the operator's (`base`) over the model's, structured once and fitted to the model.
+
+    `picture` is the first picture's width and height: without a size of its own a request takes its shape. The second
+    value are warnings for the user.
 
     Raises:
-        BadRequest: a wrong type, range or size.
+        BadRequest: a wrong type, range or size, or values that contradict each other.
         NotBuilt: a field this model, or this version, has no use for.
+        TooLarge: more memory than there is.
     """
     own = {name: value for name, value in given.items() if value is not None}
+    asked = {**(base or {}), **own}
     for name, reason in info.unsupported.items():
-        if name in own:
+        if name in asked:
             raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
-    params = structure({**info.defaults, **own}, SamplingParams)
+    params = structure({**info.defaults, **asked}, SamplingParams)
     refuse_unbuilt(params)
     params.seeds()
+    params = _with_picture(params, own, info)
+    notes: list[str] = []
+    if picture is not None and not {"height", "width"} & own.keys():
+        params, notes = _shaped(params, picture, info.size_multiple)
     _check_size(params, info)
-    return _fit_frames(params, info)
+    _check_tokens(params, info)
+    params, more = _fit_frames(params, info)
+    _check_memory(params, info)
+    return params, notes + more
+
+
+def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
+    """Its strength, with a picture; none without. Raises for pictures that this model does not take."""
+    count = len(params.image_path or ())
+    if count > info.max_pictures:
+        takes = f"takes {info.max_pictures}" if info.max_pictures else "makes pictures from text alone and takes none"
+        raise BadRequest(f"image_path: {count} given; this model {takes}", "image_path")
+    if not count:
+        for name in ("strength", "mask_path"):
+            if name in own:
+                raise BadRequest(f"{name}: it needs a picture to start from (image_path)", name)
+        return attrs.evolve(params, strength=None, mask_path=None)
+    params = attrs.evolve(params, strength=STRENGTH if params.strength is None else params.strength)
+    steps = params.num_inference_steps
+    if params.first_step == steps:
+        raise BadRequest(
+            f"strength: {params.strength} of {steps} steps is less than one step; give {_least(steps)} or more",
+            "strength",
+        )
+    return params
+
+
+def _least(steps: int) -> float:
+    """The lowest strength, to three places, that runs a step."""
+    return -(-1000 // steps) / 1000
+
+
+def _shaped(params: SamplingParams, picture: tuple[int, int], multiple: int) -> tuple[SamplingParams, list[str]]:
+    """The picture's shape, in an area not above that of the size that stands."""
+    area = params.width * params.height
+    sides = (math.isqrt(area * a // b) for a, b in (picture, picture[::-1]))
+    width, height = (max(1, side // multiple) * multiple for side in sides)
+    longest = min(MAX_SIDE, area // min(width, height)) // multiple * multiple
+    width, height = min(width, longest), min(height, longest)
+    if (width, height) == (params.width, params.height):
+        return params, []
+    shown = "x".join(map(str, picture))
+    note = f"size: {params.width}x{params.height} becomes {width}x{height}, after the picture's {shown} pixels"
+    return attrs.evolve(params, width=width, height=height), [note]
+
+
+def _check_tokens(params: SamplingParams, info: ModelInfo) -> None:
+    if info.max_tokens is not None and params.max_sequence_length > info.max_tokens:
+        raise BadRequest(
+            f"max_sequence_length: {params.max_sequence_length} is more than this model takes; "
+            f"allowed is 1 to {info.max_tokens}",
+            "max_sequence_length",
+        )
+
+
+def _check_memory(params: SamplingParams, info: ModelInfo) -> None:
+    for name, needed in info.memory_needs(params).items():
+        if info.memory is not None and needed > info.memory.free:
+            raise TooLarge(
+                f"{name}: {getattr(params, name)}: {params.num_frames} frames of {params.width}x{params.height} with "
+                f"max_sequence_length {params.max_sequence_length} need about {needed / 2**30:.1f} GiB of memory; "
+                f"there are {info.memory.free / 2**30:.1f} GiB; ask for less",
+                name,
+            )
 
 
 def _check_size(params: SamplingParams, info: ModelInfo) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import attrs
@@ -21,6 +23,7 @@ class Platform(ABC):
     backend: ClassVar[str]  # of torch.distributed, for tensors
     dtype: ClassVar[torch.dtype]  # of weights whose precision nobody chose
     biased_attention_is_fast: ClassVar[bool]  # an additive bias costs attention nothing
+    ranks_share_memory: ClassVar[bool]
 
     @abstractmethod
     def device(self, rank: int) -> torch.device:
@@ -39,6 +42,10 @@ class Platform(ABC):
         """Most bytes this process has held so far."""
 
     @abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that this rank, with those that share its memory, could still take."""
+
+    @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether the allocator gave up."""
 
@@ -55,6 +62,7 @@ class Cpu(Platform):
     backend = "gloo"
     dtype = torch.float32
     biased_attention_is_fast = True
+    ranks_share_memory = True
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cpu")
@@ -67,6 +75,9 @@ class Cpu(Platform):
 
     def peak_memory(self) -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+
+    def free_memory(self) -> int:
+        return min([available_memory(), *room_in_groups()])
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
@@ -83,6 +94,7 @@ class Cuda(Platform):
     backend = "nccl"
     dtype = torch.bfloat16
     biased_attention_is_fast = False  # a bias rules out the flash kernel
+    ranks_share_memory = False
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank)
@@ -98,11 +110,40 @@ class Cuda(Platform):
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
 
+    def free_memory(self) -> int:
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, for later
+        return torch.cuda.mem_get_info()[0] + held
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
+
+
+def available_memory(file: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that Linux could give to processes without swapping."""
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def room_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes left under each memory limit of the control groups (v2 and v1) that this process is in."""
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            file = folder / limit
+            if folder.is_relative_to(top) and file.is_file() and (text := file.read_text().strip()) != "max":
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield int(text) - int((folder / used).read_text()) + int(stat.get(cache, 0))
 
 
 def choose_platform() -> Platform:

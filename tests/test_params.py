@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 
-from sgld.errors import BadRequest, NotBuilt
-from sgld.params import MAX_SEED, ModelInfo, SamplingParams, resolve
+from sgld.errors import BadRequest, NotBuilt, TooLarge
+from sgld.params import MAX_PROMPT_CHARACTERS, MAX_SEED, Memory, ModelInfo, SamplingParams, resolve
 
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "fps": 16, "guidance_scale": 3.0}
 INFO = ModelInfo("WanPipeline", "video", DEFAULTS, 16, 4, ("vae",), {"guidance_scale_2": "it has one expert"})
@@ -80,6 +81,52 @@ def test_ranges_and_types(given: dict[str, Any]) -> None:
     assert caught.value.param == next(iter(given))
 
 
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_prompt_has_a_longest(name: str) -> None:
+    resolve({name: "é" * MAX_PROMPT_CHARACTERS}, INFO)
+    with pytest.raises(
+        BadRequest, match=f"^{name}: 32769 characters are too many; at most 32768 are allowed"
+    ) as caught:
+        resolve({name: "a" * (MAX_PROMPT_CHARACTERS + 1)}, INFO)
+    assert caught.value.param == name
+
+
+MEMORY = Memory(free=2**30, base=1000, text_pair=1000, token=100, paired_tokens=8192, pixel=27, chunk_pixel=200)
+SMALL = attrs.evolve(INFO, memory=MEMORY, max_tokens=4096)
+
+
+def test_memory_is_estimated_and_what_cannot_fit_is_refused() -> None:
+    params, _ = resolve({"num_frames": 5, "height": 160, "width": 160}, SMALL)
+    needs = SMALL.memory_needs(params)
+    assert needs["num_frames"] == 1000 + 5 * 160 * 160 * 27 + 4 * 160 * 160 * 200
+    with pytest.raises(TooLarge) as caught:
+        resolve({}, SMALL)
+    assert caught.value.message == (
+        "num_frames: 81: 81 frames of 832x480 with max_sequence_length 512 need about 1.1 GiB of memory; "
+        "there are 1.0 GiB; ask for less"
+    )
+    with pytest.raises(TooLarge, match="^height: 8192: 1 frames of 8192x8192"):
+        resolve({"num_frames": 1, "height": 8192, "width": 8192}, SMALL)
+    with pytest.raises(TooLarge, match="^max_sequence_length: 4096: "):
+        resolve({"num_frames": 1, "prompt": "a " * 4096, "max_sequence_length": 4096}, SMALL)
+    resolve({"num_frames": 1, "prompt": "a", "max_sequence_length": 4096}, SMALL)
+
+
+def test_small_outputs_pay_for_guidance_and_tiles_bound_the_decoder() -> None:
+    params, _ = resolve({"num_frames": 1, "height": 160, "width": 160}, INFO)
+    only_tokens = Memory(free=0, token=100, paired_tokens=8192)
+    assert attrs.evolve(INFO, memory=only_tokens).memory_needs(params)["height"] == 2 * 100 * 100
+    tiles = Memory(free=0, chunk_pixel=10, tile_pixels=1024)
+    assert attrs.evolve(INFO, memory=tiles).memory_needs(params)["height"] == 10 * 1024
+
+
+def test_more_tokens_than_the_model_takes_are_refused() -> None:
+    with pytest.raises(
+        BadRequest, match="^max_sequence_length: 513 is more than this model takes; allowed is 1 to 512"
+    ):
+        resolve({"max_sequence_length": 513}, attrs.evolve(INFO, max_tokens=512))
+
+
 def test_outputs_have_one_seed_each() -> None:
     params = SamplingParams(seed=7, num_outputs_per_prompt=3)
     assert [(one.seed, one.num_outputs_per_prompt) for one in params.outputs()] == [(7, 1), (8, 1), (9, 1)]
@@ -92,3 +139,70 @@ def test_an_absent_seed_is_drawn_anew() -> None:
     drawn = {SamplingParams().seeds()[0] for _ in range(8)}
     assert len(drawn) == 8
     assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+TAKES = attrs.evolve(INFO, max_pictures=1)
+
+
+def test_pictures_bring_their_strength() -> None:
+    params, _ = resolve({"image_path": ["a.png"]}, TAKES)
+    assert (params.strength, params.first_step) == (0.8, 10)
+    params, _ = resolve({"image_path": ["a.png"], "strength": 1, "num_inference_steps": 7}, TAKES)
+    assert (params.strength, params.first_step) == (1.0, 0)
+    assert resolve({}, TAKES)[0].strength is None
+    assert resolve({}, TAKES, base={"strength": 0.5})[0].first_step == 0, "the operator's own holds for pictures only"
+    assert resolve({"image_path": ["a.png"]}, TAKES, base={"strength": 0.5})[0].strength == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"image_path": ["a.png", "b.png"]}, "^image_path: 2 given; this model takes 1$"),
+        ({"strength": 0.5}, r"^strength: it needs a picture to start from \(image_path\)$"),
+        ({"mask_path": "m.png"}, "^mask_path: it needs a picture"),
+        ({"image_path": ["a.png"], "strength": 0}, "^strength: 0.* is out of range; allowed is 0.001 to 1$"),
+        ({"image_path": ["a.png"], "strength": 1.1}, "^strength: 1.1 is out of range"),
+        ({"image_path": ["a.png"], "strength": 0.04, "num_inference_steps": 20},
+         "^strength: 0.04 of 20 steps is less than one step; give 0.05 or more$"),
+        ({"image_path": "a.png"}, "^image_path: 'a.png' is not a valid list of text"),
+    ],
+)  # fmt: skip
+def test_pictures_that_are_refused(given: dict[str, Any], line: str) -> None:
+    with pytest.raises(BadRequest, match=line):
+        resolve(given, TAKES)
+
+
+def test_a_model_of_text_alone_takes_no_picture() -> None:
+    with pytest.raises(BadRequest, match="^image_path: 1 given; this model makes pictures from text alone"):
+        resolve({"image_path": ["a.png"]}, INFO)
+
+
+@pytest.mark.parametrize("steps", [*range(1, 120), 333, 999, 1000])
+def test_the_strength_that_is_advised_runs_a_step(steps: int) -> None:
+    with pytest.raises(BadRequest, match="strength") as caught:
+        resolve({"image_path": ["a"], "strength": 0.001, "num_inference_steps": steps}, TAKES)
+        raise BadRequest("strength: give 0.001 or more")
+    least = float(str(caught.value).rpartition("give ")[2].split()[0])
+    assert resolve({"image_path": ["a"], "strength": least, "num_inference_steps": steps}, TAKES)[0].first_step < steps
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [((1664, 960), (832, 480)), ((100, 100), (624, 624)), ((3000, 4000), (544, 720)), ((10, 4000), (16, 12624)),
+     ((4000, 10), (12624, 16)), ((1, 60000), (16, 16384)), ((832, 480), (832, 480))],
+)  # fmt: skip
+def test_the_size_follows_the_picture(picture: tuple[int, int], size: tuple[int, int]) -> None:
+    params, notes = resolve({"image_path": ["a.png"]}, TAKES, picture=picture)
+    assert (params.width, params.height) == size
+    assert params.width * params.height <= 832 * 480
+    told = "x".join(map(str, picture))
+    changed = [f"size: 832x480 becomes {size[0]}x{size[1]}, after the picture's {told} pixels"]
+    assert notes == ([] if size == (832, 480) else changed)
+
+
+def test_a_size_that_is_given_stands() -> None:
+    params, notes = resolve({"image_path": ["a.png"], "height": 64}, TAKES, picture=(100, 100))
+    assert (params.width, params.height, notes) == (832, 64, [])
+    base = {"width": 320, "height": 160}
+    params, _ = resolve({"image_path": ["a.png"]}, TAKES, base=base, picture=(100, 100))
+    assert (params.width, params.height) == (224, 224), "the operator's size is the area"

@@ -70,7 +70,7 @@ class Run:
 
     async def _load(self) -> list[Output]:
         info = await self.engine.load(self._screen.follow())
-        outputs, notes = outputs_of(self._plan, info)
+        outputs, notes = await asyncio.to_thread(outputs_of, self._plan, info)
         for note in notes:
             self._screen.line(f"warning: {note}")
         if self._plan.options.save_output:

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from sgld import __version__, media, params
+from sgld import __version__, inputs, media, params
 from sgld.cli.plan import Plan
 from sgld.convert import plain, structure
 from sgld.errors import OutputError
@@ -47,7 +47,11 @@ class Saved:
 
 
 def check_early(plan: Plan, storage: LocalStorage) -> None:
-    """Refuse names, folders and formats that cannot be written, before the model is loaded."""
+    """Refuse files that cannot be read, and names, folders and formats that cannot be written: before the load."""
+    for values in plan.sampling:
+        sizes = [inputs.size_of(path) for path in values.get("image_path") or ()]
+        if sizes and (mask := values.get("mask_path")) is not None:
+            inputs.read_mask(mask, sizes[0])
     guess = structure(plan.sampling[0], SamplingParams)
     frames = plan.sampling[0].get("num_frames")
     format = plan.format or (plan.format_for(frames) if frames is not None else None)
@@ -78,12 +82,14 @@ def check_format(plan: Plan, sampling: SamplingParams, format: str) -> None:
 
 
 def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
-    """Every output of every prompt, with the name and format of its file; and warnings for the user."""
+    """Every output of every prompt, with the name and format of its file; and warnings for the user. Blocks."""
     sampling: list[SamplingParams] = []
     notes: list[str] = []
     for given in plan.sampling:
-        resolved, notes = params.resolve(given, info)
+        pictures = given.get("image_path")
+        resolved, more = params.resolve(given, info, picture=inputs.size_of(pictures[0]) if pictures else None)
         sampling += resolved.outputs()
+        notes += [note for note in more if note not in notes]
     now = datetime.now()
     return [_output(plan, one, i, len(sampling), now) for i, one in enumerate(sampling)], notes
 

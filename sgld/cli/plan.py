@@ -67,7 +67,7 @@ def plan_of(layer: Layer) -> Plan:
     """
     options = structure(config.section(layer.values, RunOptions), RunOptions)
     settings = config.settings_of(layer.values)
-    given = config.section(layer.values, SamplingParams)
+    given = _with_full_paths(config.section(layer.values, SamplingParams))
     prompts = _prompts(given.pop("prompt", []), options.prompt_path)
     structure(given, SamplingParams)
     plan = Plan(settings, options, prompts, _per_prompt(given, prompts), layer)
@@ -124,9 +124,31 @@ def _lines(path: str) -> list[str]:
     return prompts
 
 
+def _with_full_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Input files as absolute paths: they are read by other processes, and shown in errors."""
+    full = dict(given)
+    if isinstance(paths := given.get("image_path"), list) and all(isinstance(path, str) for path in paths):
+        full["image_path"] = [_full(path) for path in paths]
+    if isinstance(path := given.get("mask_path"), str):
+        full["mask_path"] = _full(path)
+    return full
+
+
+def _full(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
 def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, Any]]:
-    """The values of each prompt; a list of seeds for all outputs is dealt out in order."""
+    """The values of each prompt; lists of pictures or seeds for several prompts are dealt out in order."""
     shared = [{**given, "prompt": prompt} for prompt in prompts]
+    pictures = given.get("image_path") or []
+    if len(pictures) > 1 and len(prompts) > 1:
+        if len(pictures) != len(prompts):
+            raise BadRequest(
+                f"image_path: {len(pictures)} pictures for {len(prompts)} prompts; give one, or one for each prompt",
+                "image_path",
+            )
+        shared = [{**values, "image_path": [picture]} for values, picture in zip(shared, pictures, strict=True)]
     seeds, each = given.get("seed"), given.get("num_outputs_per_prompt", 1)
     if not isinstance(seeds, list):
         return shared

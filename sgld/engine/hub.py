@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from sgld.config import DEMO_MODEL, Settings
-from sgld.errors import ModelError
+from sgld.config import DEMO_MODEL, Settings, user_path
+from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
-_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+# what is downloaded, as patterns whose `*` takes slashes too; of a model no all-in-one checkpoint, which lies in the root
+MODEL_FILES = {"allow_patterns": ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]}
+COMPONENT_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model"], "ignore_patterns": ["*/*"]}
 
 
 def resolve_model(settings: Settings) -> Load:
@@ -20,31 +23,32 @@ def resolve_model(settings: Settings) -> Load:
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"model_path: {settings.model_path!r} is no model: it has no model_index.json", "model_path")
     components = {
-        name: resolve(reference, None, f"component_paths.{name}")
+        name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
         for name, reference in settings.component_paths.items()
     }
     return Load(settings, folder, components)
 
 
-def resolve(reference: str, revision: str | None, param: str) -> Path:
+def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]] = MODEL_FILES) -> Path:
     """A local folder, or a snapshot of `owner/repository` (with a folder inside it, where one is named).
 
     Raises:
+        BadRequest: a revision of what is no repository.
         ModelError: neither; or the hub cannot be reached and the cache does not hold it.
     """
-    if reference == DEMO_MODEL:
-        return Path(str(files("sgld.demo")))
-    local = Path(reference).expanduser()
+    local = Path(str(files("sgld.demo"))) if reference == DEMO_MODEL else user_path(reference, param)
     if reference and local.is_dir():
+        if revision is not None:
+            raise BadRequest(f"revision: {revision!r}: {reference!r} has none, it is no Hugging Face id", "revision")
         return local.resolve()
     if reference and local.exists():
         raise ModelError(f"{param}: {reference!r} is a file; a folder or a Hugging Face id is needed", param)
     if not _HUB_ID.fullmatch(reference) or ".." in reference:
         raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id (owner/name)", param)
-    return _snapshot(reference, revision, param)
+    return _snapshot(reference, revision, param, wanted)
 
 
-def _snapshot(reference: str, revision: str | None, param: str) -> Path:
+def _snapshot(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -55,9 +59,9 @@ def _snapshot(reference: str, revision: str | None, param: str) -> Path:
     )
 
     owner, name, *inside = reference.split("/")
-    patterns = [f"{'/'.join(inside)}/*"] if inside else _FILES
+    patterns = {"allow_patterns": [f"{'/'.join(inside)}/*"]} if inside else wanted
     try:
-        folder = snapshot_download(f"{owner}/{name}", revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(f"{owner}/{name}", revision=revision, **patterns)
     except RepositoryNotFoundError:
         raise ModelError(f"{param}: Hugging Face has no repository {reference!r} that you may read", param) from None
     except RevisionNotFoundError:
@@ -70,7 +74,8 @@ def _snapshot(reference: str, revision: str | None, param: str) -> Path:
             f"cannot be reached ({type(error).__name__})",
             param,
         ) from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ModelError(f"{param}: {reference!r} cannot be stored: {reason}", param) from None
+    except Exception as error:  # whatever the library's transport raises, which changes with its version
+        reason = error.strerror if isinstance(error, OSError) else None
+        told = reason or f"{type(error).__name__}: {error}"
+        raise ModelError(f"{param}: {reference!r} could not be downloaded: {told}", param) from error
     return Path(folder, *inside)

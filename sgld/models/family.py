@@ -18,6 +18,8 @@ class Conditioning:
 
     positive: Any
     negative: Any | None = None
+    prompt_tokens: int = attrs.field(default=0, kw_only=True)  # of the prompt alone, without padding
+    latent_tokens: int = attrs.field(default=0, kw_only=True)  # that the denoiser works on
 
 
 class Family(ABC):
@@ -33,6 +35,13 @@ class Family(ABC):
     @abstractmethod
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         """Initial latents, float32, drawn from a CPU generator so that every device starts alike."""
+
+    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
+        """Frames [N, 3, H, W] in [-1, 1] to latents like `noise`'s; called on rank 0 alone.
+
+        Only where `info.max_pictures` is more than 0.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:

@@ -147,6 +147,7 @@ class UMT5Encoder(nn.Module):
 
     def __init__(self, c: UMT5Config):
         super().__init__()
+        self.heads = c.num_heads
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
         self.encoder = Stack(c)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Load
 from sgld.models.family import Conditioning, Family
 from sgld.models.text import PromptEncoder
-from sgld.models.vae import Vae
+from sgld.models.vae import CHUNK_PIXELS, Vae
+from sgld.models.vae_encoder import VaeEncoder, has_encoder
 from sgld.nn import attention
 from sgld.nn.attention import Attention
 from sgld.nn.blocks import Embedder, FeedForward, gelu_tanh, sinusoid
@@ -29,7 +31,7 @@ from sgld.nn.norm import LayerNorm32
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d, rotate
 from sgld.nn.weights import load_module, pick, read_json
-from sgld.params import ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -202,6 +204,7 @@ class WanTransformer(nn.Module):
 # -------------------------------------------------------------------------------------------------- family
 
 TEXT_TOKENS = 512  # the pipeline pads text to max_sequence_length with zeros, and nothing masks them
+TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
 BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
 
 BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
@@ -238,10 +241,10 @@ class Experts:
 
 
 class Wan(Family):
-    """WanPipeline checkpoints without picture input."""
+    """WanPipeline checkpoints. Pictures are where denoising begins; no transformer here reads them."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self._mesh = mesh
+        self._mesh, self._platform = mesh, platform
         self._fold_padding = platform.biased_attention_is_fast
         index = read_json(load.folder / "model_index.json")
         refuse_variants(load.folder, index)
@@ -272,8 +275,12 @@ class Wan(Family):
         low: WanTransformer | None = loaded(make(folders["transformer_2"])) if "transformer_2" in names else None
         self._experts = Experts(high, low)
         self._vae: Vae = loaded(Vae(folders["vae"], s, vae, device))
+        self._takes_pictures = s.vae_config.load_encoder and has_encoder(folders["vae"])
+        self._load_encoder = partial(VaeEncoder, folders["vae"], s, vae, device)
+        self._encoder: VaeEncoder | None = None
         self._config = high.config
         self._check_widths()
+        mesh.gather(torch.zeros(1, device=device), 0)  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe(load.folder, index["_class_name"], names)
 
     def _check_widths(self) -> None:
@@ -296,12 +303,19 @@ class Wan(Family):
             notes.append(note and f"negative {note}")
         ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
         boundary = None if ratio is None else ratio * self._train_steps
-        return WanConditioning(positive, negative, length=length, boundary=boundary), [n for n in notes if n]
+        counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
+        condition = WanConditioning(positive, negative, length=length, boundary=boundary, **counts)
+        return condition, [n for n in notes if n]
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         latent = [n * p for n, p in zip(self._grid(params), self._config.patch_size, strict=True)]
         shape = (1, self._config.in_channels, *latent)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self._mesh.device)
+
+    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
+        if self._encoder is None:  # most requests bring no picture
+            self._encoder = self._load_encoder()
+        return self._encoder.encode(frames, pulse)
 
     def velocities(self, x: Tensor, t: Tensor, condition: WanConditioning) -> tuple[Tensor, Tensor | None]:
         expert = self._experts.at(t, condition.boundary)
@@ -354,7 +368,32 @@ class Wan(Family):
             size_multiple=self._vae.spatial * math.lcm(ph, pw),
             frame_multiple=self._vae.temporal * pt,
             components=components,
+            max_pictures=int(self._takes_pictures),
             unsupported=lacks,
+            tasks=TEXT_TASKS + (PICTURE_TASKS if self._takes_pictures else ()),
+            max_tokens=TEXT_TOKENS,
+            memory=self._memory(),
+        )
+
+    def _memory(self) -> Memory:
+        """In units of the weights' precision, measured in float32: 8 C and 5 C + 2 F a token in the two halves of a
+        block; 12 float32 copies of the latents; 6 float32 numbers a pixel while frames are joined, and its 3 bytes.
+        """
+        c, tile = self._config, self._vae.tiling
+        size = self._experts.high.proj_out.weight.element_size()
+        shared = 1 if self._platform.ranks_share_memory else self._mesh.world
+        block = (max(8 * c.dim, 5 * c.dim + 2 * c.ffn_dim) * size + 8 * c.dim * (size < 4)) // shared
+        text = self._text.encoder
+        return Memory(
+            free=self._platform.free_memory(),
+            base=2**25 + 4 * c.num_layers * TEXT_TOKENS * c.dim * size,
+            text_pair=4 * text.heads * text.shared.weight.element_size(),
+            token=block + 48 * c.in_channels * math.prod(c.patch_size),
+            paired_tokens=2 * BATCH_TOKENS,
+            pixel=27,
+            chunk_pixel=self._vae.chunk_pixel_bytes,
+            chunk_pixels=CHUNK_PIXELS,
+            tile_pixels=tile.height * tile.width if tile else None,
         )
 
     def _defaults(self, folder: Path) -> dict[str, Any]:
@@ -362,7 +401,10 @@ class Wan(Family):
         file = folder / "generation_config.json"
         if file.is_file():
             given = read_json(file)
-            structure(given, SamplingParams)
+            try:
+                structure(given, SamplingParams)
+            except BadRequest as error:
+                raise ModelError(f"{file}: {error.message}") from None
             return given
         if self._experts.low:
             return WAN22_A14B | {"boundary_ratio": self._boundary}

@@ -87,6 +87,16 @@ class Mesh:
         dist.all_gather(parts, x)
         return torch.cat(parts, dim)
 
+    def share(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank; the others give one of the same shape and type, which is overwritten."""
+        if self.world == 1:
+            return x
+        import torch.distributed as dist
+
+        x = x.contiguous()
+        dist.broadcast(x, src=0)
+        return x
+
     def tokens_to_heads(self, x: Tensor) -> Tensor:
         """[B, S/n, H, D] -> [B, S, H/n, D]"""
         B, s, H, D = x.shape

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import attrs
 import torch
@@ -13,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sgld.errors import ModelError
+from sgld.convert import fields_of, shown, type_name
+from sgld.errors import ModelError, nearest
 
 M = TypeVar("M", bound=nn.Module)
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+INERT = {"dropout", "in_channels", "clip_output"}  # keys of diffusers' components that change no output
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -37,16 +40,42 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
-    """An attrs class from those keys of `config` that it has.
+    """An attrs class from a component's config.json; null means the default.
+
+    A configuration of transformers, which has a `model_type`, may hold keys of any task: those are passed over.
 
     Raises:
-        ModelError: a key without a default is absent.
+        ModelError: a key without a default is absent, has another type, or says what this class does not know.
     """
-    names = [field.name for field in attrs.fields(cls)]
-    lacking = [f.name for f in attrs.fields(cls) if f.default is attrs.NOTHING and f.name not in config]
+    fields = fields_of(cls)
+    given = {name: value for name, value in config.items() if value is not None}
+    lacking = [name for name, field in fields.items() if field.default is attrs.NOTHING and name not in given]
     if lacking:
         raise ModelError(f"{file}: has no {', '.join(lacking)}")
-    return cls(**{name: config[name] for name in names if config.get(name) is not None})
+    unknown = [name for name in given if name not in fields and name not in INERT and not name.startswith("_")]
+    if unknown and "model_type" not in config:
+        raise ModelError(f"{file}: {unknown[0]}: {shown(given[unknown[0]])} is not supported{nearest(unknown[0], fields)}")
+    values = {name: given[name] for name in fields if name in given}
+    for name, value in values.items():
+        _check_type(f"{file}: {name}", value, fields[name].type)
+    return cls(**values)
+
+
+def _check_type(where: str, value: Any, kind: Any) -> None:
+    if not _fits(value, kind):
+        raise ModelError(f"{where}: {shown(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file has that type."""
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, option) for option in inner)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -57,6 +86,8 @@ def weight_files(folder: Path) -> list[Path]:
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise ModelError(f"{index}: has no weight_map")
+            for name, shard in shards.items():
+                _check_type(f"{index}: weight_map: {name}", shard, str)
             return [folder / shard for shard in sorted(set(shards.values()))]
         if (folder / name).is_file():
             return [folder / name]

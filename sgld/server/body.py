@@ -22,6 +22,10 @@ T = TypeVar("T")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _FORM_KEY = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
 _FIXED = {"save_output": True, "return_frames": False, "return_file_paths_only": True}  # over HTTP always so
+LOCAL_FILES = {
+    "image_path": "local paths are refused; upload the picture, or give its address",
+    "mask_path": "local paths are refused; upload the mask, or give its address",
+}
 _EXTRAS = ("extra_body", "extra_json", "extra_params")
 _OPENAI_FORMATS = {"jpg": "jpeg"}
 
@@ -41,12 +45,13 @@ class Body:
 
     values: dict[str, Any]
     files: list[Upload]
+    addresses: list[str] = attrs.field(factory=list)  # of pictures, once they are taken from the values
 
     def digest(self) -> str:
         """The same for the same request, however it was written."""
         text = json.dumps(self.values, sort_keys=True, ensure_ascii=False)
         files = [f"{file.field} {hashlib.sha256(file.data).hexdigest()}" for file in self.files]
-        return hashlib.sha256("\n".join([text, *files]).encode(errors="surrogatepass")).hexdigest()
+        return hashlib.sha256("\n".join([text, *files, *self.addresses]).encode(errors="surrogatepass")).hexdigest()
 
 
 async def read_body(request: web.Request, fields: type, *, empty: bool = False) -> Body:
@@ -64,7 +69,10 @@ async def read_body(request: web.Request, fields: type, *, empty: bool = False) 
 
 
 async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
-    text = await request.read()
+    try:
+        text = await request.read()
+    except web.RequestPayloadError as error:
+        raise BadRequest(f"the body cannot be read: {error}") from None
     if empty and not text:
         return {}
     try:
@@ -79,7 +87,7 @@ async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
 async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any], list[Upload]]:
     try:
         form = await request.post()
-    except ValueError as error:
+    except (ValueError, LookupError, RuntimeError, web.RequestPayloadError) as error:  # as aiohttp's parser raises them
         raise BadRequest(f"the body is not a valid form: {error}") from None
     values: dict[str, Any] = {}
     files: list[Upload] = []
@@ -159,6 +167,8 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
             raise BadRequest(f"{key}: {name} is given too; give one of them", key)
         if key in own:
             api[key] = value
+        elif name in LOCAL_FILES and value is not None:
+            raise NotBuilt(f"{key}: {LOCAL_FILES[name]}", key)
         elif name in shared:
             sampling[name] = value
         elif key in _FIXED:

@@ -16,41 +16,102 @@ from sgld.errors import BadRequest, NotFound
 from sgld.server import pictures
 from sgld.server.auth import IDENTITY
 from sgld.server.body import read_body, require_prompt, split
+from sgld.server.describe import FILE_STATUSES, MAKING_ERRORS, Described
 from sgld.server.errors import error_of
 from sgld.server.jobs import Artifact, Job
-from sgld.server.schema import EditFields, ImageFields, Images, InputTokensDetails, Picture, Usage, body
+from sgld.server.schema import (
+    CompletedImage,
+    EditFields,
+    Error,
+    ImageFields,
+    Images,
+    InputTokensDetails,
+    PartialImage,
+    Picture,
+    PictureQuery,
+    Usage,
+    body,
+)
 from sgld.server.state import SERVICE, Service
 from sgld.server.urls import absolute
 
 routes = web.RouteTableDef()
 KEEP_ALIVE_S = 10.0
 PICTURE_FIELDS = ("image", "url", "mask")
+GENERATION_EVENTS, EDIT_EVENTS = (
+    {f"{name}.partial_image": PartialImage, f"{name}.completed": CompletedImage, "error": Error}
+    for name in ("image_generation", "image_edit")
+)
 
 
 @routes.post("/v1/images/generations")
+@Described(
+    answer=Images,
+    events=GENERATION_EVENTS,
+    last="[DONE]",
+    body=ImageFields,
+    required=("prompt",),
+    fixed={"num_frames": 1},
+    example={"prompt": "a red circle on a blue background", "n": 2, "seed": 7},
+    headers=("Idempotency-Key",),
+    errors=MAKING_ERRORS,
+)
 async def generate(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures; the answer waits for them. A client that goes away cancels the job."""
     return await _make(request, ImageFields, "image_generation")
 
 
 @routes.post("/v1/images/edits")
+@Described(
+    answer=Images,
+    events=EDIT_EVENTS,
+    last="[DONE]",
+    body=EditFields,
+    form=True,
+    pictures=PICTURE_FIELDS,
+    required=("prompt",),
+    fixed={"num_frames": 1},
+    example={"prompt": "the circle becomes green", "image": "@picture.png"},
+    headers=("Idempotency-Key",),
+    errors=MAKING_ERRORS,
+)
 async def edit(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures from pictures and a prompt."""
     return await _make(request, EditFields, "image_edit")
 
 
 @routes.post("/v1/images/variations")
+@Described(
+    answer=Images,
+    events=EDIT_EVENTS,
+    last="[DONE]",
+    body=EditFields,
+    form=True,
+    pictures=PICTURE_FIELDS,
+    fixed={"num_frames": 1},
+    example={"image": "@picture.png", "n": 2},
+    headers=("Idempotency-Key",),
+    errors=MAKING_ERRORS,
+)
 async def vary(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures from one picture."""
     return await _make(request, EditFields, "image_edit", prompted=False)
 
 
 @routes.get("/v1/images/{id}/content")
+@Described(
+    id="id of the answer to an image request",
+    media=("image/png", "image/jpeg", "image/webp"),
+    query=PictureQuery,
+    errors=(404,),
+    other=FILE_STATUSES,
+)
 async def content(request: web.Request) -> web.StreamResponse:
     """The file of one output; `variant` is its number."""
     service = request.app[SERVICE]
     job = service.jobs.get("image", request.match_info["id"], request[IDENTITY])
-    return web.FileResponse(service.jobs.outputs.root / artifact_of(job, request.query.get("variant", "0")).name)
+    artifact = artifact_of(job, request.query.get("variant", "0"))
+    return web.FileResponse(service.jobs.outputs.root / artifact.name, headers={"Content-Type": artifact.media_type})
 
 
 def artifact_of(job: Job, variant: str) -> Artifact:
@@ -73,31 +134,33 @@ async def _make(
     fields, sampling, notes = split(content.values, cls)
     if prompted:
         require_prompt(sampling)
-    if cls is EditFields and not sources:
+    if cls is EditFields and not any(source.field != pictures.MASK for source in sources):
         raise BadRequest("image: a picture is needed: a file, or an http(s) or data: URL in url", "image")
     service.check_model(fields.model)
     _check(fields, sampling)
-    pictures.refuse(sources, service.model_id)
-    params, more = service.params({**sampling, "num_frames": 1})
-    media.check_encodable(
-        fields.output_format,
-        num_frames=1,
-        height=params.height,
-        width=params.width,
-        fps=params.fps,
-        metadata=media.describe(params, service.model_id),
-    )
-    job = await service.new_job(
-        request,
-        "image",
-        fields,
-        params,
-        content,
-        output_format=fields.output_format,
-        previews=fields.partial_images if fields.stream else 0,
-        notes=notes + more,
-    )
-    job = await service.jobs.submit(job)
+    pictures.check(sources, service.loaded().max_pictures, service.model_id)
+    async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
+        params, more = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
+        media.check_encodable(
+            fields.output_format,
+            num_frames=1,
+            height=params.height,
+            width=params.width,
+            fps=params.fps,
+            metadata=media.describe(params, service.model_id),
+        )
+        job = await service.new_job(
+            request,
+            "image",
+            fields,
+            params,
+            content,
+            output_format=fields.output_format,
+            previews=fields.partial_images if fields.stream else 0,
+            notes=notes + more,
+            inputs=kept.names,
+        )
+        job = await service.submit(job)
     async with service.jobs.attend(job):
         if fields.stream:
             return await _stream(request, job, fields, event)

@@ -183,8 +183,10 @@ class Job:
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Job:
         """A job as the journal holds it."""
+        with attrs.validators.disabled():  # they were valid when they were written
+            params = SamplingParams(**record["params"])
         own = {
-            "params": SamplingParams(**record["params"]),
+            "params": params,
             "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],
             "error": from_code(*record["error"]) if record["error"] else None,
         }

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import choose_encoder
 
 from sgld.messages import Timings
+from sgld.server.describe import Described
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KINDS = ("image", "video")
@@ -116,6 +117,7 @@ routes = web.RouteTableDef()
 
 
 @routes.get("/metrics")
+@Described(media=("text/plain", "application/openmetrics-text"))
 async def show(request: web.Request) -> web.Response:
     """All metrics, in the text format of Prometheus or of OpenMetrics, as `Accept` asks."""
     metrics = request.app[METRICS]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import anyio.to_thread
 import attrs
 
+from sgld import inputs
 from sgld.convert import shown
-from sgld.errors import BadRequest, NotBuilt
+from sgld.errors import BadRequest, NotBuilt, NotFound
+from sgld.params import SamplingParams
 from sgld.server import uploads
 from sgld.server.body import Body
 from sgld.server.fetch import Fetcher
+from sgld.storage.local import LocalStorage
 
 MAX_PICTURES = 16
+MASK = "mask"
 
 
 @attrs.frozen
@@ -35,6 +45,7 @@ def find_sources(body: Body, fields: tuple[str, ...]) -> list[Source]:
         value = body.values.pop(field, None)
         for item in value if isinstance(value, list) else [] if value is None else [value]:
             sources.append(Source(field, None, None, _url(field, item)))
+            body.addresses.append(f"{field} {sources[-1].url}")
     if len(sources) > MAX_PICTURES:
         raise BadRequest(f"{sources[0].field}: {len(sources)} pictures; at most {MAX_PICTURES} are taken")
     return sources
@@ -44,7 +55,9 @@ def _url(field: str, value: object) -> str:
     if isinstance(value, dict) and set(value) == {"image_url"}:  # as OpenAI's JSON nests it
         value = value["image_url"]
     if not isinstance(value, str):
-        raise BadRequest(f"{field}: {shown(value)} is no address; give an http(s) or data: URL, or upload a file", field)
+        raise BadRequest(
+            f"{field}: {shown(value)} is no address; give an http(s) or data: URL, or upload a file", field
+        )
     return value
 
 
@@ -63,6 +76,80 @@ async def keep(sources: list[Source], root: Path, fetcher: Fetcher) -> list[str]
         await uploads.remove(names, root)
         raise
     return names
+
+
+@attrs.frozen
+class Kept:
+    """The pictures of a request in the folder of uploads."""
+
+    names: list[str] = attrs.field(factory=list)
+    sampling: dict[str, Any] = attrs.field(factory=dict)  # the sampling fields that name them
+    size: tuple[int, int] | None = None  # width and height of the first
+
+
+@asynccontextmanager
+async def kept(sources: list[Source], root: Path, fetcher: Fetcher) -> AsyncIterator[Kept]:
+    """Pictures and mask, read, checked and stored; removed again when the body raises."""
+    names = await keep(sources, root, fetcher)
+    try:
+        paths = [(source.field == MASK, str(root / name)) for source, name in zip(sources, names, strict=True)]
+        pictures = [path for is_mask, path in paths if not is_mask]
+        mask = next((path for is_mask, path in paths if is_mask), None)
+        size = await anyio.to_thread.run_sync(_check, pictures[0], mask) if pictures else None
+        sampling = {inputs.PICTURE: pictures or None, inputs.MASK: mask}
+        yield Kept(names, {name: value for name, value in sampling.items() if value is not None}, size)
+    except BaseException:
+        await uploads.remove(names, root)
+        raise
+
+
+def _check(picture: str, mask: str | None) -> tuple[int, int]:
+    """The picture's size. Raises BadRequest for a mask that does not go with it; no path of ours is told."""
+    size = inputs.size_of(picture)
+    if mask is not None:
+        try:
+            inputs.read_mask(mask, size)
+        except BadRequest as error:
+            raise BadRequest(error.message.replace(f"{inputs.MASK}: {mask!r}", f"{MASK}: it"), MASK) from None
+    return size
+
+
+async def copy(params: SamplingParams, root: Path) -> tuple[SamplingParams, list[str]]:
+    """The same values with copies of their pictures, and the names of those. Raises NotFound where one is gone."""
+    old = [*(params.image_path or []), *([params.mask_path] if params.mask_path is not None else [])]
+    new = await anyio.to_thread.run_sync(_copy, [Path(path).name for path in old], root)
+    paths = [str(root / name) for name in new]
+    count = len(params.image_path or [])
+    mask = paths[count] if paths[count:] else None
+    return attrs.evolve(params, image_path=paths[:count] or None, mask_path=mask), new
+
+
+def _copy(names: list[str], root: Path) -> list[str]:
+    storage = LocalStorage(root)
+    copies = [secrets.token_hex(16) + name[32:] for name in names]  # another random part before the client's
+    try:
+        for name, made in zip(names, copies, strict=True):
+            if not storage.path(name).is_file():
+                raise NotFound("the picture that the video was made from is gone", "id")
+            with storage.create(made) as part:
+                shutil.copyfile(storage.path(name), part)
+    except BaseException:
+        for made in copies:
+            storage.path(made).unlink(missing_ok=True)
+        raise
+    return copies
+
+
+def check(sources: list[Source], takes: int, model: str) -> None:
+    """Raise NotBuilt for a model without a use for pictures, BadRequest for more than it takes."""
+    if not takes:
+        refuse(sources, model)
+    pictures = [source for source in sources if source.field != MASK]
+    if len(pictures) > takes:
+        field = pictures[0].field
+        raise BadRequest(f"{field}: {len(pictures)} pictures; {model!r} takes {takes}", field)
+    if len(sources) - len(pictures) > 1:
+        raise BadRequest(f"{MASK}: {len(sources) - len(pictures)} masks; one is taken", MASK)
 
 
 def refuse(sources: list[Source], model: str) -> None:

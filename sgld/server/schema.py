@@ -332,6 +332,9 @@ class Limits:
 
     max_queue: Annotated[int, Told("jobs that may wait; one more gets 429")]
     max_request_bytes: Annotated[int, Told("of a body, its files included")]
+    max_prompt_characters: int
+    max_prompt_tokens: Annotated[int | None, Told("more are cut, with a warning; null: as max_sequence_length says")]
+    max_output_memory_bytes: Annotated[int | None, Told("one output that needs more gets 413; null: not known")]
     max_pictures: Annotated[int, Told("of one request")]
     max_picture_pixels: Annotated[int, Told("of one picture")]
     max_fetched_bytes: Annotated[int, Told("of a picture given by its address")]
@@ -345,7 +348,7 @@ class Capabilities:
     model: str
     name: Annotated[str, Told("pipeline class")]
     kind: Annotated[str, Told("what it makes by default", ("image", "video"))]
-    tasks: Annotated[list[str], Told("T2I: picture from text; T2V: video from text; and so on")]
+    tasks: Annotated[list[str], Told("text-to-video, text-to-image and so on")]
     size_multiple: Annotated[int, Told("height and width are multiples of this many pixels")]
     frame_multiple: Annotated[int, Told("num_frames is 1 more than a multiple of this")]
     components: Annotated[list[str], Told("parts of the model")]

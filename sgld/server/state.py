@@ -15,6 +15,7 @@ from sgld.convert import default_of, fields_of
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotFound, NotReady
 from sgld.params import ModelInfo, SamplingParams, resolve
+from sgld.server import uploads
 from sgld.server.auth import IDENTITY, OWNER
 from sgld.server.body import Body
 from sgld.server.fetch import Fetcher
@@ -49,11 +50,14 @@ class Service:
     @property
     def uploads(self) -> Path:
         """The folder of pictures that requests brought."""
-        return Path(self.settings.input_save_path).expanduser()
+        return Path(self.settings.input_save_path).expanduser().absolute()
 
-    def params(self, given: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
-        """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads."""
-        params, notes = resolve({**self.sampling, **_given(given)}, self.loaded())
+    def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> tuple[SamplingParams, list[str]]:
+        """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads.
+
+        `picture` is the width and height of its first picture.
+        """
+        params, notes = resolve(given, self.loaded(), base=self.sampling, picture=picture)
         return attrs.evolve(params, seed=params.seeds()), notes
 
     def loaded(self) -> ModelInfo:
@@ -71,6 +75,13 @@ class Service:
         """Refuse a model that this server does not run."""
         if name not in (None, self.model_id, self.settings.model_path):
             raise NotFound(f"model: {name!r} is not served here; {self.model_id!r} is", "model")
+
+    async def submit(self, job: Job) -> Job:
+        """Queue it; where its Idempotency-Key brought another one before, that one, and its own pictures go."""
+        queued = await self.jobs.submit(job)
+        if queued is not job:
+            await uploads.remove(job.inputs, self.uploads)
+        return queued
 
     async def new_job(
         self,
@@ -102,13 +113,9 @@ class Service:
         )
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def cost(params: SamplingParams) -> float:
     """Pixels x frames x steps x outputs."""
-    each = params.height * params.width * params.num_frames * params.num_inference_steps
+    each = params.height * params.width * params.num_frames * (params.num_inference_steps - params.first_step)
     return float(each * params.num_outputs_per_prompt)
 
 

@@ -7,8 +7,9 @@ import base64
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -30,7 +31,9 @@ from sgld.errors import (
 )
 from sgld.log import job_context
 from sgld.messages import Event, Media, Note, Preview, Progress
+from sgld.server import uploads
 from sgld.server.auth import Identity, may_see
+from sgld.server.catalog import EVERYBODY, Catalog
 from sgld.server.jobs import Artifact, Job
 from sgld.server.journal import Journal
 from sgld.server.metrics import Metrics
@@ -84,10 +87,12 @@ class JobStore:
         self.draining = False
         self._engine = engine
         self._settings = settings
+        self._uploads = Path(settings.input_save_path).expanduser().absolute()
         self._metrics = metrics
         self._webhooks = webhooks
         self._journal: Journal | None = None
         self._jobs: dict[str, Job] = {}  # in the order of their arrival
+        self._catalog = Catalog()
         self._repeats: dict[tuple[str, str], Job] = {}  # by owner and Idempotency-Key
         self._queue: FairQueue[Job] = FairQueue()
         self._admitting = 0
@@ -106,8 +111,8 @@ class JobStore:
         """Read the journal: what had not ended waits again, once more. None: there is no journal."""
         self._journal = journal
         records = await journal.all("job") if journal is not None else []
-        for record in records:
-            job = Job.restore(record)
+        waiting: list[Job] = []
+        for job in map(Job.restore, records):
             self._remember(job)
             if job.ended:
                 continue
@@ -116,7 +121,10 @@ class JobStore:
                 await self._end(job, error)
             else:
                 job.change(status="queued", stage="queued", progress=0, step=0, total=0)
-                self._push(job)
+                self._enqueue(job)
+                waiting.append(job)
+        for job in waiting:  # now that each has its place
+            job.publish("queued", self.state(job))
         self._spawn(self._sweep())
 
     def _lost(self, job: Job) -> SgldError | None:
@@ -186,7 +194,8 @@ class JobStore:
         finally:
             self._admitting -= 1
         if not job.settled:  # nobody was quick enough to cancel it
-            self._push(job)
+            self._enqueue(job)
+            job.publish("queued", self.state(job))
         return job
 
     def get(self, kind: str, job_id: str, identity: Identity) -> Job:
@@ -196,10 +205,12 @@ class JobStore:
             raise NotFound(f"no {kind} {job_id!r}", "id")
         return job
 
-    def select(self, kind: str, identity: Identity, *, newest_first: bool) -> Iterable[Job]:
-        """Jobs by age."""
-        jobs = reversed(self._jobs.values()) if newest_first else iter(self._jobs.values())
-        return (job for job in jobs if job.kind == kind and may_see(identity, job.owner))
+    def page(
+        self, kind: str, identity: Identity, *, after: Job | None, limit: int, newest_first: bool
+    ) -> tuple[list[Job], bool]:
+        """At most `limit` jobs by age, from behind `after` on, and whether more follow."""
+        owner = EVERYBODY if identity.admin else identity.name
+        return self._catalog.page(kind, owner, after=after, limit=limit, newest_first=newest_first)
 
     @asynccontextmanager
     async def attend(self, job: Job) -> AsyncIterator[None]:
@@ -298,13 +309,13 @@ class JobStore:
             except SgldError as error:
                 self._labour(self._finish(job, saves, previews, error))
             except Exception:  # every job ends in one of its states
-                log.exception("%s failed", job.id)
+                log.exception("failed")
                 self._labour(self._finish(job, saves, previews, _internal()))
             else:
                 self._labour(self._finish(job, saves, previews, None))
 
     async def _begin(self, job: Job) -> None:
-        job.change(status="in_progress", started_at=time.time(), attempts=job.attempts + 1)
+        job.change(status="in_progress", started_at=time.time(), attempts=job.attempts + 1, output_tokens=0)
         if job.kind == "video":
             await self._write(job)
         job.publish("progress", self.state(job))
@@ -325,6 +336,8 @@ class JobStore:
                 self._saving.release()
                 raise
             self._metrics.stages(result.timings)
+            job.prompt_tokens = result.tokens.prompt  # one prompt for all outputs
+            job.output_tokens += result.tokens.latent
             saves.append(self._spawn(self._save(job, index, names[index], result)))
         self._pace.learn(job.cost, time.monotonic() - started)
 
@@ -373,7 +386,7 @@ class JobStore:
             except SgldError as failed:
                 artifacts, error = [], error or failed
             except Exception:  # as above
-                log.exception("%s failed", job.id)
+                log.exception("failed")
                 artifacts, error = [], error or _internal()
             if error is not None:
                 await self._discard(job, saves)
@@ -381,11 +394,11 @@ class JobStore:
                 await self._discard(job, saves)
                 return
             if error is not None:
-                log.warning("%s failed: %s", job.id, error)
+                log.warning("failed: %s", error)
                 self._metrics.job_failed(job.kind, error.code)
             else:
                 job.artifacts = list(artifacts)
-                log.info("%s completed in %.2f s", job.id, time.time() - (job.started_at or job.created_at))
+                log.info("completed in %.2f s", time.time() - (job.started_at or job.created_at))
                 self._metrics.job_finished(job.kind)
             await self._end(job, error)
 
@@ -416,6 +429,8 @@ class JobStore:
     async def _erase(self, jobs: list[Job]) -> None:
         for job in jobs:
             await self.outputs.remove([artifact.name for artifact in job.artifacts])
+            if job.inputs:
+                await uploads.remove(job.inputs, self._uploads)
         if self._journal is not None:
             await self._journal.delete("job", [job.id for job in jobs])
 
@@ -433,11 +448,13 @@ class JobStore:
 
     def _remember(self, job: Job) -> None:
         self._jobs[job.id] = job
+        self._catalog.add(job)
         if job.idempotency_key is not None:
             self._repeats[job.owner, job.idempotency_key] = job
 
     def _forget(self, job: Job) -> None:
-        self._jobs.pop(job.id, None)
+        if self._jobs.pop(job.id, None) is not None:
+            self._catalog.remove(job)
         if job.idempotency_key is not None:
             self._repeats.pop((job.owner, job.idempotency_key), None)
 
@@ -447,12 +464,11 @@ class JobStore:
             raise BadRequest("Idempotency-Key: it came before with another request; take a new one", "Idempotency-Key")
         return before
 
-    def _push(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> None:
         since = time.monotonic() - (time.time() - job.created_at)  # a restart does not begin the wait anew
         self._queue.push(job, owner=job.owner, priority=job.priority, cost=job.cost, now=since)
         self._line = None
         self._wake.set()
-        job.publish("queued", self.state(job))
 
     def _tell_positions(self) -> None:
         for job in self._places():

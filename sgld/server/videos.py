@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import anyio
@@ -14,18 +15,32 @@ from sgld.config import from_text
 from sgld.convert import knob, structure
 from sgld.errors import BadRequest, NotFound
 from sgld.params import SamplingParams
-from sgld.server import pictures
+from sgld.server import pictures, uploads
 from sgld.server.auth import IDENTITY
 from sgld.server.body import read_body, require_prompt, split
+from sgld.server.describe import FILE_STATUSES, MAKING_ERRORS, Described
 from sgld.server.images import KEEP_ALIVE_S, artifact_of
 from sgld.server.jobs import Job, event_text
-from sgld.server.schema import Problem, Video, VideoFields, VideoList, body
+from sgld.server.schema import (
+    DeletedVideo,
+    Problem,
+    Video,
+    VideoEvent,
+    VideoFields,
+    VideoList,
+    VideoPreview,
+    VideoQuery,
+    body,
+)
 from sgld.server.state import SERVICE, Service
 from sgld.server.urls import absolute
 
 routes = web.RouteTableDef()
 PICTURE_FIELDS = ("input_reference", "reference_url")
 FORMAT = "mp4"
+ID = "id of the video"
+EVENTS = ("queued", "progress", "completed", "failed", "deleted")
+_EVENT_NUMBER = re.compile(r"[0-9]{1,18}")
 POLL_MS = (250, 5000)  # how often a client is told to ask: a tenth of what is left, within these
 
 
@@ -46,6 +61,16 @@ class Page:
 
 
 @routes.post("/v1/videos")
+@Described(
+    answer=Video,
+    body=VideoFields,
+    form=True,
+    pictures=PICTURE_FIELDS,
+    required=("prompt",),
+    example={"prompt": "a yellow square moving left on a black background", "seed": 7},
+    headers=("Idempotency-Key",),
+    errors=MAKING_ERRORS,
+)
 async def create(request: web.Request) -> web.Response:
     """Queue a video and answer at once."""
     service = request.app[SERVICE]
@@ -54,15 +79,26 @@ async def create(request: web.Request) -> web.Response:
     fields, sampling, notes = split(content.values, VideoFields)
     require_prompt(sampling)
     service.check_model(fields.model)
-    pictures.refuse(sources, service.model_id)
-    params, more = service.params({**sampling, **_length(fields, sampling, service)})
-    _check_file(params, service)
-    own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more}
-    job = await service.jobs.submit(await service.new_job(request, "video", fields, params, content, **own))
+    pictures.check(sources, service.loaded().max_pictures, service.model_id)
+    async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
+        params, more = service.params({**sampling, **_length(fields, sampling, service), **kept.sampling}, kept.size)
+        _check_file(params, service)
+        own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more, "inputs": kept.names}
+        job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
     return _answer(request, job)
 
 
 @routes.post("/v1/videos/{id}/remix")
+@Described(
+    id=ID,
+    answer=Video,
+    body=Remix,
+    form=True,
+    required=("prompt",),
+    example={"prompt": "a green square moving left on a black background"},
+    headers=("Idempotency-Key",),
+    errors=(*MAKING_ERRORS, 404),
+)
 async def remix(request: web.Request) -> web.Response:
     """Queue the same video, seeds included, with another prompt."""
     service = request.app[SERVICE]
@@ -74,34 +110,43 @@ async def remix(request: web.Request) -> web.Response:
     params = attrs.evolve(before.params, prompt=wanted.prompt)
     _check_file(params, service)
     fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
-    own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id}
-    job = await service.jobs.submit(await service.new_job(request, "video", fields, params, content, **own))
+    params, names = await pictures.copy(params, service.uploads)  # the other job may be deleted before this one
+    own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id, "inputs": names}
+    try:
+        job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
+    except BaseException:
+        await uploads.remove(names, service.uploads)
+        raise
     return _answer(request, job)
 
 
 @routes.get("/v1/videos")
+@Described(answer=VideoList, query=Page, errors=(400,))
 async def list_jobs(request: web.Request) -> web.Response:
     """A page of jobs, the newest first unless asked otherwise."""
     page = _page(request)
     store = request.app[SERVICE].jobs
-    jobs = list(store.select("video", request[IDENTITY], newest_first=page.order == "desc"))
-    if page.after is not None:
-        ids = [job.id for job in jobs]
-        if page.after not in ids:
-            raise BadRequest(f"after: no video {page.after!r}", "after")
-        jobs = jobs[ids.index(page.after) + 1 :]
-    shown = [_video(request, job) for job in jobs[: page.limit]]
+    try:
+        after = store.get("video", page.after, request[IDENTITY]) if page.after is not None else None
+    except NotFound as missing:
+        raise BadRequest(f"after: {missing.message}", "after") from None
+    jobs, more = store.page(
+        "video", request[IDENTITY], after=after, limit=page.limit, newest_first=page.order == "desc"
+    )
+    shown = [_video(request, job) for job in jobs]
     first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
-    return web.json_response(body(VideoList(shown, first, last, has_more=len(jobs) > page.limit)))
+    return web.json_response(body(VideoList(shown, first, last, has_more=more)))
 
 
 @routes.get("/v1/videos/{id}")
+@Described(id=ID, answer=Video, errors=(404,))
 async def retrieve(request: web.Request) -> web.Response:
     """The job as it stands."""
     return _answer(request, _find(request))
 
 
 @routes.delete("/v1/videos/{id}")
+@Described(id=ID, answer=DeletedVideo, errors=(404,))
 async def delete(request: web.Request) -> web.Response:
     """Cancel the job where it has not ended, and remove it with its files."""
     job = _find(request)
@@ -111,6 +156,7 @@ async def delete(request: web.Request) -> web.Response:
 
 
 @routes.post("/v1/videos/{id}/cancel")
+@Described(id=ID, answer=Video, errors=(404,))
 async def cancel(request: web.Request) -> web.Response:
     """Stop the job; one that has ended stays as it is."""
     job = _find(request)
@@ -119,11 +165,18 @@ async def cancel(request: web.Request) -> web.Response:
 
 
 @routes.get("/v1/videos/{id}/events")
+@Described(
+    id=ID,
+    events=dict.fromkeys(EVENTS, VideoEvent) | {"preview": VideoPreview},
+    headers=("Last-Event-ID",),
+    errors=(400, 404),
+    other={204: "The job has ended, and Last-Event-ID was its last event"},
+)
 async def events(request: web.Request) -> web.StreamResponse:
     """Server-sent events until the job's end; `Last-Event-ID` resumes, and 204 says that nothing follows."""
     job = _find(request)
     last = request.headers.get("Last-Event-ID")
-    if last is not None and not (last.isascii() and last.isdigit()):
+    if last is not None and not _EVENT_NUMBER.fullmatch(last):
         raise BadRequest(f"Last-Event-ID: {last!r} is not the number of an event", "Last-Event-ID")
     seen = int(last) if last is not None else max(0, job.number - 1)  # a newcomer gets the latest
     if last is not None and job.ended and seen == job.number:
@@ -139,6 +192,7 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/v1/videos/{id}/content")
+@Described(id=ID, media=("video/mp4", "image/webp"), query=VideoQuery, errors=(404,), other=FILE_STATUSES)
 async def content(request: web.Request) -> web.StreamResponse:
     """The file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
     job, store = _find(request), request.app[SERVICE].jobs

@@ -27,6 +27,7 @@ from sgld.config import from_text
 from sgld.convert import knob, plain, shown, structure
 from sgld.errors import BadRequest, NotFound, TooLarge
 from sgld.server.auth import OWNER
+from sgld.server.describe import BODY_ERRORS, Described
 from sgld.server.fetch import Fetcher
 from sgld.server.journal import Journal
 
@@ -127,6 +128,14 @@ class WebhookTestResult:
     status_code: int
     object: str = "webhook_endpoint.test"
     success: bool = True
+
+
+@attrs.frozen
+class EventTypes:
+    """The events that a webhook can be sent."""
+
+    data: list[str]
+    object: str = "list"
 
 
 # The endpoints and their deliveries
@@ -345,6 +354,7 @@ class Webhooks:
 # Routes
 
 WEBHOOKS = web.AppKey("webhooks", Webhooks)
+ID = "id of the endpoint"
 routes = web.RouteTableDef()
 
 
@@ -363,6 +373,13 @@ async def _fields(request: web.Request, cls: type[T]) -> T:
 
 
 @routes.post("/v1/webhook_endpoints")
+@Described(
+    answer=WebhookEndpointWithSecret,
+    body=EndpointFields,
+    required=("name", "url", "event_types"),
+    example={"name": "mine", "url": "https://example.com/hook", "event_types": list(EVENT_TYPES)},
+    errors=BODY_ERRORS,
+)
 async def create(request: web.Request) -> web.Response:
     """Make an endpoint; its secret is told here, and never again."""
     endpoint = await request.app[WEBHOOKS].create(request[OWNER], await _fields(request, EndpointFields))
@@ -370,6 +387,7 @@ async def create(request: web.Request) -> web.Response:
 
 
 @routes.get("/v1/webhook_endpoints")
+@Described(answer=WebhookEndpointList, query=ListFields, errors=(400, 404))
 async def list_all(request: web.Request) -> web.Response:
     """The caller's endpoints, the newest first."""
     query: dict[str, Any] = dict(request.query)
@@ -382,12 +400,14 @@ async def list_all(request: web.Request) -> web.Response:
 
 
 @routes.get("/v1/webhook_event_types")
+@Described(answer=EventTypes)
 async def event_types(request: web.Request) -> web.Response:
     """The events there are."""
     return web.json_response({"object": "list", "data": list(EVENT_TYPES)})
 
 
 @routes.get("/v1/webhook_endpoints/{id}")
+@Described(id=ID, answer=WebhookEndpoint, errors=(404,))
 async def retrieve(request: web.Request) -> web.Response:
     """One endpoint."""
     endpoint = request.app[WEBHOOKS].get(request[OWNER], request.match_info["id"])
@@ -395,6 +415,7 @@ async def retrieve(request: web.Request) -> web.Response:
 
 
 @routes.post("/v1/webhook_endpoints/{id}")
+@Described(id=ID, answer=WebhookEndpoint, body=EndpointFields, example={"name": "ours"}, errors=(*BODY_ERRORS, 404))
 async def update(request: web.Request) -> web.Response:
     """Change its name, URL or events."""
     fields = await _fields(request, EndpointFields)
@@ -403,6 +424,7 @@ async def update(request: web.Request) -> web.Response:
 
 
 @routes.delete("/v1/webhook_endpoints/{id}")
+@Described(id=ID, answer=DeletedWebhookEndpoint, errors=(404,))
 async def delete(request: web.Request) -> web.Response:
     """Remove an endpoint."""
     await request.app[WEBHOOKS].delete(request[OWNER], request.match_info["id"])
@@ -410,6 +432,13 @@ async def delete(request: web.Request) -> web.Response:
 
 
 @routes.post("/v1/webhook_endpoints/{id}/rotate_secret")
+@Described(
+    id=ID,
+    answer=WebhookEndpointWithSecret,
+    body=RotateFields,
+    example={"keep_old_secret_active_for_24_hours": True},
+    errors=(*BODY_ERRORS, 404),
+)
 async def rotate_secret(request: web.Request) -> web.Response:
     """Give an endpoint a new secret, told here and never again."""
     fields = await _fields(request, RotateFields)
@@ -419,6 +448,13 @@ async def rotate_secret(request: web.Request) -> web.Response:
 
 
 @routes.post("/v1/webhook_endpoints/{id}/test")
+@Described(
+    id=ID,
+    answer=WebhookTestResult,
+    body=SampleFields,
+    example={"event_type": EVENT_TYPES[0]},
+    errors=(*BODY_ERRORS, 404),
+)
 async def test(request: web.Request) -> web.Response:
     """Send a sample event and wait for its answer, at most ten seconds."""
     type = (await _fields(request, SampleFields)).event_type

@@ -127,7 +127,7 @@ class Worker:
             return None
         timings = Timings(hook.stages_ms, hook.steps_ms, self.platform.peak_memory())
         assert isinstance(command.params.seed, int)
-        return Media(SharedFrames.of(frames.numpy()), command.params.fps, command.params.seed, timings)
+        return Media(SharedFrames.of(frames.numpy()), command.params.fps, command.params.seed, timings, hook.tokens)
 
     def _emit(self, event: Event) -> None:
         if self.mesh.rank == 0:

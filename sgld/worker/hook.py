@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+import torch
 from torch import Tensor
 
-from sgld.messages import Cancel, Event, Note, Preview, Progress, SharedFrames, send
+from sgld.messages import Cancel, Event, Note, Preview, Progress, SharedFrames, Tokens, send
 from sgld.nn.parallel import Mesh
+
+PROGRESS_S = 0.1  # between two reports within one stage, at least: each wakes two threads of the parent
 
 
 class Stopped(Exception):
@@ -28,35 +31,42 @@ class Hook:
         self.job_id = job_id
         self.stages_ms: dict[str, float] = {}
         self.steps_ms: list[float] = []
+        self.tokens = Tokens()
         self._mesh = mesh
         self._connection = connection
         self._synchronize = synchronize  # a GPU's kernels have not run when their launch returns
         self._stage, self._total, self._step = "", 0, 0
+        self._told = 0.0  # when progress was last reported
         self._cancelled = False
 
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[None]:
-        """Time `name` and report its steps; a cancel is heard on the way in."""
+        """Time `name` and report its start, its end and some of its steps; a cancel is heard on the way in."""
         self._stage, self._total, self._step = name, total, 0
         self.check()
-        self._send(Progress(self.job_id, name, 0, total))
+        self._tell()
         start = time.perf_counter()
         yield
         self._synchronize()
         self.stages_ms[name] = self.stages_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
         if self._step < total:
-            self._send(Progress(self.job_id, name, total, total))
+            self._step = total
+            self._tell()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step of the current stage: all ranks agree whether to stop, then it is timed and reported."""
+        """One step of the current stage: all ranks agree whether to stop, then it is timed.
+
+        The last one is always reported; others unless a report has just gone out.
+        """
         self.check()
         start = time.perf_counter()
         yield
         self._synchronize()
         self.steps_ms.append(1e3 * (time.perf_counter() - start))
         self._step += 1
-        self._send(Progress(self.job_id, self._stage, self._step, self._total))
+        if self._step == self._total or time.perf_counter() - self._told >= PROGRESS_S:
+            self._tell()
 
     def check(self) -> None:
         """Raise `Stopped` on every rank alike once a cancel for this job has arrived."""
@@ -78,6 +88,19 @@ class Hook:
     def _where(self) -> str:
         return f"{self._stage}, step {self._step + 1} of {self._total}"
 
+    def from_rank0(self, like: Tensor, work: Callable[[], Tensor]) -> Tensor:
+        """What `work` makes on rank 0, a tensor like `like`, on every rank. Where it fails, the other ranks stop."""
+        made = torch.empty_like(like)
+        try:
+            if self._mesh.rank == 0:
+                made = work()
+        except BaseException:
+            self._mesh.agree(True)
+            raise
+        if self._mesh.agree(False):
+            raise Stopped(self._where)
+        return self._mesh.share(made)
+
     def preview(self, index: int, decode: Callable[[Callable[[], None]], Tensor]) -> None:
         """Send the frame u8 [1, H, W, 3] of `decode(pulse)`, after a step that is not the last.
 
@@ -89,6 +112,10 @@ class Hook:
             return
         if self._mesh.rank == 0:
             self._send(Preview(self.job_id, index, self._step, self._total, SharedFrames.of(frames.numpy())))
+
+    def _tell(self) -> None:
+        self._told = time.perf_counter()
+        self._send(Progress(self.job_id, self._stage, self._step, self._total))
 
     def note(self, text: str) -> None:
         """A warning for the user."""

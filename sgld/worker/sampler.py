@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from sgld.models.family import Conditioning, Family
+from sgld.messages import Tokens
 from sgld.params import SamplingParams
+from sgld.worker.canvas import Canvas
 from sgld.worker.hook import Hook
 from sgld.worker.solvers import Solver, make_solver
 
@@ -23,14 +26,20 @@ def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0
     assert isinstance(params.seed, int)
     with hook.stage("encode"):
         condition, warnings = family.encode(params)
+        hook.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
+        x = family.noise(params, torch.Generator("cpu").manual_seed(params.seed))
+        canvas = Canvas.prepare(family, params, hook, x)
     for warning in warnings:
         hook.note(warning)
-    solver = make_solver(family.scheduler, params.num_inference_steps, params.flow_shift)
-    x = family.noise(params, torch.Generator("cpu").manual_seed(params.seed))
+    solver = make_solver(family.scheduler, params.num_inference_steps, params.flow_shift, params.first_step)
+    if canvas is not None:
+        x = canvas.at(float(solver.sigmas[0]))
+    shown = preview_steps(len(solver.timesteps), previews)
     with hook.stage("denoise", len(solver.timesteps)):
-        x = denoise(family, params, hook, solver, condition, x, preview_steps(len(solver.timesteps), previews))
+        x = denoise(family, params, hook, solver, condition, x, shown, canvas)
     with hook.stage("decode"):
-        return family.decode(x, hook.pulse)
+        frames = family.decode(x, hook.pulse)
+        return frames if canvas is None else canvas.composite(frames)
 
 
 def denoise(
@@ -41,17 +50,26 @@ def denoise(
     condition: Conditioning,
     x: Tensor,
     previews: list[int],
+    canvas: Canvas | None = None,
 ) -> Tensor:
-    """Latents from noise. `previews` are the steps after which the estimate of the clean latents is shown."""
+    """Latents from noise, or from a canvas. `previews` are the steps after which the clean ones' estimate is shown."""
     for i, t in enumerate(solver.timesteps, 1):
         with hook.step():
             v, negative = family.velocities(x, t, condition)
             scale = family.guidance(t, params)
             estimate = clean(x, float(solver.sigmas[i - 1]), v, negative, scale) if i in previews else None
             x = solver.step(guide(v, negative, scale), x)
+            if canvas is not None:
+                x = canvas.hold(x, float(solver.sigmas[i]))
         if estimate is not None:
-            hook.preview(previews.index(i), partial(family.preview, estimate))
+            hook.preview(previews.index(i), partial(show, family, canvas, estimate))
     return x
+
+
+def show(family: Family, canvas: Canvas | None, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+    """A preview u8 [1, H, W, 3], within the picture it will be part of."""
+    frames = family.preview(x0, pulse)
+    return frames if canvas is None else canvas.composite(frames)
 
 
 def clean(x: Tensor, sigma: float, v: Tensor, negative: Tensor | None, scale: float) -> Tensor:

@@ -49,12 +49,12 @@ class FlowMatchEuler(Solver):
     read = ("num_train_timesteps", "shift")
     moot = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
 
-    def __init__(self, config: Config, steps: int, flow_shift: float | None):
+    def __init__(self, config: Config, steps: int, flow_shift: float | None, first: int = 0):
         train = config.get("num_train_timesteps", 1000)
         shift = config.get("shift", 1.0) if flow_shift is None else flow_shift
         low = float(shifted(torch.tensor(1 / train), shift))  # the schedule's ends are shifted, then all of it
         sigmas = shifted(np.linspace(train, low * train, steps) / train, shift)
-        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)[first:]
         self.timesteps = self.sigmas[:-1] * train
         self._steps: list[tuple[float, float]] = list(pairwise(self.sigmas.tolist()))
         self._i = 0
@@ -95,17 +95,18 @@ class UniPC(Solver):
         "steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type", "sigma_min", "sigma_max",
     )  # fmt: skip
 
-    def __init__(self, config: Config, steps: int, flow_shift: float | None):
+    def __init__(self, config: Config, steps: int, flow_shift: float | None, first: int = 0):
         train = config.get("num_train_timesteps", 1000)
         shift = config.get("flow_shift", 1.0) if flow_shift is None else flow_shift
         sigmas = shifted(np.linspace(1, 1 / train, steps + 1)[:-1], shift)
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 the log signal-to-noise ratio is infinite
-        self.timesteps = torch.from_numpy((sigmas * train).astype(np.int64))
-        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)
+        self.timesteps = torch.from_numpy((sigmas * train).astype(np.int64))[first:]
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)[first:]
         self._kind = config.get("solver_type", "bh2")
-        self._uncorrected = {i + 1 for i in config.get("disable_corrector", [])} | {0}
+        self._uncorrected = {i + 1 - first for i in config.get("disable_corrector", [])} | {0}
         order = config.get("solver_order", 2)
-        self._orders = [min(order, steps - i, i + 1) for i in range(steps)]
+        left = steps - first
+        self._orders = [min(order, left - i, i + 1) for i in range(left)]
         self._estimates: list[Tensor] = []  # of x0, newest first
         self._before: Tensor | None = None
         self._predict, self._correct = self._coefficients()
@@ -203,6 +204,9 @@ def _default(key: str, needed: Any) -> Any:
     return {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(key, needed)
 
 
-def make_solver(config: Config, steps: int, flow_shift: float | None) -> Solver:
-    """A fresh solver for one generation; `flow_shift` None takes the checkpoint's own."""
-    return check(config)(config, steps, flow_shift)
+def make_solver(config: Config, steps: int, flow_shift: float | None, first: int = 0) -> Solver:
+    """A fresh solver for one generation, which leaves the steps before `first` out.
+
+    `flow_shift` None takes the checkpoint's own.
+    """
+    return check(config)(config, steps, flow_shift, first)

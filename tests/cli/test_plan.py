@@ -65,7 +65,7 @@ NOT_BUILT = "not built yet in this version of sgld"
          f"--component-attention-backends.transformer: {NOT_BUILT}"),
         (["--attention-backend-config", "a=1"], f"--attention-backend-config: {NOT_BUILT}"),
         (["--vae-config", '{"use_parallel_decode": true}'], f"--vae-config.use_parallel_decode: {NOT_BUILT}"),
-        (["--image-path", "a.png", "b.png"], f"--image-path: {NOT_BUILT} (image input); leave it out"),
+        (["--video-path", "a.mp4", "b.mp4"], f"--video-path: {NOT_BUILT} (video input); leave it out"),
         (["--generator-device", "cuda"], f"--generator-device: 'cuda' is {NOT_BUILT}"),
         (["--lora-path", "x"], f"--lora-path: {NOT_BUILT} (LoRA); leave it out"),
         (["--enable-frame-interpolation", "--frame-interpolation-exp", "1"],

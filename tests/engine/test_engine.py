@@ -72,7 +72,7 @@ async def test_cancelling_the_task_stops_its_job_and_spares_the_next(engine: Eng
     reached = asyncio.Event()
 
     def follow(event: Event) -> None:
-        if isinstance(event, Progress) and (event.stage, event.step) == ("denoise", 2):
+        if isinstance(event, Progress) and event.stage == "denoise" and event.step >= 2:
             reached.set()
 
     long = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), follow))

@@ -1,0 +1,200 @@
+"""AutoencoderKLWan's encoder (Wan 2.1, and the residual one of Wan 2.2): frames to latents.
+
+The attribute names are the keys of the diffusers checkpoint. A clip's first frame is encoded alone, the others in
+chunks of whole latent frames; as in the decoder, `past` joins the chunks without a seam.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sgld.config import Settings
+from sgld.models.vae import (
+    CHUNK_PIXELS,
+    CausalConv3d,
+    MidBlock,
+    Past,
+    ResidualBlock,
+    RMSNorm,
+    Tiling,
+    WanVaeConfig,
+    fade,
+    vae_config,
+)
+from sgld.nn.weights import load_module, weight_files
+
+
+class HalvingConv(CausalConv3d):
+    """Every second frame, from it and its two neighbours before; a clip's first frame passes as it is."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, 1)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:  # [T, C, H, W] -> [T/2, C, H, W]
+        before = past.get(self)
+        past[self] = x[-1:].clone()
+        if before is None:
+            return x
+        x = torch.cat([before, x])
+        x = torch.cat([x[:-2:2], x[1:-1:2], x[2::2]], 1)  # [T/2, 3C, H, W]
+        return F.conv2d(x, self.weight.transpose(1, 2).flatten(1, 2), self.bias)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, and with `in_time` half the frames but for the clip's first."""
+
+    def __init__(self, dim: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = HalvingConv(dim) if in_time else None
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        y: Tensor = self.resample(x)
+        return y if self.time_conv is None else self.time_conv(y, past)
+
+
+class DownBlock(nn.Module):
+    """The residual form: residual blocks, then the downsampling; averages of the input's pixels are added."""
+
+    def __init__(self, dim_in: int, dim: int, blocks: int, down: bool, in_time: bool):
+        super().__init__()
+        dims = [dim_in, *[dim] * blocks]
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
+        self.downsampler = Downsample(dim, in_time) if down else None
+        self.dim, self.frames, self.side = dim, 2 if in_time else 1, 2 if down else 1
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        y = x
+        for block in self.resnets:
+            y = block(y, past)
+        if self.downsampler is not None:
+            y = self.downsampler(y, past)
+        return y + self.average(x)
+
+    def average(self, x: Tensor) -> Tensor:
+        """The new pixels and frames as channels, averaged to `dim`: [T, C, H, W] -> [T/f, dim, H/s, W/s]."""
+        f, s = self.frames, self.side
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % f, 0))  # the clip's first frame comes alone
+        T, C, H, W = x.shape
+        x = x.view(T // f, f, C, H // s, s, W // s, s).permute(0, 2, 1, 4, 6, 3, 5)  # [T/f, C, f, s, s, H/s, W/s]
+        return x.reshape(T // f, self.dim, -1, H // s, W // s).mean(2)
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: WanVaeConfig):
+        super().__init__()
+        dims = [c.base_dim * m for m in (1, *c.dim_mult)]
+        last = len(c.dim_mult) - 1
+        in_time = [*c.temperal_downsample[:last], False]
+        self.conv_in = CausalConv3d(3 * (c.patch_size or 1) ** 2, dims[0], 3, 3)
+        self.down_blocks = nn.ModuleList()
+        for i, (dim_in, dim) in enumerate(itertools.pairwise(dims)):
+            if c.is_residual:
+                self.down_blocks.append(DownBlock(dim_in, dim, c.num_res_blocks, i < last, in_time[i]))
+                continue
+            widths = itertools.pairwise([dim_in, *[dim] * c.num_res_blocks])
+            self.down_blocks.extend(ResidualBlock(a, b) for a, b in widths)
+            if i < last:
+                self.down_blocks.append(Downsample(dim, in_time[i]))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1], 3)
+        self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, 3, 3)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.conv_in(x, past)
+        for block in self.down_blocks:
+            x = block(x, past)
+        x = self.mid_block(x, past)
+        y: Tensor = self.conv_out(F.silu(self.norm_out(x)), past)
+        return y
+
+
+class WanEncoder(nn.Module):
+    """Pictures [N, 3, H, W] in [-1, 1] to latents [T, C, H/8, W/8]: the mode of the posterior."""
+
+    def __init__(self, c: WanVaeConfig):
+        super().__init__()
+        self.config = c
+        self.encoder = Encoder(c)
+        self.quant_conv = CausalConv3d(2 * c.z_dim, 2 * c.z_dim, 1, 1)
+
+    def forward(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+        """`pulse` is called before each chunk."""
+        past: Past = {}
+        frames = self.config.scale_factor_temporal
+        many = max(1, CHUNK_PIXELS // (x[0, 0].numel() * frames))  # latent frames
+        parts = []
+        for chunk in (x[:1], *(torch.split(x[1:], many * frames) if len(x) > 1 else ())):
+            pulse()
+            chunk = self.patch(chunk).contiguous(memory_format=torch.channels_last)
+            parts.append(self.quant_conv(self.encoder(chunk, past), past))
+        return torch.cat(parts)[:, : self.config.z_dim]  # the other half are log variances
+
+    def patch(self, x: Tensor) -> Tensor:
+        """[N, 3, p*H, p*W] -> [N, 3*p*p, H, W]"""
+        p = self.config.patch_size
+        if p is None or p == 1:
+            return x
+        N, C, H, W = x.shape
+        x = x.view(N, C, H // p, p, W // p, p).permute(0, 1, 5, 3, 2, 4)  # [N, 3, pw, ph, H, W]
+        return x.reshape(N, C * p**2, H // p, W // p)
+
+
+class VaeEncoder:
+    """The encoder of a checkpoint, with the mean and deviation of its latents."""
+
+    def __init__(self, folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device):
+        c = vae_config(folder / "config.json")
+        self.spatial, self.temporal = c.scale_factor_spatial, c.scale_factor_temporal
+        self.module = load_module(lambda: WanEncoder(c), folder, dtype, device, unused=("decoder.", "post_quant_conv."))
+        self.dtype, self.device = dtype, device
+        self.mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(device) for v in (c.latents_mean, c.latents_std))
+        self.precision = 1.0 / std
+        tiled = settings.vae_tiling or settings.vae_config.use_tiling
+        self.tiling = Tiling.of(settings.vae_config, self.spatial) if tiled else None
+
+    def encode(self, pictures: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+        """Pictures [N, 3, H, W] in [-1, 1], N = 4k+1, to latents float32 [1, C, k+1, H/8, W/8].
+
+        They are the mode of the posterior, with mean 0 and deviation 1. `pulse` is called again and again.
+        """
+        assert (len(pictures) - 1) % self.temporal == 0
+        x = pictures.to(self.device, self.dtype)
+        tiled = self.tiling is not None and (x.shape[2] > self.tiling.height or x.shape[3] > self.tiling.width)
+        z = self.in_tiles(x, self.tiling, pulse) if self.tiling and tiled else self.module(x, pulse)
+        return (z.float().transpose(0, 1)[None] - self.mean) * self.precision
+
+    def in_tiles(self, x: Tensor, t: Tiling, pulse: Callable[[], None] = lambda: None) -> Tensor:
+        """Tile by tile, each faded into the ones above and to the left."""
+        s = self.spatial
+        H, W = x.shape[2:]
+        height, width = t.stride_height // s, t.stride_width // s  # of what is kept of a tile
+        rows: list[list[Tensor]] = []
+        for i in range(0, H, t.stride_height):
+            columns = range(0, W, t.stride_width)
+            rows.append([self.module(x[..., i : i + t.height, j : j + t.width], pulse) for j in columns])
+        joined = []
+        for i, row in enumerate(rows):
+            for j, tile in enumerate(row):
+                if i:
+                    fade(rows[i - 1][j], tile, t.height // s - height, -2)
+                if j:
+                    fade(row[j - 1], tile, t.width // s - width, -1)
+            joined.append(torch.cat([tile[..., :height, :width] for tile in row], -1))
+        return torch.cat(joined, -2)[..., : H // s, : W // s]
+
+
+def has_encoder(folder: Path) -> bool:
+    """Whether the weights of an autoencoder hold its encoder; told from their headers."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            if any(name.startswith("encoder.") for name in tensors.keys()):  # noqa: SIM118 - not a dict
+                return True
+    return False

@@ -1,0 +1,491 @@
+"""LoRA adapters in files: reading every spelling of their keys, and fitting them to the layers of a model.
+
+A key is `[prefix.]layer.part`. Prefixes say who wrote it, parts what it is; `_KEY` lists the parts. The layer is looked
+up, never guessed: a model's own names, and its authors' original names, each dotted or (kohya) underscored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sgld.errors import BadRequest, ModelError, NotBuilt
+from sgld.nn.weights import read_json
+
+Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape
+Renames = Sequence[tuple[str, str]]  # (pattern in our layer name, replacement), applied in order
+
+WAN_ORIGINAL: Renames = (  # from diffusers' names to the authors'
+    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1$", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])$", r".\1"),
+    (r"\.to_out\.0$", ".o"),
+    (r"\.add_([kv])_proj$", r".\1_img"),
+    (r"\.norm_added_([kq])$", r".norm_\1_img"),
+    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
+    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"),
+    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out$", "head.head"),
+)
+
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?:"
+    r"(?P<pair>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_magnitude_vector)"
+    r"(?:\.(?P<slot>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+    r"|(?P<other>alpha|dora_scale|diff|diff_b|diff_m))"
+)
+_PARTS = {
+    "lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up",
+    "lora_magnitude_vector": "magnitude",
+}  # fmt: skip
+_PREFIXES = (
+    "base_model.model.", "peft_model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "transformer_2.",
+    "lora_unet_",
+)  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # initializations that also rewrite the model's weights
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+@attrs.frozen
+class AlphaRules:
+    """What holds for layers without an alpha of their own: PEFT's lora_alpha, alpha_pattern and use_rslora."""
+
+    alpha: float | None = None
+    pattern: Mapping[str, float] = attrs.field(factory=dict)
+    rank_stabilized: bool = False
+
+    def scale(self, layer: str, rank: int, own: float | None, override: float | None) -> float:
+        """alpha / rank (or / sqrt(rank)); the layer's own alpha, else `override`, else the rules, else the rank."""
+        matching = (alpha for key, alpha in self.pattern.items() if re.match(rf"(.*\.)?({key})$", layer))
+        alphas = (own, override, next(matching, None), self.alpha)
+        alpha = next((alpha for alpha in alphas if alpha is not None), None)
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+@attrs.frozen(eq=False)
+class Stored:
+    """A tensor of the file, as stored, in host memory, under the file's key."""
+
+    key: str
+    tensor: Tensor
+
+
+@attrs.frozen(eq=False)
+class Adapter:
+    """A file's tensors by component (`transformer`, `transformer_2`), layer as spelled there, and part."""
+
+    file: Path
+    layers: Mapping[str, Mapping[str, Mapping[str, Stored]]]
+    unknown: tuple[str, ...]  # keys that are no part of any known kind
+    rules: AlphaRules
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of its tensors."""
+        stored = (parts.values() for layers in self.layers.values() for parts in layers.values())
+        return sum(s.tensor.nbytes for parts in stored for s in parts)
+
+    def has(self, component: str) -> bool:
+        """Whether it holds anything for that transformer; one that never says `transformer_2` fits any."""
+        return component in self.layers or "transformer_2" not in self.layers
+
+    def part(self, component: str) -> Mapping[str, Mapping[str, Stored]]:
+        """Its layers for that transformer."""
+        if "transformer_2" in self.layers:
+            return self.layers.get(component, {})
+        return self.layers.get("transformer", {})
+
+
+def read_adapter(path: Path, weight_name: str | None = None) -> Adapter:
+    """The adapter in a safetensors file, or in a folder with one such file or the one that `weight_name` names.
+
+    Raises:
+        BadRequest: no such file, several to choose from, a pickle, a corrupt file, or one without any LoRA key.
+        NotBuilt: a PEFT adapter of another kind than LoRA.
+    """
+    file = find_file(path, weight_name)
+    tensors, metadata = _read(file)
+    rules = _rules(file, config_file(path, file), metadata)
+    return _sort(file, tensors, rules)
+
+
+def find_file(path: Path, weight_name: str | None = None) -> Path:
+    """The safetensors file that `read_adapter` reads."""
+    if not path.is_file() and not path.is_dir():
+        raise BadRequest(f"lora_path: {str(path)!r}: no such file or folder", "lora_path")
+    if path.is_file():
+        if weight_name is not None:
+            raise BadRequest(
+                f"lora_weight_name: {weight_name!r} given, but {path.name!r} is a file", "lora_weight_name"
+            )
+        return _safetensors(path)
+    if weight_name is not None:
+        if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts:
+            raise BadRequest(f"lora_weight_name: {weight_name!r} leads out of the folder", "lora_weight_name")
+        if not (path / weight_name).is_file():
+            raise BadRequest(f"lora_weight_name: no file {weight_name!r} in {path.name!r}", "lora_weight_name")
+        return _safetensors(path / weight_name)
+    return _only_file(path)
+
+
+def config_file(path: Path, file: Path) -> Path | None:
+    """The adapter_config.json that goes with `file`: a folder's, or the one beside PEFT's own file name."""
+    config = file.parent / "adapter_config.json"
+    return config if config.is_file() and (path != file or file.name == "adapter_model.safetensors") else None
+
+
+def _only_file(folder: Path) -> Path:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    found = [name for name in names if name.endswith(".safetensors")]
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        listed = _listed(found)
+        raise BadRequest(f"lora_path: {folder.name!r} holds {listed}; name one in lora_weight_name", "lora_path")
+    for name in names:
+        if name.endswith(_PICKLES):
+            _safetensors(folder / name)
+    raise BadRequest(f"lora_path: {folder.name!r} holds no .safetensors file", "lora_path")
+
+
+def _safetensors(file: Path) -> Path:
+    if file.suffix in _PICKLES:
+        reason = "is a pickle, which may run code when it is read; convert it to .safetensors"
+        raise BadRequest(f"lora_path: {file.name!r} {reason}", "lora_path")
+    if file.suffix != ".safetensors":
+        raise BadRequest(f"lora_path: {file.name!r} is no .safetensors file", "lora_path")
+    return file
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, in memory of their own for the file may change, and metadata."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a dict
+            return tensors, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadRequest(f"lora_path: {file.name!r} is corrupt or truncated: {error}", "lora_path") from None
+
+
+def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapter:
+    layers: dict[str, dict[str, dict[str, Stored]]] = {}
+    unknown, slots = [], set()
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        part = _part(match) if match else None
+        if match is None or part is None:
+            unknown.append(key)
+            continue
+        slots.add(match["slot"])
+        component, layer = _unprefixed(match["layer"])
+        if match["other"] == "diff_m":
+            layer, part = f"{layer}.modulation", "diff"
+        parts = layers.setdefault(component, {}).setdefault(layer, {})
+        if part in parts:
+            raise _bad(file, f"both {parts[part].key!r} and {key!r} are the {part} of one layer")
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise _bad(file, f"{key!r} holds values that are no finite floating-point numbers")
+        parts[part] = Stored(key, tensor)
+    if len(slots - {None}) > 1:
+        raise _bad(file, f"holds several adapters: {_listed(sorted(slots - {None}))}; save them one by one")
+    if not layers:
+        raise _bad(file, f"holds no LoRA key; it has {_listed(unknown) or 'none at all'}")
+    return Adapter(file, layers, tuple(unknown), rules)
+
+
+def _part(match: re.Match[str]) -> str | None:
+    if match["pair"] is None:
+        return match["other"]
+    part = _PARTS[match["pair"]]
+    if match["leaf"] == "bias":
+        return "up_bias" if part == "up" else None
+    return part
+
+
+def _unprefixed(layer: str) -> tuple[str, str]:
+    """Component and layer of a spelled name; a name that says no component is the first transformer's."""
+    component = "transformer"
+    while prefix := next((p for p in _PREFIXES if layer.startswith(p) and layer != p), None):
+        layer = layer.removeprefix(prefix)
+        component = "transformer_2" if prefix == "transformer_2." else component
+    return component, layer
+
+
+def _bad(file: Path, reason: str) -> BadRequest:
+    return BadRequest(f"lora_path: {file.name!r} {reason}", "lora_path")
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+# -------------------------------------------------------------------------------------------------- alpha, config
+
+
+def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) -> AlphaRules:
+    """From adapter_config.json, or diffusers' copy of it in the file's metadata, or plain metadata."""
+    config = _config(file, metadata)
+    if config_file is not None:
+        try:
+            config = read_json(config_file)
+        except ModelError as error:
+            raise BadRequest(f"lora_path: {error}", "lora_path") from None
+    _check_kind(file, config)
+    named = {name: metadata[name] for name in ("lora_alpha", "network_alpha", "alpha") if name in metadata}
+    if config.get("lora_alpha") is not None:
+        named["adapter config's lora_alpha"] = config["lora_alpha"]
+    alphas = {name: _number(file, name, value) for name, value in named.items()}
+    if len(set(alphas.values())) > 1:
+        raise _bad(file, f"says two alphas: {', '.join(f'{name} {value}' for name, value in alphas.items())}")
+    pattern = {key: _number(file, "alpha_pattern", value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    for key in pattern:
+        _check_pattern(file, key)
+    return AlphaRules(next(iter(alphas.values()), None), pattern, bool(config.get("use_rslora")))
+
+
+def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The PEFT config that diffusers stores in the metadata, for one transformer or with its name before each key."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise _bad(file, f"has metadata that is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise _bad(file, "has a lora_adapter_metadata that is no JSON object")
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in config.items():
+        component, _, name = key.rpartition(".")
+        parts.setdefault(component, {})[name] = value
+    if len({json.dumps(_alpha_keys(part), sort_keys=True) for part in parts.values()}) > 1:
+        raise NotBuilt(
+            f"lora_path: {file.name!r} has other alphas for each transformer; save each in a file of its own",
+            "lora_path",
+        )
+    return next(iter(parts.values()), {})
+
+
+def _alpha_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config.get(name) for name in ("lora_alpha", "alpha_pattern", "use_rslora", "peft_type")}
+
+
+def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type") or "LORA"
+    if kind != "LORA":
+        raise NotBuilt(f"lora_path: {file.name!r} is a {kind} adapter; only LoRA and DoRA are built", "lora_path")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        reason = f"was started with {start!r}, which changes the model's own weights; convert it to a plain LoRA"
+        raise NotBuilt(f"lora_path: {file.name!r} {reason}", "lora_path")
+
+
+def _check_pattern(file: Path, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _bad(file, f"has an alpha_pattern {pattern!r} that is no regular expression: {error}") from None
+
+
+def _number(file: Path, name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise _bad(file, f"has {name} {value!r}; a finite number is needed")
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------ fitting
+
+
+@attrs.frozen(eq=False)
+class Delta:
+    """What an adapter adds to one layer at strength 1; tensors as stored.
+
+    The weight's part is scale * up @ down + diff; with a `magnitude` (DoRA, Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353) it is what turns W into magnitude * (W + part) / ||W + part||.
+    """
+
+    weight: str  # parameter
+    bias: str | None  # parameter
+    scale: float = 1.0
+    down: Tensor | None = None  # [r, in, ...]
+    up: Tensor | None = None  # [out, r, ...]
+    diff: Tensor | None = None  # as the weight
+    magnitude: Tensor | None = None  # [out, 1, ...], or [1, in, ...]
+    up_bias: Tensor | None = None  # [out], times scale
+    diff_b: Tensor | None = None  # [out]
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it is about more than the bias."""
+        return any(part is not None for part in (self.down, self.diff, self.magnitude))
+
+
+@attrs.frozen(eq=False)
+class Fitted:
+    """An adapter in terms of one model."""
+
+    file: Path
+    layers: Mapping[str, Delta]  # by the model's own layer names
+    skipped: tuple[str, ...]  # `key (reason)`; empty where the fit was strict
+    keys: int  # that the adapter has for this model, the skipped ones included
+
+
+class Misfit(Exception):
+    """Why one layer of a file does not fit."""
+
+
+def fit(
+    adapter: Adapter,
+    shapes: Shapes,
+    original: Renames = (),
+    component: str = "transformer",
+    *,
+    strict: bool = True,
+    alpha: float | None = None,
+) -> Fitted:
+    """The adapter's layers for `component`, a model with parameters of these shapes.
+
+    `alpha` holds for layers without one of their own. Without `strict`, layers that do not fit are left out.
+
+    Raises:
+        BadRequest: any key matches no layer, or has no partner, or does not fit its shape; or none is left.
+    """
+    spelled = adapter.part(component)
+    names = _vocabulary(list(spelled), shapes, original)
+    faults = [f"{key} (no LoRA key that is known)" for key in adapter.unknown]
+    layers: dict[str, Delta] = {}
+    for name, parts in spelled.items():
+        try:
+            own = names.get(name)
+            if own is None:
+                raise Misfit("no such layer")
+            layers[own] = _delta(own, parts, shapes, adapter.rules, name, alpha)
+        except Misfit as reason:
+            faults += [f"{stored.key} ({reason})" for stored in parts.values()]
+    keys = sum(map(len, spelled.values())) + len(adapter.unknown)
+    if faults and (strict or not layers):
+        raise _bad(
+            adapter.file, f"does not fit the model's {component}: {len(faults)} of {keys} keys: {_listed(faults)}"
+        )
+    if not layers:
+        raise _bad(adapter.file, f"holds nothing for the model's {component}")
+    return Fitted(adapter.file, layers, tuple(faults), keys)
+
+
+def _vocabulary(spelled: Iterable[str], shapes: Shapes, original: Renames) -> dict[str, str]:
+    """Spelling -> layer, in the one way of spelling that knows most of these names."""
+    layers = {name.removesuffix(".weight") for name in shapes if not name.endswith(".bias")}
+    own = {layer: layer for layer in layers}
+    authors = {_renamed(layer, original): layer for layer in layers}
+    ways = [own, authors, _underscored(own), _underscored(authors)]
+    return max(ways, key=lambda way: sum(name in way for name in spelled))
+
+
+def _renamed(layer: str, renames: Renames) -> str:
+    for pattern, replacement in renames:
+        layer = re.sub(pattern, replacement, layer)
+    return layer
+
+
+def _underscored(names: Mapping[str, str]) -> dict[str, str]:
+    """With `_` for every dot; names that become the same are left out."""
+    spelled: dict[str, list[str]] = {}
+    for name, layer in names.items():
+        spelled.setdefault(name.replace(".", "_"), []).append(layer)
+    return {name: layers[0] for name, layers in spelled.items() if len(layers) == 1}
+
+
+def _delta(
+    layer: str, parts: Mapping[str, Stored], shapes: Shapes, rules: AlphaRules, spelled: str, alpha: float | None
+) -> Delta:
+    """The parts of one layer, checked. Raises `Misfit`."""
+    weight = f"{layer}.weight" if f"{layer}.weight" in shapes else layer
+    bias = f"{layer}.bias" if f"{layer}.bias" in shapes else None
+    shape, stored = shapes[weight], {name: part.tensor for name, part in parts.items()}
+    down, up, diff = stored.get("down"), stored.get("up"), stored.get("diff")
+    if (down is None) != (up is None):
+        raise Misfit(f"has lora_{'B without A' if down is None else 'A without B'}")
+    scale = 1.0
+    if down is not None and up is not None:
+        rank = _rank(down, up, shape)
+        scale = rules.scale(spelled, rank, _alpha(stored.get("alpha")), alpha)
+    elif diff is None and "diff_b" not in stored:
+        raise Misfit(f"only {_listed(list(parts))}, no weights")
+    elif "up_bias" in stored:
+        raise Misfit("has a bias of lora_B without lora_B")
+    if diff is not None and tuple(diff.shape) != shape:
+        raise Misfit(f"diff {list(diff.shape)}; the layer has {list(shape)}")
+    for name in ("up_bias", "diff_b"):
+        _check_bias(name, stored.get(name), shapes[bias] if bias else None)
+    return Delta(
+        weight, bias, scale, down, up, diff, _magnitude(stored, shape), stored.get("up_bias"), stored.get("diff_b")
+    )
+
+
+def _rank(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> int:
+    """Of a pair that fits the weight. Raises `Misfit`."""
+    pair = f"A {list(down.shape)} and B {list(up.shape)}"
+    if len(shape) < 2 or min(down.ndim, up.ndim) < 2:
+        raise Misfit(f"{pair}; the layer has {list(shape)}")
+    if down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        raise Misfit(f"{pair} have no common rank")
+    inner, outer = tuple(down.shape[1:]), tuple(up.shape)
+    trailing = (1,) * (down.ndim - len(shape))  # a linear layer's pair may be written as a 1 x 1 convolution's
+    if inner != shape[1:] + trailing or outer[0] != shape[0] or set(outer[2:]) - {1}:
+        raise Misfit(f"{pair}; the layer has {list(shape)}")
+    return down.shape[0]
+
+
+def _alpha(stored: Tensor | None) -> float | None:
+    if stored is None:
+        return None
+    if stored.numel() != 1:
+        raise Misfit(f"alpha {list(stored.shape)}; one number is needed")
+    return float(stored)
+
+
+def _check_bias(name: str, given: Tensor | None, shape: tuple[int, ...] | None) -> None:
+    if given is not None and tuple(given.shape) != shape:
+        raise Misfit(f"{name} {list(given.shape)}; the layer has {'no bias' if shape is None else list(shape)}")
+
+
+def _magnitude(stored: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
+    """[out, 1, ...] from PEFT's vector; kohya's `dora_scale` may also be [1, in, ...]."""
+    vector, scale = stored.get("magnitude"), stored.get("dora_scale")
+    if vector is None and scale is None:
+        return None
+    if vector is not None and scale is not None:
+        raise Misfit("has two DoRA magnitudes")
+    given = scale if vector is None else vector
+    assert given is not None
+    ones = (1,) * (len(shape) - 1)
+    if vector is None and len(shape) > 1 and shape[1] > 1 and tuple(given.shape) == (1, shape[1], *ones[1:]):
+        return given
+    if given.numel() != shape[0]:
+        raise Misfit(f"DoRA magnitude {list(given.shape)}; the layer has {list(shape)}")
+    return given.reshape(shape[0], *ones)

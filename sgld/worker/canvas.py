@@ -1,0 +1,76 @@
+"""Canvas: a generation that starts from a picture, noised to the middle of the schedule.
+
+SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073); with a mask, what it leaves alone is put back after each
+step, noised as far as the rest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sgld import inputs
+from sgld.inputs import Input
+from sgld.models.family import Family
+from sgld.params import SamplingParams
+from sgld.worker.hook import Hook
+
+
+@attrs.frozen
+class Canvas:
+    """The picture's latents and the noise [1, C, T, h, w], and what a mask lets change of them [1, 1, 1, h, w]."""
+
+    clean: Tensor
+    noise: Tensor
+    source: Input
+    free: Tensor | None
+
+    @classmethod
+    def prepare(cls, family: Family, params: SamplingParams, hook: Hook, noise: Tensor) -> Canvas | None:
+        """None for a request without a picture. Rank 0 encodes; every rank gets the same latents.
+
+        Raises:
+            BadRequest, TooLarge: the picture or its mask cannot be read.
+        """
+        if not params.image_path:
+            return None
+        source = inputs.read(params.image_path[0], params.mask_path, params.width, params.height)
+        frames = still(source, params.num_frames)
+        clean = hook.from_rank0(noise, partial(family.encode_frames, frames, hook.pulse))
+        return cls(clean, noise, source, None if source.mask is None else _free(source.mask, noise))
+
+    def at(self, sigma: float) -> Tensor:
+        """The latents of the picture at that noise level."""
+        return (1 - sigma) * self.clean + sigma * self.noise
+
+    def hold(self, x: Tensor, sigma: float) -> Tensor:
+        """`x` with the picture's own latents where the mask forbids a change."""
+        return x if self.free is None else torch.where(self.free, x, self.at(sigma))
+
+    def composite(self, frames: Tensor) -> Tensor:
+        """Frames u8 [N, H, W, 3], faded into the picture as the mask says: where it is 0 they are the picture's."""
+        if self.source.mask is not None:
+            weight = torch.from_numpy(self.source.mask)[..., None].float() / 255  # [H, W, 1]
+            picture = torch.from_numpy(self.source.picture).float()
+            for frame in frames:
+                frame.copy_(torch.lerp(picture, frame.float(), weight).round())
+        return frames
+
+
+def still(source: Input, num_frames: int) -> Tensor:
+    """The picture as a clip [N, 3, H, W] in [-1, 1] that does not move."""
+    picture = torch.from_numpy(source.picture).float() / 255  # [H, W, 3]
+    return (2 * picture - 1).permute(2, 0, 1).expand(num_frames, -1, -1, -1)
+
+
+def _free(mask: npt.NDArray[np.uint8], noise: Tensor) -> Tensor:
+    """The latent pixels that hold a pixel to paint."""
+    weight = torch.from_numpy(mask)  # [H, W]
+    h, w = noise.shape[-2:]
+    cells = weight.view(h, weight.shape[0] // h, w, weight.shape[1] // w).amax((1, 3))
+    return (cells >= inputs.PAINTED).to(noise.device)[None, None, None]

@@ -1,0 +1,93 @@
+"""What a request takes, estimated before it runs: against the measured peak of a fresh process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sgld
+from sgld.errors import TooLarge
+from sgld.nn.parallel import Mesh
+from sgld.params import resolve
+from sgld.platform import Cpu, available_memory, room_in_groups
+from tests.models.conftest import generate, load
+from tests.nn.ranks import on_ranks
+
+DEMO = Path(sgld.__file__).parent / "demo"
+SIZES = ({"height": 96, "width": 96, "num_frames": 17}, {"height": 192, "width": 192, "num_frames": 17})
+
+
+def _status(name: str) -> int:
+    """Bytes, by a name of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
+    """Bytes above the loaded and warm model, estimated and measured."""
+    family = load(folder, mesh)
+    generate(family, mesh, height=48, width=48, num_frames=1, num_inference_steps=1)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    generate(family, mesh, **size, num_inference_steps=1)
+    params, _ = resolve(size, family.info)
+    return max(family.info.memory_needs(params).values()), _status("VmHWM") - before
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("model", ["demo", "wan21"])
+def test_the_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path, model: str, size: dict[str, Any]) -> None:
+    folder = DEMO if model == "demo" else twins / model
+    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, folder, size)
+    assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+
+
+def test_what_cannot_fit_is_refused_before_it_runs() -> None:
+    info = load(DEMO).info
+    assert info.memory is not None
+    resolve({"height": 480, "width": 480}, info)
+    with pytest.raises(
+        TooLarge, match=r"^num_frames: 9601: .* need about \d{3,}\.\d GiB of memory; there are"
+    ) as caught:
+        resolve({"height": 9600, "width": 9600, "num_frames": 9601}, info)
+    assert caught.value.param == "num_frames"
+
+
+def test_capabilities(twins: Path) -> None:
+    info = load(twins / "wan21").info
+    assert (info.tasks, info.max_tokens) == (("text-to-video", "text-to-image"), 512)
+
+
+def test_free_memory_is_bounded_by_control_groups(tmp_path: Path) -> None:
+    assert 0 < Cpu().free_memory() <= available_memory()
+    outer, inner, old = tmp_path / "a", tmp_path / "a/b", tmp_path / "memory/c"
+    for folder in (inner, old):
+        folder.mkdir(parents=True)
+    groups = tmp_path / "cgroup"
+    groups.write_text("9:cpu:/elsewhere\n4:memory:/c\n0::/a/b\n")
+    for folder, limit, used in ((outer, "5000", "3000"), (inner, "max", "1000")):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text(used)
+        (folder / "memory.stat").write_text("anon 10\ninactive_file 500\n")
+    (old / "memory.limit_in_bytes").write_text("900")
+    (old / "memory.usage_in_bytes").write_text("100")
+    (old / "memory.stat").write_text("total_inactive_file 7\n")
+    assert list(room_in_groups(groups, tmp_path)) == [807, 2500]
+
+
+def test_a_cuda_rank_counts_its_own_share(twins: Path) -> None:
+    """Its memory is its own, so more ranks hold fewer tokens each; frames are decoded by one rank alone."""
+
+    class Apart(Cpu):
+        ranks_share_memory = False
+
+    from sgld.models.wan import Wan
+
+    family = load(twins / "wan21")
+    assert isinstance(family, Wan)
+    together = family._memory()
+    family._platform, family._mesh = Apart(), Mesh(0, 2, torch.device("cpu"))
+    apart = family._memory()
+    assert apart.token < together.token < 2 * apart.token
+    assert apart.pixel == together.pixel
