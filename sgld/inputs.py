@@ -6,7 +6,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import attrs
 import numpy as np
@@ -79,7 +78,7 @@ def read_mask(path: str, size: tuple[int, int]) -> Image.Image:
 def _opened(path: str, param: str) -> Iterator[Image.Image]:
     """An image whose header has been read; whatever goes wrong with it names the file."""
     try:
-        with Image.open(Path(path).expanduser(), formats=OPENERS) as image:
+        with Image.open(path, formats=OPENERS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _bomb(path, param, f" of {image.width}x{image.height}")
             yield image

@@ -55,6 +55,7 @@ FORMATS = {
     "npy": Format("application/octet-stream", RAW),
 }
 QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35}
+LOSSLESS = ("png", "gif", "npy")  # no quality to choose
 DEFAULT_QUALITY = {VIDEO: 50, IMAGE: 75, RAW: 100}
 
 _BT709 = 1  # the code of matrix, primaries and transfer alike, ITU-T H.273

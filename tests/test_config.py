@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sgld import config
-from sgld.config import SECTION_OF, SECTIONS, RunOptions, Settings, from_text, settings_of
+from sgld.config import SECTION_OF, SECTIONS, RunOptions, Settings, from_text, settings_of, user_path
 from sgld.convert import fields_of, knob_of, unbuilt
 from sgld.errors import BadRequest
 from sgld.params import SamplingParams
@@ -84,3 +85,19 @@ def test_a_section_takes_its_own() -> None:
 @pytest.mark.parametrize("cls", SECTIONS)
 def test_defaults_ask_for_nothing_that_is_not_built(cls: type) -> None:
     assert list(unbuilt(cls())) == []
+
+
+def test_a_path_as_a_user_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [user_path(text, "x") for text in ("~/a", "b/~c", "")] == [Path("/home/me/a"), Path("b/~c"), Path()]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("~no-such-user/x", "'~no-such-user/x': there is no such user"), ("a\0", "'a\\x00' holds a NUL byte")],
+)
+def test_a_path_that_cannot_be_names_its_knob(text: str, line: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        user_path(text, "output_path")
+    assert caught.value.message.startswith(f"output_path: {line}")
+    assert caught.value.param == "output_path"

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sgld import __version__, media
+from sgld.config import Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest
 from sgld.messages import Frames
@@ -280,3 +281,16 @@ def test_foreign_files_have_no_metadata(tmp_path: Path) -> None:
     assert media.read_metadata(path) == {}
     with pytest.raises(BadRequest, match=r"\.txt is not one of mp4"):
         media.decode(tmp_path / "a.txt")
+
+
+def test_a_file_says_which_settings_made_it() -> None:
+    given = {
+        "revision": "v1", "component_paths": {"vae": "x"}, "precision": "bf16", "text_encoder_precisions": ["fp32"],
+        "vae_tiling": True, "vae_config": {"tile_sample_min_height": 64},
+    }  # fmt: skip
+    plain = media.describe(
+        SamplingParams(), "m", structure({"port": 1, "vae_config": {"load_encoder": False}}, Settings)
+    )
+    told = media.describe(SamplingParams(), "m", structure(given, Settings))
+    assert plain == media.describe(SamplingParams(), "m")
+    assert {name: value for name, value in told.items() if name not in plain} == given

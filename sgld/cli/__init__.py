@@ -23,7 +23,9 @@ usage: sgld COMMAND [flags]
 
 `sgld COMMAND --help` lists every flag of a command.
 """
+LONGEST = 500  # characters of an internal error
 COMMANDS = ("generate", "serve", "version")
+VERSION = ("version", "--version", "-V")
 
 
 def main() -> int:
@@ -65,15 +67,18 @@ def _repair_streams() -> None:
 
 def dispatch(words: list[str]) -> int:
     """Run one command. Returns 0 made, 1 failed, 2 bad arguments, 130 interrupted."""
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words:
         print(USAGE, end="")
-        return 0 if words else 2
-    if words[0] in ("version", "--version", "-V"):
-        print(f"sgld {__version__}")
+        return 2
+    plain = {**dict.fromkeys(("-h", "--help", "help"), USAGE), **dict.fromkeys(VERSION, f"sgld {__version__}\n")}
+    if words[0] in plain:
+        if words[1:]:
+            return complain(f"unexpected argument {words[1]!r}; `sgld {words[0]}` takes none", 2)
+        print(plain[words[0]], end="")
         return 0
     if words[0] not in COMMANDS:
         return complain(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}; one of {', '.join(COMMANDS)}", 2)
-    return _guarded(_command(words[0]), words[1:])
+    return _guarded(words[0], words[1:])
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
@@ -84,19 +89,30 @@ def _command(name: str) -> Callable[[list[str]], int]:
     return run
 
 
-def _guarded(command: Callable[[list[str]], int], words: list[str]) -> int:
+def _guarded(name: str, words: list[str]) -> int:
+    """Run it; every failure is one line. Raises OSError where standard output cannot be written."""
     try:
-        return command(words)
-    except SgldError as error:
-        if logging.getLogger("sgld").isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        return complain(error.message, error.exit_code)
+        return _command(name)(words)
     except KeyboardInterrupt:
         return complain("interrupted", 130)
     except BrokenPipeError:
         raise
-    except OSError as error:  # such as no room for a temporary file
-        return complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except Exception as error:
+        sys.stdout.flush()  # fails again if that was the failure
+        if _debugging(words):
+            traceback.print_exc()
+        if isinstance(error, SgldError):
+            return complain(error.message, error.exit_code)
+        if isinstance(error, OSError):  # such as no room for a temporary file
+            return complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        told = f"internal error: {type(error).__name__}: {error}"
+        return complain(f"{told[:LONGEST]}; --log-level debug shows the traceback", 1)
+
+
+def _debugging(words: list[str]) -> bool:
+    """Whether debug is the level of the log, or would have been."""
+    asked = "--log-level debug" in " ".join(words).replace("=", " ").replace("_", "-")
+    return asked or logging.getLogger("sgld").isEnabledFor(logging.DEBUG)
 
 
 def complain(message: str, code: int) -> int:

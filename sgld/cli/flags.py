@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import attrs
 
 from sgld import config
-from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, read_map
-from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, type_name
+from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, once, read_map
+from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, shown, type_name
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}
@@ -31,7 +33,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with our errors in place of its exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadRequest(message.removeprefix("argument "))
+        told = message.removeprefix("argument ")
+        raise BadRequest(re.sub(r": ignored explicit argument (.*)", r": it takes no value, not even \1", told))
 
 
 class _Help(argparse.HelpFormatter):
@@ -44,6 +47,9 @@ class _Keep(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         value = self.const if self.nargs == 0 else values
+        if not isinstance(value, list) and self.dest in namespace.spelled:
+            also = {option_string, namespace.spelled[self.dest]} - {option_string}
+            raise BadRequest(f"{option_string}: given twice{''.join(f', as {other} too' for other in also)}", self.dest)
         if isinstance(value, list):
             value = [*getattr(namespace, self.dest, []), *value]
         setattr(namespace, self.dest, value)
@@ -95,6 +101,7 @@ def _add_general(group: Any) -> None:
     group.add_argument("-h", "--help", action="store_true", help="show this help (switch; default: off)", **_ABSENT)
     group.add_argument(
         "--config",
+        action=_Keep,
         metavar="FILE",
         help="values by the names below; the command line wins (.json, .yaml or .yml file; default: none)",
         **_ABSENT,
@@ -147,7 +154,7 @@ def _add_resolutions(group: Any) -> None:
 
 def _metavar(kinds: Sequence[Any], meta: Knob) -> str:
     names = {int: "N", float: "X"}
-    numbers = [names[kind] for kind in kinds if kind in names]
+    numbers = [names[kind] for kind in (*kinds, _item(kinds)) if kind in names]
     return numbers[0] if numbers else "NAME" if meta.choices else "TEXT"
 
 
@@ -182,20 +189,43 @@ def parse(parser: _Parser, words: Iterable[str]) -> Parsed:
         UnknownField: no such flag, with the nearest one.
         BadRequest: a flag without its value, a stray word, or a value that is no map where one is needed.
     """
-    namespace, extra = parser.parse_known_args([_dashed(word) for word in words], argparse.Namespace(spelled={}))
+    words = [_dashed(word) for word in words]
+    try:
+        namespace, extra = parser.parse_known_args(words, argparse.Namespace(spelled={}))
+    except BadRequest as error:
+        known = {option for action in parser._actions for option in action.option_strings}
+        raise BadRequest(error.message + _dash_hint(error.message, words, known), error.param) from None
     general = {name: vars(namespace).pop(name) for name in ("config", "print_config", "help") if name in namespace}
     if general.get("help"):
         return Parsed(Layer({}, {}), help=True)
     if extra:
         raise _unknown(extra[0], [option for action in parser._actions for option in action.option_strings])
     spelled: dict[str, str] = vars(namespace).pop("spelled")
+    spelled.pop("config", None)
     resolution: list[str] = vars(namespace).pop("resolution", [])
     values: dict[str, Any] = {}
     for name, text in vars(namespace).items():
         head, _, rest = name.partition(".")
         value = _value(name, text, spelled[name])
-        values = merge(values, {head: {rest: value} if rest else value})
+        value = {rest: value} if rest else value
+        _check_once(head, values.get(head), value, spelled)
+        values = merge(values, {head: value})
     return Parsed(_with_resolution(Layer(values, spelled), resolution), **general)
+
+
+def _check_once(head: str, old: Any, new: Any, spelled: Mapping[str, str]) -> None:
+    """Refuse a map's entry that stands in a flag for the whole map and in a flag of its own."""
+    for entry in sorted(old.keys() & new.keys()) if isinstance(old, dict) and isinstance(new, dict) else ():
+        raise BadRequest(f"{spelled[head]} and {spelled[f'{head}.{entry}']} both set {entry}; give one of them", head)
+
+
+def _dash_hint(message: str, words: Sequence[str], known: Container[str]) -> str:
+    """How to write a value that was taken for a flag."""
+    flags = message.partition(":")[0].split("/")
+    for flag, value in pairwise(words):
+        if flag in flags and value.startswith("-") and value.partition("=")[0] not in known:
+            return f"; did you mean {flag}={shlex.quote(value)}?"
+    return ""
 
 
 def _dashed(word: str) -> str:
@@ -252,7 +282,10 @@ def _map(text: str, flag: str, numbers: bool) -> Any:
         return _json(text, flag)
     pairs = [pair.partition("=") for pair in text.split(",")]
     if all(key and equals for key, equals, _ in pairs):
-        return {key.strip(): _json_or_text(value) if numbers else value for key, _, value in pairs}
+        try:
+            return once([(key.strip(), _json_or_text(value) if numbers else value) for key, _, value in pairs])
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"{flag}: {shown(text)}: {error}", flag) from None
     if text.lower().endswith(MAP_SUFFIXES):
         return read_map(text, flag)
     raise BadRequest(f"{flag}: {text!r} is neither JSON, nor a file, nor key=value,key=value", flag)
@@ -260,9 +293,9 @@ def _map(text: str, flag: str, numbers: bool) -> Any:
 
 def _json(text: str, flag: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise BadRequest(f"{flag}: {text!r} is not valid JSON: {error}", flag) from None
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{flag}: {shown(text)} is not valid JSON: {error}", flag) from None
 
 
 def _json_or_text(text: str) -> Any:

@@ -25,7 +25,7 @@ def run(words: list[str]) -> int:
         if parsed.print_config:
             sys.stdout.write(show.merged(layer, plan.settings, config.SECTIONS))
             return 0
-        log.set_up(plan.settings.log_level)
+        log.set_up(plan.settings.log_level, plan.settings.log_format)
         refuse_early(plan)
         from sgld.cli import make
         from sgld.cli.screen import warn

@@ -9,9 +9,20 @@ import sys
 import time
 from pathlib import Path
 
-from sgld.cli.outputs import Output, Saved, check_early, dump_performance, line_of, outputs_of, save
+from sgld.cli.outputs import (
+    Output,
+    Saved,
+    absent_folders,
+    check_early,
+    dump_performance,
+    line_of,
+    outputs_of,
+    remove_empty,
+    save,
+)
 from sgld.cli.plan import Plan
 from sgld.cli.screen import Screen, say
+from sgld.cli.signals import heeded
 from sgld.engine.engine import Engine
 from sgld.errors import Cancelled, SgldError
 from sgld.messages import Media
@@ -22,14 +33,18 @@ GRACE_S = 3.0  # from a kill to leaving, whatever still runs
 
 def run(plan: Plan) -> int:
     """Make everything. Raises SgldError for the first thing that could not be made, and `Cancelled` after ^C."""
-    check_early(plan, LocalStorage(plan.folder))
-    asyncio.run(_run(plan))
+    absent = absent_folders(plan)
+    try:
+        check_early(plan, LocalStorage(plan.folder))
+        asyncio.run(_run(plan, absent))
+    finally:
+        remove_empty(absent)
     return 0
 
 
-async def _run(plan: Plan) -> None:
+async def _run(plan: Plan, absent: list[Path]) -> None:
     async with Engine(plan.settings) as engine:
-        task = Run(plan, engine)
+        task = Run(plan, engine, absent)
         making = asyncio.create_task(task.everything())
         interrupts = Interrupts(making, task)
         try:
@@ -43,9 +58,9 @@ async def _run(plan: Plan) -> None:
 class Run:
     """The outputs of a plan under way."""
 
-    def __init__(self, plan: Plan, engine: Engine):
+    def __init__(self, plan: Plan, engine: Engine, absent: list[Path]):
         self.engine = engine
-        self._plan = plan
+        self._plan, self._absent = plan, absent
         self._storage = LocalStorage(plan.folder)
         self._screen = Screen()
         self._made: list[Saved] = []
@@ -63,7 +78,7 @@ class Run:
                     await self._generate(i, output, f"[{i + 1}/{len(outputs)}]" if len(outputs) > 1 else "")
             finally:
                 await self._saved()
-                if self._plan.options.perf_dump_path is not None:
+                if self._plan.report is not None:
                     await asyncio.to_thread(dump_performance, self._plan, load_ms, self._made)
         finally:
             self._screen.close()
@@ -101,9 +116,10 @@ class Run:
             self._screen.line(line_of(self._plan, saved), sys.stdout)
 
     def abandon(self) -> None:
-        """Remove the file being written: nobody will finish it."""
+        """Remove the file being written, which nobody will finish, and its folder if that stays empty."""
         for part in self._parts:
             part.unlink(missing_ok=True)
+        remove_empty(self._absent)
 
 
 class Interrupts:
@@ -113,7 +129,7 @@ class Interrupts:
         self.count = 0
         self._making, self._run = making, run
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self)
 
     def __call__(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import attrs
 from sgld import __version__, inputs, media, params
 from sgld.cli.plan import Plan
 from sgld.convert import plain, structure
-from sgld.errors import OutputError
+from sgld.errors import BadRequest, OutputError
 from sgld.messages import Media
 from sgld.params import ModelInfo, SamplingParams
 from sgld.storage.local import LocalStorage, complete_name, default_name, indexed
@@ -57,9 +59,8 @@ def check_early(plan: Plan, storage: LocalStorage) -> None:
     format = plan.format or (plan.format_for(frames) if frames is not None else None)
     if format is not None:
         check_format(plan, guess, format)
-    if plan.options.perf_dump_path is not None:
-        file = Path(plan.options.perf_dump_path).expanduser()
-        LocalStorage(file.parent).check([file.name], plan.options.overwrite)
+    if plan.report is not None:
+        _check_report(plan.report, plan.options.overwrite)
     name = plan.file_name
     if name is not None:
         name = complete_name(name, format or "mp4")
@@ -67,6 +68,27 @@ def check_early(plan: Plan, storage: LocalStorage) -> None:
         total = len(plan.prompts) * guess.num_outputs_per_prompt
         names = [indexed(name, i, total) for i in range(total)] if name and format else []
         storage.check(names, plan.options.overwrite)
+
+
+def _check_report(file: Path, overwrite: bool) -> None:
+    try:
+        LocalStorage(file.parent).check([file.name], overwrite)
+    except BadRequest as error:
+        told = error.message.replace("output_file_name", "perf_dump_path", 1)
+        raise BadRequest(told, "perf_dump_path") from None
+
+
+def absent_folders(plan: Plan) -> list[Path]:
+    """The folders that the run will have to make, innermost first."""
+    folders = [plan.folder, *([plan.report.parent] if plan.report else [])]
+    return [one for folder in folders for one in (folder, *folder.parents) if not os.access(one, os.F_OK)]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those that hold nothing, and those that then hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def check_format(plan: Plan, sampling: SamplingParams, format: str) -> None:
@@ -77,7 +99,7 @@ def check_format(plan: Plan, sampling: SamplingParams, format: str) -> None:
         height=sampling.height,
         width=sampling.width,
         fps=sampling.fps,
-        metadata=media.describe(sampling, plan.settings.model_path),
+        metadata=media.describe(sampling, plan.settings.model_path, plan.settings),
     )
 
 
@@ -89,9 +111,23 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
         pictures = given.get("image_path")
         resolved, more = params.resolve(given, info, picture=inputs.size_of(pictures[0]) if pictures else None)
         sampling += resolved.outputs()
+        more = [*more, *_idle(plan, given, resolved)]
         notes += [note for note in more if note not in notes]
     now = datetime.now()
     return [_output(plan, one, i, len(sampling), now) for i, one in enumerate(sampling)], notes
+
+
+def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams) -> list[str]:
+    """Warnings for what was asked for and changes nothing."""
+    format, reasons = plan.format_for(resolved.num_frames), {}
+    if resolved.guidance_scale <= 1 and given.get("negative_prompt"):
+        reasons["negative_prompt"] = f"guidance_scale {resolved.guidance_scale:g} turns it off"
+    if format != "mp4" and given.get("x264_preset"):
+        reasons["x264_preset"] = f"a {format} is no mp4"
+    for name in ("output_quality", "output_compression"):
+        if format in media.LOSSLESS and given.get(name) not in (None, "default"):
+            reasons[name] = f"a {format} has no quality to choose"
+    return [f"{plan.spelled.spell(name)}: ignored; {reason}" for name, reason in reasons.items()]
 
 
 def _output(plan: Plan, sampling: SamplingParams, i: int, n: int, now: datetime) -> Output:
@@ -135,7 +171,7 @@ def _encode(part: Path, plan: Plan, output: Output, made: Media) -> None:
         made.frames.array,
         fps=made.fps,
         quality=media.file_quality(output.format, sampling.output_quality, sampling.output_compression),
-        metadata=media.describe(sampling, plan.settings.model_path),
+        metadata=media.describe(sampling, plan.settings.model_path, plan.settings),
         x264_preset=sampling.x264_preset,
     )
 
@@ -161,8 +197,7 @@ def line_of(plan: Plan, saved: Saved) -> str:
 
 def dump_performance(plan: Plan, load_ms: float, made: list[Saved]) -> None:
     """Write `perf_dump_path`: milliseconds by stage and step, and peak memory. Blocks."""
-    assert plan.options.perf_dump_path is not None
-    file = Path(plan.options.perf_dump_path).expanduser()
+    assert plan.report is not None
     report = {
         "sgld": __version__,
         "model": plan.settings.model_path,
@@ -170,7 +205,7 @@ def dump_performance(plan: Plan, load_ms: float, made: list[Saved]) -> None:
         "load_ms": load_ms,
         "outputs": [_performance(saved) for saved in made],
     }
-    with LocalStorage(file.parent).create(file.name, overwrite=True) as part:
+    with LocalStorage(plan.report.parent).create(plan.report.name, overwrite=True) as part:
         part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from sgld import config
 from sgld.cli.sources import Layer
 from sgld.config import RunOptions, Settings
 from sgld.convert import Knob, fields_of, knob_of, refuse_unbuilt, structure
-from sgld.errors import BadRequest
+from sgld.errors import BadRequest, NotBuilt
 from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams
 
 DEFAULT_FORMATS = {"video": "mp4", "image": "png"}
@@ -32,15 +32,21 @@ class Plan:
     def folder(self) -> Path:
         """Where the files go."""
         if self.options.output_file_path is not None:
-            return Path(self.options.output_file_path).expanduser().parent
-        return Path(self.settings.output_path).expanduser()
+            return config.user_path(self.options.output_file_path, "output_file_path").parent
+        return config.user_path(self.settings.output_path, "output_path")
 
     @property
     def file_name(self) -> str | None:
         """The name the user chose."""
         if self.options.output_file_path is not None:
-            return PurePath(self.options.output_file_path).name
+            return self.options.output_file_path.rpartition("/")[2]
         return self.options.output_file_name
+
+    @property
+    def report(self) -> Path | None:
+        """Where the performance report goes."""
+        path = self.options.perf_dump_path
+        return None if path is None else config.user_path(path, "perf_dump_path")
 
     @property
     def format(self) -> str | None:
@@ -109,7 +115,7 @@ def _prompts(prompt: Any, path: str | None) -> list[str]:
 
 
 def _lines(path: str) -> list[str]:
-    file = Path(path).expanduser()
+    file = config.user_path(path, "prompt_path")
     if file.suffix.lower() != ".txt":
         raise BadRequest(f"prompt_path: {path!r} must be a .txt file with one prompt a line", "prompt_path")
     try:
@@ -128,14 +134,14 @@ def _with_full_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Input files as absolute paths: they are read by other processes, and shown in errors."""
     full = dict(given)
     if isinstance(paths := given.get("image_path"), list) and all(isinstance(path, str) for path in paths):
-        full["image_path"] = [_full(path) for path in paths]
+        full["image_path"] = [_full(path, "image_path") for path in paths]
     if isinstance(path := given.get("mask_path"), str):
-        full["mask_path"] = _full(path)
+        full["mask_path"] = _full(path, "mask_path")
     return full
 
 
-def _full(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+def _full(path: str, param: str) -> str:
+    return str(config.user_path(path, param).absolute())
 
 
 def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, Any]]:
@@ -165,6 +171,15 @@ def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, 
 
 def _check_options(plan: Plan) -> None:
     options, name = plan.options, plan.file_name
+    for param in ("output_file_path", "perf_dump_path"):
+        path: str | None = getattr(options, param)
+        if path is not None and path.rpartition("/")[2] in ("", ".", ".."):
+            raise BadRequest(f"{param}: {path!r} names no file; end it with a name", param)
+    if not options.return_file_paths_only:
+        raise NotBuilt(
+            "return_file_paths_only: false is not possible; paths are what is printed, and return_frames writes frames",
+            "return_file_paths_only",
+        )
     if options.output_file_name is not None and options.output_file_path is not None:
         raise BadRequest("output_file_path: it names folder and file; leave output_file_name out", "output_file_path")
     if options.return_frames and not options.save_output:

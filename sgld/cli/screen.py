@@ -20,11 +20,13 @@ MIN_COLUMNS = 40  # for a bar
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print a line, to standard error unless told otherwise."""
+    """Print a line, to standard error unless told otherwise. Raises OSError where results cannot be told."""
     stream = stream or sys.stderr
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -99,7 +101,7 @@ class Screen:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self._bars = False
 
 

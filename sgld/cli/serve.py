@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgld import config, log
 from sgld.cli import flags, show
+from sgld.cli.signals import heeded
 from sgld.cli.sources import gather
 from sgld.config import RunOptions, Settings
 from sgld.convert import refuse_unbuilt, structure
@@ -75,7 +76,7 @@ async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> in
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
     await runner.setup()
     stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded(signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     try:
         await web.SockSite(runner, listener).start()

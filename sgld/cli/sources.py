@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import attrs
 import yaml
+from yaml.constructor import ConstructorError
 
 from sgld import config
 from sgld.convert import fields_of, knob_of
@@ -17,6 +17,7 @@ from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 MAP_SUFFIXES = (".json", ".yaml", ".yml")
 DOTTED = ("vae_config", "component_paths", "component_attention_backends")
+_SPARE = {"output_file_name": "output_file_path"}  # which gives the name too
 _WRAPPERS = ("pipeline_config",)  # the replaced system nests vae_config in it
 
 
@@ -29,6 +30,8 @@ class Layer:
 
     def spell(self, name: str) -> str:
         """How the user wrote a knob; of a map's entry, how they wrote the map; of a map, how its first entry."""
+        if name not in self.spelled and _SPARE.get(name) in self.spelled:
+            name = _SPARE[name]
         head, dot, rest = name.partition(".")
         entries = [spelled for other, spelled in self.spelled.items() if other.startswith(f"{name}.")]
         return self.spelled.get(name) or [*entries, self.spelled.get(head, head) + dot + rest][0]
@@ -47,6 +50,9 @@ class Layer:
 
     def _respelled(self, error: SgldError) -> SgldError:
         name = error.param or ""
+        unknown = f"unknown key {name!r}"
+        if name and error.message.startswith(unknown):
+            return type(error)(f"{self.spell(name)}: unknown key{error.message.removeprefix(unknown)}", name)
         if not name or not error.message.startswith(f"{name}:"):
             return error
         return type(error)(self.spell(name) + error.message.removeprefix(name), name)
@@ -120,18 +126,19 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_file(path: str) -> Layer:
     """The values of a JSON or YAML config file, normalized."""
-    values = read_map(path, "config")
+    values = read_map(path, "--config")
     return normalize(values, path)
 
 
 def read_map(path: str, param: str) -> dict[str, Any]:
     """The map of names to values in a .json, .yaml or .yml file."""
-    file = Path(path).expanduser()
+    file = config.user_path(path, param)
     if file.suffix.lower() not in MAP_SUFFIXES:
         raise BadRequest(f"{param}: {path!r} must end in {' or '.join(MAP_SUFFIXES)}", param)
     try:
         text = file.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+        json_file = file.suffix.lower() == ".json"
+        values = json.loads(text, object_pairs_hook=once) if json_file else yaml.load(text, _Yaml)
     except OSError as error:
         raise BadRequest(f"{param}: {path!r} cannot be read: {error.strerror}", param) from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -140,6 +147,27 @@ def read_map(path: str, param: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BadRequest(f"{param}: {path!r} must hold a map of names to values", param)
     return values
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return values
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which no key stands twice in a map."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _one_line(error: Exception) -> str:

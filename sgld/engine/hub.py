@@ -12,7 +12,7 @@ from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
-# what is downloaded, as patterns whose `*` takes slashes too; of a model no all-in-one checkpoint, which lies in the root
+# what is downloaded, by patterns whose `*` takes slashes too; all-in-one checkpoints lie in a model's root and stay out
 MODEL_FILES = {"allow_patterns": ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]}
 COMPONENT_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model"], "ignore_patterns": ["*/*"]}
 

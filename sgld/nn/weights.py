@@ -54,7 +54,9 @@ def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
         raise ModelError(f"{file}: has no {', '.join(lacking)}")
     unknown = [name for name in given if name not in fields and name not in INERT and not name.startswith("_")]
     if unknown and "model_type" not in config:
-        raise ModelError(f"{file}: {unknown[0]}: {shown(given[unknown[0]])} is not supported{nearest(unknown[0], fields)}")
+        raise ModelError(
+            f"{file}: {unknown[0]}: {shown(given[unknown[0]])} is not supported{nearest(unknown[0], fields)}"
+        )
     values = {name: given[name] for name in fields if name in given}
     for name, value in values.items():
         _check_type(f"{file}: {name}", value, fields[name].type)

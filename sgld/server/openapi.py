@@ -23,6 +23,7 @@ from sgld import __version__
 from sgld.convert import Knob, default_of, fields_of, knob_of, plain
 from sgld.params import MAX_PROMPT_CHARACTERS, ModelInfo, SamplingParams
 from sgld.server.auth import KEYS, OPEN_ROUTES
+from sgld.server.body import LOCAL_FILES
 from sgld.server.describe import DESCRIBED, Described, Handler
 from sgld.server.schema import OPENAI_QUALITIES, CommonFields, Error, Told
 from sgld.server.state import MAX_KEY_CHARACTERS, SERVICE, Service
@@ -83,7 +84,9 @@ def refused_fields(cls: type, info: ModelInfo | None) -> dict[str, str]:
         for name, field in fields_of(cls).items()
         if knob_of(field).pending and not knob_of(field).built
     }
-    return {**unbuilt, **(info.unsupported if info is not None and cls is SamplingParams else {})}
+    if cls is not SamplingParams:
+        return unbuilt
+    return {**unbuilt, **LOCAL_FILES, **(info.unsupported if info is not None else {})}
 
 
 def _default(field: attrs.Attribute[Any], cls: type, service: Service) -> Any:

@@ -335,7 +335,7 @@ class Limits:
     max_prompt_characters: int
     max_prompt_tokens: Annotated[int | None, Told("more are cut, with a warning; null: as max_sequence_length says")]
     max_output_memory_bytes: Annotated[int | None, Told("one output that needs more gets 413; null: not known")]
-    max_pictures: Annotated[int, Told("of one request")]
+    max_pictures: Annotated[int, Told("of one request, beside a mask; 0: this model takes none")]
     max_picture_pixels: Annotated[int, Told("of one picture")]
     max_fetched_bytes: Annotated[int, Told("of a picture given by its address")]
     job_ttl_seconds: Annotated[int | None, Told("after its end a job is kept so long; null: until it is deleted")]

@@ -431,7 +431,7 @@ class JobStore:
             await self.outputs.remove([artifact.name for artifact in job.artifacts])
             if job.inputs:
                 await uploads.remove(job.inputs, self._uploads)
-        if self._journal is not None:
+        if self._journal is not None and jobs:
             await self._journal.delete("job", [job.id for job in jobs])
 
     async def _sweep(self) -> None:
@@ -439,11 +439,14 @@ class JobStore:
         while True:
             now = time.time()
             old = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
+            try:
+                await self._erase(old)
+            except OutputError as full:
+                log.error("expired jobs stay until the journal can be written: %s", full)
+                old = []
             for job in old:
                 self._forget(job)
-            if old:
-                log.info("%d expired jobs are removed", len(old))
-                await self._erase(old)
+                log.info("expired", extra={"job_id": job.id})
             await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
 
     def _remember(self, job: Job) -> None:

@@ -121,6 +121,29 @@ def test_words_become_values(words: list[str], expected: dict[str, Any]) -> None
         (["--4k", "--720p"], BadRequest, "--4k and --720p both set the size; give one of them"),
         (["--width", "8", "--4k"], BadRequest, "--4k and --width both set the size; give one of them"),
         (["--cache-dit-params", "{a"], BadRequest, "--cache-dit-params: '{a' is not valid JSON: .*"),
+        (["--cache-dit-params", '{"a": 1, "a": 2}'], BadRequest,
+         "--cache-dit-params: '{\"a\": 1, \"a\": 2}' is not valid JSON: 'a' stands twice"),
+        (["--cache-dit-params", '{"a":' * 20000], BadRequest,
+         "--cache-dit-params: .{120} is not valid JSON: maximum .*"),
+        (["--attention-backend-config", "a=" + "[" * 20000], BadRequest, "--attention-backend-config: .*: maximum .*"),
+        (["--attention-backend-config", "a=1,a=2"], BadRequest,
+         "--attention-backend-config: 'a=1,a=2': 'a' stands twice"),
+        (["--attention-backend-config", "~no-such-user/x.yaml"], BadRequest,
+         "--attention-backend-config: '~no-such-user/x.yaml': there is no such user.*"),
+        (["--height", "8", "--height=8"], BadRequest, "--height: given twice"),
+        (["--config", "a.yaml", "--config", "b.yaml"], BadRequest, "--config: given twice"),
+        (["--overwrite", "--no-overwrite"], BadRequest, "--no-overwrite: given twice, as --overwrite too"),
+        (["--n=1", "--num-outputs", "2"], BadRequest, "--num-outputs: given twice, as --n too"),
+        (["--vae-path=a", "--component-paths.vae=b"], BadRequest,
+         "--component-paths.vae: given twice, as --vae-path too"),
+        (["--component-paths", "vae=a", "--vae-path=b"], BadRequest,
+         "--component-paths and --vae-path both set vae; give one of them"),
+        (["--no-vae-tiling=true"], BadRequest, "--no-vae-tiling: it takes no value, not even 'true'"),
+        (["--prompt", "-blurry hands"], BadRequest,
+         "--prompt: expected at least one argument; did you mean --prompt='-blurry hands'?"),
+        (["--negative_prompt", "-hands"], BadRequest,
+         "--negative-prompt: expected one argument; did you mean --negative-prompt=-hands?"),
+        (["--prompt", "--height", "3"], BadRequest, "--prompt: expected at least one argument"),
         (["--component-paths", "vae"], BadRequest, "--component-paths: 'vae' is neither JSON, nor a file, nor .*"),
         (["--attention-backend-config", "no.yaml"], BadRequest,
          "--attention-backend-config: 'no.yaml' cannot be read: No such file or directory"),
@@ -147,7 +170,7 @@ def test_a_map_may_lie_in_a_file(tmp_path: Path) -> None:
         (["--fps", "1_0"], "--fps: '1_0' is not a valid int"),
         (["--guidance-scale", "nan"], "--guidance-scale: nan is not a finite number"),
         (["--n", "0"], "--n: 0 is out of range; allowed is 1 to 10"),
-        (["--no-adjust-frames", "--adjust-frames=perhaps"], "--adjust-frames: 'perhaps' is not true or false"),
+        (["--adjust-frames=perhaps"], "--adjust-frames: 'perhaps' is not true or false"),
         (["--output-quality", "hihg"], "--output-quality: 'hihg' is not one of maximum, high, medium, low, default; "
                                        "did you mean high?"),
         (["--height", "9" * 5000], f"--height: '{'9' * 116}... is not a valid int"),
@@ -193,3 +216,9 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     }  # fmt: skip
     assert layer.spelled["height"] == f"{file}: height"
     assert layer.spelled["width"] == "--width"
+
+
+def test_help_names_numbers_as_such() -> None:
+    text = " ".join(flags.parser_for("generate", "", config.SECTIONS).format_help().split())
+    assert "--lora-scale X [X ...]" in text and "--seed N [N ...]" in text and "--lora-path TEXT [TEXT ...]" in text
+    assert "default: by extension, then by the number of frames" in text

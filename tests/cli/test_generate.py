@@ -143,6 +143,26 @@ def test_an_interrupt_leaves_no_file_and_no_process(
     assert alive == []
 
 
+def test_a_hang_up_that_nohup_ignores_stays_ignored_and_a_second_interrupt_kills(tmp_path: Path) -> None:
+    asked = ["generate", "--prompt", "x", "--num-inference-steps", "1000", "--output-path", "o"]
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "sgld", *asked],
+        cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if line.startswith("seed "):
+            process.send_signal(signal.SIGHUP)
+        elif line.startswith(("encode: ", "stopping after this step")):  # "encode" comes after the hang-up
+            process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert told[-1] == "error: interrupted\n"
+    assert told.count("stopping after this step; ^C again kills\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_failure_keeps_what_was_made_before(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SECOND_FAILS, "generate", "--prompt", "a", "b", *QUICK, "--output-file-path=x.mp4"],
@@ -207,6 +227,7 @@ def test_bad_input_is_one_line(kind: str | None, words: list[str], code: int, li
     assert done.returncode == code
     assert re.search(line, one_error_line(done))
     assert files(tmp_path) == before
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:

@@ -159,3 +159,70 @@ def test_flags_of_the_other_command_are_named_as_such(capsys: pytest.CaptureFixt
 def test_serving_flags_exist_on_both_commands(run: object, capsys: pytest.CaptureFixture[str]) -> None:
     name = "generate" if run is generate else "serve"
     assert printed(capsys, name, "--port", "1", "--host=::1", "--print-config")["port"] == 1
+
+
+@pytest.mark.parametrize("words", [["version", "--foo"], ["--help", "generate"]], ids=" ".join)
+def test_a_word_too_many_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch(words) == 2
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", f"error: unexpected argument {words[1]!r}; `sgld {words[0]}` takes none\n")
+
+
+def python(code: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A program that changes something and then is `sgld`."""
+    return subprocess.run(
+        [sys.executable, "-c", f"{code}\nfrom sgld import cli\nsys.exit(cli.main())", *words],
+        cwd=folder, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_during_the_imports_is_one_line(number: str, tmp_path: Path) -> None:
+    done = python(AT_IMPORT.format(act=f"signal.raise_signal(signal.{number})"), tmp_path, "generate", "--prompt", "x")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_what_nobody_thought_of_is_one_line(tmp_path: Path) -> None:
+    code = AT_IMPORT.format(act="raise LookupError('a\\nb')")
+    done = python(code, tmp_path, "generate", "--prompt", "x")
+    line = "error: internal error: LookupError: a b; --log-level debug shows the traceback\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    done = python(code, tmp_path, "generate", "--prompt", "x", "--log-level=debug")
+    assert "Traceback" in done.stderr and done.stderr.endswith(line)
+
+
+AT_IMPORT = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "sgld.cli.generate":
+            {act}
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_the_log_may_be_json(tmp_path: Path) -> None:
+    code = """
+import logging, sys
+from sgld import inputs
+
+def size_of(path):
+    logging.getLogger("sgld").warning("seen")
+    raise MemoryError
+
+inputs.size_of = size_of
+"""
+    done = python(code, tmp_path, "generate", "--prompt", "x", "--image-path", "y", "--log-format", "json")
+    first, last = done.stderr.splitlines()
+    assert json.loads(first)["message"] == "seen"
+    assert last.startswith("error: internal error: MemoryError")
+
+
+@pytest.mark.parametrize("words", ["version", "generate --help", "generate --print-config"])
+def test_a_full_standard_output_is_named(words: str, tmp_path: Path) -> None:
+    shell = f"exec {sys.executable} -m sgld {words} >/dev/full"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    told = "error: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, told)

@@ -12,7 +12,7 @@ import pytest
 
 from sgld import config, media
 from sgld.cli import flags
-from sgld.cli.outputs import Output, check_early, outputs_of, save
+from sgld.cli.outputs import Output, absent_folders, check_early, outputs_of, remove_empty, save
 from sgld.cli.plan import Plan, ignored, plan_of, refuse_early
 from sgld.cli.sources import Layer, gather
 from sgld.errors import BadRequest, NotBuilt, OutputError
@@ -103,8 +103,8 @@ def test_a_documented_environment_variable_is_not_ignored_either(monkeypatch: py
 
 def test_flags_of_the_server_are_ignored_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_S3_BUCKET_NAME", "b")
-    layer = layer_of(*SEED, "--host", "0.0.0.0", "--s3-endpoint-url", "https://x")
-    assert ignored(layer) == ["--host", "--s3-endpoint-url"]
+    layer = layer_of(*SEED, "--host", "0.0.0.0", "--s3-endpoint-url", "https://x", "--served-model-name", "x")
+    assert ignored(layer) == ["--host", "--s3-endpoint-url", "--served-model-name"]
     refuse_early(plan_of(layer))
 
 
@@ -122,6 +122,23 @@ def test_flags_of_the_server_are_ignored_with_a_word(monkeypatch: pytest.MonkeyP
         (["--prompt", "a", "--output-file-name", "x.mov"], "--output-file-name: 'x.mov': .mov is not one of mp4"),
         (["--prompt", "a", "--output-file-name", "x", "--output-file-path", "y/z"],
          "--output-file-path: it names folder and file"),
+        (["--prompt", "a", "--output-file-path", "y/"], "--output-file-path: 'y/' names no file"),
+        (["--prompt", "a", "--output-file-path", "y/."], "--output-file-path: 'y/.' names no file"),
+        (["--prompt", "a", "--output-file-path", ""], "--output-file-path: '' names no file"),
+        (["--prompt", "a", "--output-file-path", "y/x.mov"], "--output-file-path: 'x.mov': .mov is not one of mp4"),
+        (["--prompt", "a", "--output-file-path", "y/a\nb"], "--output-file-path: 'a\\nb' has a control character"),
+        (["--prompt", "a", "--output-file-path", "y\0/x"], "--output-file-path: 'y\\x00/x' holds a NUL byte"),
+        (["--prompt", "a", "--output-file-path", "~no-such-user/x"], "--output-file-path: '~no-such-user/x': there is"),
+        (["--prompt", "a", "--output-path", "~no-such-user"], "--output-path: '~no-such-user': there is no such user"),
+        (["--prompt", "a", "--perf-dump-path", "p\0"], "--perf-dump-path: 'p\\x00' holds a NUL byte"),
+        (["--prompt", "a", "--perf-dump-path", "p\n"], "--perf-dump-path: 'p\\n' has a control character"),
+        (["--prompt", "a", "--perf-dump-path", "p/"], "--perf-dump-path: 'p/' names no file"),
+        (["--prompt-path", "~no-such-user/x.txt"], "--prompt-path: '~no-such-user/x.txt': there is no such user"),
+        (["--prompt", "a", "--image-path", "~no-such-user/x"], "--image-path: '~no-such-user/x': there is no such"),
+        (["--prompt", "a", "--mask-path", "m\0"], "--mask-path: 'm\\x00' holds a NUL byte"),
+        (["--prompt", "a", "--image-path", "no.png"], "--image-path: "),
+        (["--prompt", "a", "--return-file-paths-only", "false"], "--return-file-paths-only: false is not possible"),
+        (["--prompt", "a", "--vae-config", "nope=3"], "--vae-config.nope: unknown key"),
         (["--prompt", "a", "--output-file-name", "x.png", "--num-frames", "9"],
          "--num-frames: 9 frames do not fit in one image; give 1, or a name that ends in mp4, webm, gif"),
         (["--prompt", "a", "--data-type", "image", "--num-frames", "9"], "--num-frames: 9 frames do not fit"),
@@ -245,6 +262,34 @@ def test_a_knob_the_model_has_no_use_for_is_refused() -> None:
         layer.spelling(),
     ):
         outputs_of(plan_of(layer), info)
+
+
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        (["--negative-prompt", "b", "--guidance-scale", "1"],
+         ["--negative-prompt: ignored; guidance_scale 1 turns it off"]),
+        (["--negative-prompt", "b", "--guidance-scale", "2"], []),
+        (["--x264-preset", "slow", "--output-file-name", "x.png"], ["--x264-preset: ignored; a png is no mp4"]),
+        (["--x264-preset", "slow", "--output-file-name", "x.mp4"], []),
+        (["--output-compression", "3", "--output-file-name", "x.gif"],
+         ["--output-compression: ignored; a gif has no quality to choose"]),
+        (["--output-quality", "low", "--output-file-name", "x.webp"], []),
+        (["--output-quality", "default", "--output-file-name", "x.png"], []),
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_told(words: list[str], notes: list[str]) -> None:
+    assert outputs_of(plan("--prompt", "a", *words), INFO)[1] == notes
+
+
+def test_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:
+    made = plan("--prompt", "a", "--output-path", str(tmp_path / "o/p"), "--perf-dump-path", str(tmp_path / "r/x.json"))
+    absent = absent_folders(made)
+    assert absent == [tmp_path / "o/p", tmp_path / "o", tmp_path / "r"]
+    check_early(made, LocalStorage(made.folder))
+    (tmp_path / "r/kept").touch()
+    remove_empty(absent)
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 def made_of(output: Output) -> Media:

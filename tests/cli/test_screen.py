@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import tempfile
 
 import pytest
 
@@ -74,3 +76,26 @@ def test_a_bar_tells_what_is_left() -> None:
     assert bar(Progress("job", "denoise", 5, 20), 2.0) == "denoise  [######------------------] 5/20  2.0 s, 6.0 s left"
     assert bar(Progress("job", "denoise", 0, 20), 2.0).endswith("] 0/20  2.0 s")
     assert bar(Progress("job", "load", 0, 0), 2.0).endswith("] 0/0  2.0 s")
+
+
+def test_a_full_disk_stops_results_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Full()
+    screen.say("progress", full)
+    Screen(full).line("seed 1")
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        screen.say("result.png", full)
+
+
+class Full(io.StringIO):
+    """A file on a full disk; it can still be turned to another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")

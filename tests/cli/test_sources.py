@@ -79,16 +79,21 @@ def test_an_unknown_nested_key_is_named_with_the_nearest(file: Path) -> None:
         ("c.yaml", "- a", "must hold a map of names to values"),
         ("c.yaml", "", "must hold a map of names to values"),
         ("c.yaml", "1: 2", "must hold a map of names to values"),
+        ("c.yaml", "height: 1\nwidth: 2\nheight: 3", "is not valid yaml: 'height' stands twice in .* line 3"),
+        ("c.yaml", "vae_config: {use_tiling: true, use_tiling: false}", "is not valid yaml: 'use_tiling' stands twice"),
+        ("c.json", '{"height": 1, "height": 3}', "is not valid json: 'height' stands twice"),
+        ("c.json", '{"a":' * 20000, "is not valid json: maximum recursion"),
+        ("c.yaml", "a: " + "[" * 20000, "is not valid yaml: maximum recursion"),
     ],
 )
 def test_files_that_hold_no_map(name: str, text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match=f"^config: .*{message}") as caught:
+    with pytest.raises(BadRequest, match=f"^--config: .*{message}") as caught:
         read(tmp_path / name, text)
     assert "\n" not in caught.value.message
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match=r"^config: 'no.yaml' cannot be read: No such file or directory$"):
+    with pytest.raises(BadRequest, match=r"^--config: 'no.yaml' cannot be read: No such file or directory$"):
         read_file("no.yaml")
 
 
@@ -127,6 +132,22 @@ def test_an_error_names_the_place_of_the_value(file: Path) -> None:
         f"{file}: vae_config.tile_sample_min_width: 1 is out of range; allowed is at least 16",
         f"{file}: sp-size: 3 is not num_gpus (1); leave it out",
     ]
+
+
+def test_an_unknown_key_of_a_map_is_named_with_its_place(file: Path) -> None:
+    layer = read(file, "vae_config: {nope: 3}")
+    typed = Layer({"vae_config": {"nope": 3}}, {"vae_config": "--vae-config"})
+    told = []
+    for one in (layer, typed):
+        with pytest.raises(UnknownField) as caught, one.spelling():
+            config.settings_of(one.values)
+        told.append(caught.value.message)
+    assert told == [f"{file}: vae_config.nope: unknown key", "--vae-config.nope: unknown key"]
+
+
+def test_yaml_may_still_merge(file: Path) -> None:
+    text = "vae_config: &a {use_tiling: true}\npipeline_config: {vae_config: {<<: *a, load_encoder: false}}"
+    assert read(file, text).values == {"vae_config": {"use_tiling": True, "load_encoder": False}}
 
 
 def test_null_in_a_later_layer_leaves_the_earlier_value() -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
-from sgld.config import Settings
-from sgld.engine.hub import resolve, resolve_model
-from sgld.errors import ModelError
+from sgld.config import DEMO_MODEL, Settings
+from sgld.engine.hub import COMPONENT_FILES, MODEL_FILES, resolve, resolve_model
+from sgld.errors import BadRequest, ModelError
+from sgld.models import load_family
+from sgld.nn.parallel import Mesh
+from sgld.platform import Cpu
+from tests.cli.command import sgld
 
 NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -68,3 +77,75 @@ def test_a_file_and_an_empty_folder(tmp_path: Path) -> None:
         resolve(str(file), None, "model_path")
     with pytest.raises(ModelError, match="no model_index.json"):
         resolve_model(Settings(model_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("reference", [DEMO_MODEL, "."])
+def test_only_a_repository_has_revisions(reference: str) -> None:
+    with pytest.raises(BadRequest, match=r"^revision: 'main': .* has none"):
+        resolve(reference, "main", "model_path")
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"), [("~no-such-user/x", "there is no such user"), ("a\0b", "holds a NUL byte")]
+)
+def test_what_no_path_can_be(reference: str, words: str) -> None:
+    with pytest.raises(BadRequest, match=rf"^component_paths.vae: .*{words}"):
+        resolve_model(Settings(component_paths={"vae": reference}))
+
+
+def test_the_files_of_a_model_and_of_a_component() -> None:
+    nested = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/spiece.model"]
+    root = ["config.json", "diffusion_pytorch_model-00001-of-2.safetensors", "merges.txt", "spiece.model"]
+    others = ["README.md", "vae/model.bin", "pytorch_model.bin", "demo.mp4"]
+    names = [*nested, *root, *others]
+    assert set(filter_repo_objects(names, **MODEL_FILES)) == {*nested, "config.json"}
+    assert set(filter_repo_objects(names, **COMPONENT_FILES)) == set(root)
+
+
+def test_a_replaced_component_loads(tmp_path: Path) -> None:
+    vae = Path(str(resolve(DEMO_MODEL, None, "model_path"))) / "vae"
+    shutil.copytree(vae, tmp_path / "mine")
+    load = resolve_model(Settings(component_paths={"vae": str(tmp_path / "mine")}))
+    assert load_family(load, Mesh.solo(), Cpu(), lambda step, total: None).info.name == "WanPipeline"
+    (tmp_path / "mine" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="mine: no weights"):
+        load_family(load, Mesh.solo(), Cpu(), lambda step, total: None)
+
+
+class BreakingOff(BaseHTTPRequestHandler):
+    """A hub that sends half an answer, or one of another shape."""
+
+    def do_GET(self) -> None:
+        body = b'{"sha": "0123' if "half" in self.path else b"[1, 2]"
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body) + 100 * ("half" in self.path)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a hub that no answer of can be used."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BreakingOff)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["half/an-answer", "another/shape"])
+def test_a_download_that_breaks_off_is_one_line(name: str, hub: str, tmp_path: Path) -> None:
+    asked = ["generate", "--prompt", "x", "--model-path", name]
+    done = sgld(*asked, folder=tmp_path, HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: --model-path: '{name}' could not be downloaded: ")
+    assert "Traceback" not in done.stderr

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sgld.errors import ModelError
-from sgld.nn.weights import load_module, read_json
+from sgld.nn.weights import load_module, pick, read_json
 
 NAME = "diffusion_pytorch_model.safetensors"
 
@@ -100,3 +102,73 @@ def test_bad_json(tmp_path: Path, text: str, says: str) -> None:
         read_json(tmp_path / "config.json")
     with pytest.raises(ModelError, match="no such file"):
         read_json(tmp_path / "other.json")
+
+
+@attrs.frozen
+class Config:
+    layers: int
+    eps: float = 1e-6
+    patch: tuple[int, int] = attrs.field(default=(1, 2), converter=tuple)
+    scales: list[float] = attrs.field(factory=list)
+    gated: bool = False
+    name: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "picked"),
+    [
+        ({"layers": 2, "eps": 1, "patch": [1, 3], "scales": [1, 0.5]}, Config(2, 1, (1, 3), [1, 0.5])),
+        ({"layers": 2, "gated": True, "name": "x", "eps": None}, Config(2, gated=True, name="x")),
+        ({"layers": 2, "_class_name": "X", "dropout": 0.0, "later": None}, Config(2)),
+        ({"layers": 2, "model_type": "umt5", "use_cache": True}, Config(2)),
+    ],
+)
+def test_a_configuration_is_picked(values: dict[str, Any], picked: Config) -> None:
+    assert pick(values, Config, Path("config.json")) == picked
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"layers": None}, "has no layers"),
+        ({"layers": "2"}, "layers: '2' is not a valid int"),
+        ({"layers": True}, "layers: True is not a valid int"),
+        ({"eps": "small"}, "eps: 'small' is not a valid number"),
+        ({"patch": [1, 2, 3]}, r"patch: \[1, 2, 3\] is not a valid list of int"),
+        ({"patch": 2}, "patch: 2 is not a valid list of int"),
+        ({"scales": [None]}, r"scales: \[None\] is not a valid list of number"),
+        ({"gated": 1}, "gated: 1 is not true or false"),
+        ({"name": 3}, "name: 3 is not a valid text"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config: \{'bits': 4\} is not supported"),
+        ({"layer": 3}, r"layer: 3 is not supported; did you mean layers\?"),
+    ],
+)
+def test_a_bad_configuration_names_file_and_key(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(ModelError, match=f"^m/config.json: {line}$"):
+        pick({"layers": 2} | changes, Config, Path("m/config.json"))
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder"])
+def test_whatever_diffusers_and_transformers_write_is_taken(name: str) -> None:
+    """Configurations made by the libraries' own classes, every key at its default."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config as Theirs
+
+    from sgld.models.text import UMT5Config
+    from sgld.models.vae import WanVaeConfig
+    from sgld.models.wan import WanConfig
+
+    made = {
+        "transformer": lambda: dict(WanTransformer3DModel(num_attention_heads=2, ffn_dim=8, num_layers=1).config),
+        "vae": lambda: dict(AutoencoderKLWan(base_dim=8, z_dim=16).config),
+        "text_encoder": lambda: Theirs().to_dict(),
+    }
+    cls = {"transformer": WanConfig, "vae": WanVaeConfig, "text_encoder": UMT5Config}[name]
+    stored = json.loads(json.dumps(made[name](), default=list))
+    assert pick(stored, cls, Path("config.json"))
+
+
+def test_an_index_that_names_no_file(folder: Path) -> None:
+    (folder / f"{NAME}.index.json").write_text(json.dumps({"weight_map": {"a": 1}}))
+    with pytest.raises(ModelError, match=r"index\.json: weight_map: a: 1 is not a valid text$"):
+        load(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import os
@@ -184,25 +183,6 @@ def test_a_full_queue_is_a_rate_limit(client: openai.OpenAI) -> None:
     finally:
         for video in videos:
             client.videos.delete(video.id)
-
-
-def test_pictures_for_a_model_of_text_alone(client: openai.OpenAI) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (96, 96), "red").save(buffer, "png")
-    red = ("red.png", buffer.getvalue(), "image/png")
-    address = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    calls: list[tuple[str, Any]] = [
-        ("image", lambda: client.images.edit(image=red, prompt=PROMPT)),
-        ("image", lambda: client.images.edit(image=[red, red], prompt=PROMPT, mask=red)),
-        ("image", lambda: client.images.edit(image=red, prompt=PROMPT, stream=True)),
-        ("image", lambda: client.images.create_variation(image=red)),
-        ("input_reference", lambda: client.videos.create(prompt=PROMPT, input_reference=red)),
-        ("reference_url", lambda: client.videos.create(prompt=PROMPT, extra_body={"reference_url": address})),
-    ]
-    for field, call in calls:
-        with pytest.raises(openai.BadRequestError, match="text alone") as refused:
-            call()
-        assert (refused.value.param, refused.value.code) == (field, "not_supported")
 
 
 async def test_the_asynchronous_client(server: Server) -> None:
