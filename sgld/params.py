@@ -76,8 +76,12 @@ class SamplingParams:
         1, "outputs for each prompt", group=SAMPLING, aliases=("num_outputs", "n"), min=1, max=10
     )
     num_inference_steps: int = knob(50, "denoising steps", group=SAMPLING, per_model=True, min=1, max=1000)
-    guidance_scale: float = knob(1.0, "classifier-free guidance; 1 turns it off", group=SAMPLING, per_model=True, min=0, max=1000)
-    guidance_scale_2: float | None = knob(None, "guidance of the second expert", group=SAMPLING, per_model=True, min=0, max=1000)
+    guidance_scale: float = knob(
+        1.0, "classifier-free guidance; 1 turns it off", group=SAMPLING, per_model=True, min=0, max=1000
+    )
+    guidance_scale_2: float | None = knob(
+        None, "guidance of the second expert", group=SAMPLING, per_model=True, min=0, max=1000
+    )
     true_cfg_scale: float | None = knob(
         None, "real guidance of a guidance-distilled model", group=SAMPLING, min=0, pending="guidance-distilled models"
     )
@@ -96,7 +100,9 @@ class SamplingParams:
     boundary_ratio: float | None = knob(
         None, "share of the schedule of the first expert's hand-over", group=SAMPLING, per_model=True, min=0, max=1
     )
-    flow_shift: float | None = knob(None, "time shift of the flow schedule", group=SAMPLING, per_model=True, above=0, max=1000)
+    flow_shift: float | None = knob(
+        None, "time shift of the flow schedule", group=SAMPLING, per_model=True, above=0, max=1000
+    )
     generator_device: str = knob(
         "cpu",
         "where noise is drawn; cpu gives the same picture everywhere",
