@@ -90,7 +90,7 @@ def test_every_sampling_field_of_the_replaced_system_is_a_flag_and_a_key() -> No
         (["--vae-path=~/x"], {"component_paths": {"vae": "~/x"}}),
         (["--component-paths.vae", "x", "--transformer-2-path", "y"],
          {"component_paths": {"vae": "x", "transformer_2": "y"}}),
-        (["--component-paths", "vae=x"], {"component_paths": {"vae": "x"}}),
+        (["--component-paths", "vae=1"], {"component_paths": {"vae": "1"}}),
         (["--component-attention-backends", "text_encoder=torch_sdpa,transformer=fa"],
          {"component_attention_backends": {"text_encoder": "torch_sdpa", "transformer": "fa"}}),
         (["--component-attention-backends.text_encoder", "torch_sdpa", "--component-attention-backends.vae", "fa"],
