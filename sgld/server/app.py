@@ -49,7 +49,8 @@ def make_app(
     app[KEYS], app[METRICS] = keys if keys is not None else load_keys(settings), Metrics()
     app[WEBHOOKS] = Webhooks(fetcher)
     model = settings.served_model_name or settings.model_path
-    jobs = JobStore(engine, Outputs(_output_folder(settings), model), settings, app[METRICS], app[WEBHOOKS])
+    outputs = Outputs(_output_folder(settings), model, settings)
+    jobs = JobStore(engine, outputs, settings, app[METRICS], app[WEBHOOKS])
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
     for module in (images, videos, webhooks, info, openapi):

@@ -151,7 +151,7 @@ async def _make(
                 height=params.height,
                 width=params.width,
                 fps=params.fps,
-                metadata=media.describe(params, service.model_id),
+                metadata=service.jobs.outputs.describe(params),
             )
         job = await service.new_job(
             request,

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -15,6 +16,7 @@ import av
 from PIL import Image
 
 from sgld import media
+from sgld.config import Settings
 from sgld.errors import NotFound, OutputError
 from sgld.messages import Media
 from sgld.params import SamplingParams
@@ -34,6 +36,12 @@ class Outputs:
 
     root: Path
     model: str
+    settings: Settings
+
+    def describe(self, params: SamplingParams) -> dict[str, Any]:
+        """What a file says of its making; of components put in the place of others, the folders' names alone."""
+        folders = {name: Path(folder).name for name, folder in self.settings.component_paths.items()}
+        return media.describe(params, self.model, attrs.evolve(self.settings, component_paths=folders))
 
     async def save(self, params: SamplingParams, result: Media, name: str, format: str) -> Artifact:
         """Encode one output into `name`, whole or not at all. Raises OutputError, whose reason is in the log."""
@@ -52,7 +60,7 @@ class Outputs:
                 result.frames.array,
                 fps=result.fps,
                 quality=media.file_quality(format, params.output_quality, params.output_compression),
-                metadata=media.describe(params, self.model),
+                metadata=self.describe(params),
                 x264_preset=params.x264_preset,
             )
             size = part.stat().st_size

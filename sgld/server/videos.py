@@ -229,7 +229,7 @@ def _check_file(params: SamplingParams, service: Service) -> None:
         height=params.height,
         width=params.width,
         fps=params.fps,
-        metadata=media.describe(params, service.model_id),
+        metadata=service.jobs.outputs.describe(params),
     )
 
 
