@@ -14,7 +14,7 @@ import attrs
 
 from sgld.errors import SgldError, from_code
 from sgld.messages import Progress
-from sgld.params import SamplingParams
+from sgld.params import LoraUse, SamplingParams
 from sgld.storage.local import indexed
 
 ENDED = ("completed", "failed", "deleted")
@@ -184,7 +184,8 @@ class Job:
     def restore(cls, record: dict[str, Any]) -> Job:
         """A job as the journal holds it."""
         with attrs.validators.disabled():  # they were valid when they were written
-            params = SamplingParams(**record["params"])
+            loras = [LoraUse(**lora) for lora in record["params"].get("loras", [])]
+            params = SamplingParams(**{**record["params"], "loras": loras})
         own = {
             "params": params,
             "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],

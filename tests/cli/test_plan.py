@@ -67,7 +67,6 @@ NOT_BUILT = "not built yet in this version of sgld"
         (["--vae-config", '{"use_parallel_decode": true}'], f"--vae-config.use_parallel_decode: {NOT_BUILT}"),
         (["--video-path", "a.mp4", "b.mp4"], f"--video-path: {NOT_BUILT} (video input); leave it out"),
         (["--generator-device", "cuda"], f"--generator-device: 'cuda' is {NOT_BUILT}"),
-        (["--lora-path", "x"], f"--lora-path: {NOT_BUILT} (LoRA); leave it out"),
         (["--enable-frame-interpolation", "--frame-interpolation-exp", "1"],
          f"--enable-frame-interpolation: {NOT_BUILT}"),
         (["--transformer-weights-path", "x"], f"--transformer-weights-path: {NOT_BUILT}"),
