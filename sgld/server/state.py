@@ -60,6 +60,13 @@ class Service:
         params, notes = resolve(given, self.loaded(), base=self.sampling, picture=picture)
         return attrs.evolve(params, seed=params.seeds()), notes
 
+    async def adapted(self, params: SamplingParams) -> SamplingParams:
+        """With the files of its adapters: named ones, or downloaded now. Raises BadRequest; local paths are none."""
+        if not params.loras:
+            return params
+        found = await self.engine.adapters.resolve(params.loras, "loras", local=False)
+        return attrs.evolve(params, loras=found)
+
     def loaded(self) -> ModelInfo:
         """The model's description. Raises NotReady while it loads."""
         if self.info is None or not self.warm:
