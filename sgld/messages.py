@@ -101,7 +101,7 @@ Command = Load | Generate | LoraCommand
 
 @attrs.frozen
 class LoraPart:
-    """The adapters that were last set for one component."""
+    """The adapters that were last set for one component, which is their target."""
 
     loras: tuple[LoraUse, ...]
     merge_mode: MergeMode  # as it was asked for
@@ -119,8 +119,7 @@ class LoraState:
         """What brings ranks that have just loaded the model to this state."""
         found: list[Command] = []
         for component, part in self.parts.items():
-            loras = tuple(attrs.evolve(lora, target=component) for lora in part.loras)
-            found.append(SetLora(loras, part.merge_mode))
+            found.append(SetLora(part.loras, part.merge_mode))
             if part.applied is None:
                 found.append(UnmergeLora(component))
         return found

@@ -38,7 +38,7 @@ def resolve_adapter(reference: str, param: str = "lora_path", *, local: bool = T
     if local and reference and (path := user_path(reference, param)).exists():
         return path.resolve()
     found = _URL.fullmatch(reference) or _ID.fullmatch(reference)
-    if found is None or ".." in PurePosixPath(reference).parts:
+    if found is None or ".." in PurePosixPath(reference.replace(":", "/")).parts:
         kinds = "it is neither a file or folder nor a" if local else "it is no"
         raise BadRequest(f"{param}: {reference!r}: {kinds} Hugging Face id (owner/name or owner/name:file)", param)
     parts = found.groupdict()

@@ -91,17 +91,18 @@ class Adapters:
         skipped = sum(setting.part.skipped for setting in settings.values()) if loras else 0
         return [f"loras: {skipped} keys fit no layer and were left out"] if skipped else []
 
-    def _settings_of(self, loras: Sequence[LoraUse], merge_mode: MergeMode) -> dict[str, Setting]:
+    def _settings_of(self, asked: Sequence[LoraUse], merge_mode: MergeMode) -> dict[str, Setting]:
         """Read and fitted, by component."""
         found: dict[str, Setting] = {}
-        for lora in loras:
+        for lora in asked:
             assert lora.path is not None
             adapter = self._cache.read(Path(lora.path))
             for name in self._components(lora, adapter):
                 fitted = self._layers[name].fit(adapter, strict=lora.strict, alpha=lora.alpha)
                 part = found[name].part if name in found else LoraPart((), merge_mode, merge_mode)
                 uses = found[name].uses if name in found else ()
-                part = attrs.evolve(part, loras=(*part.loras, lora), skipped=part.skipped + len(fitted.skipped))
+                loras = *part.loras, attrs.evolve(lora, target=name)
+                part = attrs.evolve(part, loras=loras, skipped=part.skipped + len(fitted.skipped))
                 found[name] = Setting(part, (*uses, Use(fitted, lora.strength)))
         return found
 

@@ -137,23 +137,28 @@ async def test_what_does_not_fit_changes_nothing(studio: Studio, adapters: Files
     assert state.parts["transformer"].skipped == 2 and (await picture() == partly).all()
 
 
-@pytest.mark.timeout(300)
-async def test_a_restarted_group_keeps_its_adapters(studio: Studio, adapters: Files) -> None:
-    engine, picture = studio.engine, studio.picture
-    await engine.set_lora([LoraUse("a", adapters["a"], strength=0.5)])
-    before, state = await picture(), engine.group.loras
+async def restart(engine: Engine) -> None:
+    """Kill the last rank, and wait until the group is back."""
     os.kill(engine.group.pids[-1], signal.SIGKILL)
     async with asyncio.timeout(120):
         while engine.state != "restarting":
             await asyncio.sleep(0.01)
         while engine.state != "ready":
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+async def test_a_restarted_group_keeps_its_adapters(studio: Studio, adapters: Files) -> None:
+    engine, picture = studio.engine, studio.picture
+    await engine.set_lora([LoraUse("a", adapters["a"], strength=0.5)])
+    before, state = await picture(), engine.group.loras
+    await restart(engine)
     assert (
         await engine.list_loras() == state or engine.group.loras.parts["transformer"].loras[0].target == "transformer"
     )
     assert (await picture() == before).all()
     await engine.unmerge_lora()
-    os.kill(engine.group.pids[-1], signal.SIGKILL)
+    await restart(engine)
     plain = await picture()
     assert differ(plain, before), "those that were taken away do not come back"
     await engine.merge_lora(strength=0.5)
