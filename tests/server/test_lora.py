@@ -87,28 +87,38 @@ def admin(served: Server) -> Iterator[Caller]:
     caller.do("set_lora", {"lora_nickname": ["a", "b"], "lora_path": paths})
     caller.do("unmerge_lora_weights")
     yield caller
+    caller.openai.close()
 
 
 @pytest.fixture
-def user(served: Server) -> Caller:
-    return Caller(served, USER)
+def user(served: Server) -> Iterator[Caller]:
+    caller = Caller(served, USER)
+    yield caller
+    caller.openai.close()
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> bool:
     return float(np.abs(a.astype(int) - b).mean()) > VISIBLE
 
 
-def test_adapters_of_the_command_line_hold_at_first(served: Server, folder: Path) -> None:
-    user, admin = Caller(served, USER), Caller(served, ADMIN)
+@pytest.fixture
+def stranger(served: Server) -> Iterator[Caller]:
+    """An admin who has changed nothing yet."""
+    caller = Caller(served, ADMIN)
+    yield caller
+    caller.openai.close()
+
+
+def test_adapters_of_the_command_line_hold_at_first(stranger: Caller, user: Caller, folder: Path) -> None:
     listed = user.do("list_loras")
     assert listed["loaded_adapters"] == [{"nickname": "third", "path": str(folder / "c.safetensors")}]
     (active,) = listed["active"]["transformer"]
     assert (active["nickname"], active["merged"], active["mode"], active["strength"]) == ("third", True, "merge", 1.0)
     before = user.picture()
-    admin.do("unmerge_lora_weights")
+    stranger.do("unmerge_lora_weights")
     assert differ(before, user.picture())
     assert user.do("list_loras")["active"] == {}
-    admin.do("merge_lora_weights")
+    stranger.do("merge_lora_weights")
     assert (user.picture() == before).all()
 
 
