@@ -18,7 +18,7 @@ LADDER = [
     {"worker"},
     {"models", "post"},
     {"nn"},
-    {"platform", "media", "storage"},
+    {"platform", "media", "storage", "inputs"},
     {"errors", "convert", "config", "params", "messages", "log", "demo"},
 ]
 RUNG = {name: len(LADDER) - height for height, names in enumerate(LADDER) for name in names}

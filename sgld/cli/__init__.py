@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from sgld import __version__
+from sgld.cli.process import drop, unwritable
 from sgld.errors import SgldError, nearest
 
 USAGE = """\
@@ -36,11 +37,10 @@ def main() -> int:
         code = dispatch(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, as in `sgld generate --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         return 0
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return complain(f"cannot write to standard output: {error.strerror}", 1)
+        return complain(unwritable(error).message, 1)
     _leave_downloads(code)
     return code
 
@@ -90,7 +90,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _guarded(name: str, words: list[str]) -> int:
-    """Run it; every failure is one line. Raises OSError where standard output cannot be written."""
+    """Run it; every failure is one line."""
     try:
         return _command(name)(words)
     except KeyboardInterrupt:
@@ -98,7 +98,6 @@ def _guarded(name: str, words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        sys.stdout.flush()  # fails again if that was the failure
         if _debugging(words):
             traceback.print_exc()
         if isinstance(error, SgldError):

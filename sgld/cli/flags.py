@@ -264,7 +264,7 @@ def _value(name: str, text: Any, flag: str) -> Any:
         return text
     kinds = [field.type, *typing.get_args(field.type)]
     if type_name(field.type) == MAP or any(typing.get_origin(kind) is dict for kind in kinds):
-        return _map(text, flag, numbers=head != "component_attention_backends")
+        return _map(text, flag, numbers=typing.get_args(field.type) != (str, str))
     if isinstance(text, list) and attrs.has(_item(kinds)):
         return [_map(word, flag, numbers=True) for word in text]
     if isinstance(text, list):

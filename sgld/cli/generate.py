@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from sgld import config, log
 from sgld.cli import flags, show
 from sgld.cli.plan import ignored, plan_of, refuse_early
+from sgld.cli.process import put
 from sgld.cli.sources import gather
 
 DESCRIPTION = "Make images or videos from prompts. The last line of standard output is the path of the file."
@@ -17,13 +16,13 @@ def run(words: list[str]) -> int:
     parser = flags.parser_for("generate", DESCRIPTION, config.SECTIONS)
     parsed = flags.parse(parser, words)
     if parsed.help:
-        sys.stdout.write(parser.format_help())
+        put(parser.format_help())
         return 0
     layer = gather(parsed.config, parsed.layer)
     with layer.spelling():
         plan = plan_of(layer)
         if parsed.print_config:
-            sys.stdout.write(show.merged(layer, plan.settings, config.SECTIONS))
+            put(show.merged(layer, plan.settings, config.SECTIONS))
             return 0
         log.set_up(plan.settings.log_level, plan.settings.log_format)
         refuse_early(plan)

@@ -21,8 +21,8 @@ from sgld.cli.outputs import (
     save,
 )
 from sgld.cli.plan import Plan
+from sgld.cli.process import heeded
 from sgld.cli.screen import Screen, say
-from sgld.cli.signals import heeded
 from sgld.engine.engine import Engine
 from sgld.errors import Cancelled, SgldError
 from sgld.messages import Media

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import IO
 
+from sgld.cli.process import drop, unwritable
 from sgld.messages import Event, Note, Progress
 
 QUIET_S = 5.0  # between plain lines within one stage
@@ -20,16 +21,14 @@ MIN_COLUMNS = 40  # for a bar
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print a line, to standard error unless told otherwise. Raises OSError where results cannot be told."""
+    """Print a line, to standard error unless told otherwise. Raises OutputError where a result cannot be told."""
     stream = stream or sys.stderr
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+            raise unwritable(error) from error
+        drop(stream)
 
 
 def warn(text: str) -> None:

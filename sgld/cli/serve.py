@@ -7,12 +7,11 @@ import errno
 import logging
 import signal
 import socket
-import sys
 from typing import TYPE_CHECKING, Any
 
 from sgld import config, log
 from sgld.cli import flags, show
-from sgld.cli.signals import heeded
+from sgld.cli.process import heeded, put
 from sgld.cli.sources import gather
 from sgld.config import RunOptions, Settings
 from sgld.convert import refuse_unbuilt, structure
@@ -31,7 +30,7 @@ def run(words: list[str]) -> int:
     parser = flags.parser_for("serve", DESCRIPTION, [Settings])
     parsed = flags.parse(parser, words)
     if parsed.help:
-        sys.stdout.write(parser.format_help())
+        put(parser.format_help())
         return 0
     layer = gather(parsed.config, parsed.layer)
     with layer.spelling():
@@ -40,7 +39,7 @@ def run(words: list[str]) -> int:
         for name in config.section(layer.values, RunOptions):
             raise BadRequest(f"{name}: only `sgld generate` has this; each request asks for its own", name)
         if parsed.print_config:
-            sys.stdout.write(show.merged(layer, settings, [Settings, SamplingParams]))
+            put(show.merged(layer, settings, [Settings, SamplingParams]))
             return 0
         log.set_up(settings.log_level, settings.log_format)
         refuse_unbuilt(settings, checked, spell=layer.spell)

@@ -126,14 +126,14 @@ class WanEncoder(nn.Module):
         self.quant_conv = CausalConv3d(2 * c.z_dim, 2 * c.z_dim, 1, 1)
 
     def forward(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
-        """`pulse` is called before each chunk."""
+        """`pulse` is called before each chunk; chunk by chunk they go to the weights' device."""
         past: Past = {}
         frames = self.config.scale_factor_temporal
         many = max(1, CHUNK_PIXELS // (x[0, 0].numel() * frames))  # latent frames
         parts = []
         for chunk in (x[:1], *(torch.split(x[1:], many * frames) if len(x) > 1 else ())):
             pulse()
-            chunk = self.patch(chunk).contiguous(memory_format=torch.channels_last)
+            chunk = self.patch(chunk.to(self.quant_conv.weight)).contiguous(memory_format=torch.channels_last)
             parts.append(self.quant_conv(self.encoder(chunk, past), past))
         return torch.cat(parts)[:, : self.config.z_dim]  # the other half are log variances
 
@@ -154,7 +154,6 @@ class VaeEncoder:
         c = vae_config(folder / "config.json")
         self.spatial, self.temporal = c.scale_factor_spatial, c.scale_factor_temporal
         self.module = load_module(lambda: WanEncoder(c), folder, dtype, device, unused=("decoder.", "post_quant_conv."))
-        self.dtype, self.device = dtype, device
         self.mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(device) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
         tiled = settings.vae_tiling or settings.vae_config.use_tiling
@@ -166,9 +165,9 @@ class VaeEncoder:
         They are the mode of the posterior, with mean 0 and deviation 1. `pulse` is called again and again.
         """
         assert (len(pictures) - 1) % self.temporal == 0
-        x = pictures.to(self.device, self.dtype)
-        tiled = self.tiling is not None and (x.shape[2] > self.tiling.height or x.shape[3] > self.tiling.width)
-        z = self.in_tiles(x, self.tiling, pulse) if self.tiling and tiled else self.module(x, pulse)
+        height, width = pictures.shape[2:]
+        tiled = self.tiling is not None and (height > self.tiling.height or width > self.tiling.width)
+        z = self.in_tiles(pictures, self.tiling, pulse) if self.tiling and tiled else self.module(pictures, pulse)
         return (z.float().transpose(0, 1)[None] - self.mean) * self.precision
 
     def in_tiles(self, x: Tensor, t: Tiling, pulse: Callable[[], None] = lambda: None) -> Tensor:

@@ -141,7 +141,6 @@ async def _make(
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
     async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
         params, more = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
-        params = await service.adapted(params)
         media.check_encodable(
             fields.output_format,
             num_frames=1,
@@ -154,7 +153,7 @@ async def _make(
             request,
             "image",
             fields,
-            params,
+            await service.adapted(params),
             content,
             output_format=fields.output_format,
             previews=fields.partial_images if fields.stream else 0,

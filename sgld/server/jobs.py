@@ -122,7 +122,7 @@ class Job:
     def park(self) -> None:
         """Leave it to the next process; who follows it here hears no more."""
         self.settled = self.parked = True
-        self._changed.set()
+        self._wake()
 
     def ending(self, error: SgldError | None, ttl: int) -> dict[str, Any]:
         """What changes when it has completed, or failed with `error`; the journal hears of it first."""
@@ -144,6 +144,9 @@ class Job:
         if self.ended:
             self._log.clear()
         self._log.append(JobEvent(self._number, name, data))
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -163,8 +166,8 @@ class Job:
             self._followers -= 1
 
     async def wait(self) -> None:
-        """Until its end."""
-        while not self.ended:
+        """Until its end, or until it is parked."""
+        while not (self.ended or self.parked):
             await self._changed.wait()
 
     # The journal
@@ -182,7 +185,14 @@ class Job:
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Job:
-        """A job as the journal holds it."""
+        """A job as the journal holds it. Raises SgldError for one of another version's fields."""
+        for cls_, given in ((cls, record), (SamplingParams, record["params"])):
+            if unknown := sorted(given.keys() - attrs.fields_dict(cls_).keys()):
+                raise SgldError(
+                    f"the journal is of another version of sgld: its jobs have {unknown[0]!r}; give another "
+                    "--output-path, or --ephemeral to do without a journal",
+                    "output_path",
+                )
         with attrs.validators.disabled():  # they were valid when they were written
             loras = [LoraUse(**lora) for lora in record["params"].get("loras", [])]
             params = SamplingParams(**{**record["params"], "loras": loras})

@@ -50,7 +50,7 @@ class Service:
     @property
     def uploads(self) -> Path:
         """The folder of pictures that requests brought."""
-        return Path(self.settings.input_save_path).expanduser().absolute()
+        return Path(self.settings.input_save_path).expanduser()
 
     def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> tuple[SamplingParams, list[str]]:
         """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads.

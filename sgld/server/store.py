@@ -24,7 +24,6 @@ from sgld.errors import (
     ModelError,
     NotFound,
     NotReady,
-    OutputError,
     QueueFull,
     SgldError,
     WorkerDied,
@@ -87,7 +86,7 @@ class JobStore:
         self.draining = False
         self._engine = engine
         self._settings = settings
-        self._uploads = Path(settings.input_save_path).expanduser().absolute()
+        self._uploads = Path(settings.input_save_path).expanduser()
         self._metrics = metrics
         self._webhooks = webhooks
         self._journal: Journal | None = None
@@ -113,6 +112,9 @@ class JobStore:
         records = await journal.all("job") if journal is not None else []
         waiting: list[Job] = []
         for job in map(Job.restore, records):
+            if job.kind == "image" and not job.ended:  # its client is gone
+                await self._erase([job])
+                continue
             self._remember(job)
             if job.ended:
                 continue
@@ -152,15 +154,17 @@ class JobStore:
     async def close(self) -> None:
         """Put what has not ended back into the journal, or fail it where there is none."""
         self.draining = True
-        for job in [job for job in self._jobs.values() if not job.ended and not job.parked]:
+        for job in [job for job in self._jobs.values() if job.settle()]:
             if self._journal is not None and job.kind == "video":
                 job.park()
                 if job.status == "in_progress":  # a queued one is in the journal as it stands
-                    await self._write(job, status="queued", attempts=job.attempts - 1)
-            elif job.settle():
+                    await self._write_down(job, status="queued", attempts=job.attempts - 1)
+            else:
                 await self._end(job, NotReady("the server is stopping"))
             if job.task is not None:
                 job.task.cancel()
+        while self._busy:  # the ends that others have decided
+            await asyncio.wait(self._busy)
         for task in self._tasks:
             task.cancel()
         while self._tasks:
@@ -185,8 +189,7 @@ class JobStore:
         self._remember(job)
         self._admitting += 1
         try:
-            if job.kind == "video":  # an image's client is gone when the server is, and its job with it
-                await self._write(job)
+            await self._write(job)
         except BaseException:
             self._forget(job)
             self._spawn(self._erase([job]))
@@ -221,24 +224,36 @@ class JobStore:
         finally:
             job.waiters -= 1
             if not job.ended and not job.waiters:
-                self._spawn(self.delete(job))
+                self._release_key(job)  # who repeats the request gets a job of its own
+                self._labour(self._delete(job))
 
     async def cancel(self, job: Job) -> None:
-        """Cancel it, unless its end is decided already."""
-        if not job.settle():
-            await job.wait()
-            return
-        if self._queue.remove(job):
-            self._line = None
-        if job.task is not None:
-            job.task.cancel()
-        self._metrics.job_cancelled(job.kind)
-        await self._end(job, Cancelled("the job was cancelled"))
+        """Cancel it, unless its end is decided already. Goes on when the caller is cancelled.
+
+        Raises:
+            NotReady: the job waits for the next start of the server.
+        """
+        await asyncio.shield(self._labour(self._cancel(job)))
 
     async def delete(self, job: Job) -> None:
-        """Cancel it where needed, and remove it with its files."""
-        if not job.ended:
-            await self.cancel(job)
+        """Cancel it where needed, and remove it with its files. Goes on, and raises, as `cancel` does."""
+        await asyncio.shield(self._labour(self._delete(job)))
+
+    async def _cancel(self, job: Job) -> None:
+        if job.settle():
+            if self._queue.remove(job):
+                self._line = None
+                self._tell_positions()
+            if job.task is not None:
+                job.task.cancel()
+            await self._end(job, Cancelled("the job was cancelled"))
+            return
+        await job.wait()
+        if job.parked:
+            raise NotReady("the server is stopping; the job goes on after its restart")
+
+    async def _delete(self, job: Job) -> None:
+        await self._cancel(job)
         self._forget(job)
         job.status = "deleted"
         job.publish("deleted", self.state(job))
@@ -288,12 +303,13 @@ class JobStore:
                 await self._wake.wait()
             job = self._running = self._queue.pop(time.monotonic())
             self._line = None
-            try:
-                job.task = self._labour(self._make(job))
-                await asyncio.wait({job.task})
-            finally:
-                self._running = None
+            job.task = self._labour(self._make(job))
+            job.task.add_done_callback(self._stand_idle)
+            await asyncio.wait({job.task})
             self._tell_positions()
+
+    def _stand_idle(self, _: asyncio.Task[None]) -> None:
+        self._running = None
 
     async def _make(self, job: Job) -> None:
         """Every output of a job, then its end in a task of its own."""
@@ -305,7 +321,7 @@ class JobStore:
                 async with self._engine.steady():  # all its outputs are made with the same adapters
                     await self._generate(job, saves, previews)
             except asyncio.CancelledError:
-                self._spawn(self._discard(job, saves))
+                self._labour(self._discard(job, saves))
                 raise
             except SgldError as error:
                 self._labour(self._finish(job, saves, previews, error))
@@ -359,16 +375,22 @@ class JobStore:
             if event.text not in job.notes:  # each output tells it
                 job.notes.append(event.text)
         elif isinstance(event, Preview):
-            previews.append(self._spawn(self._show(job, event, index)))
+            previews.append(self._spawn(self._show(job, event, index, previews[-1:])))
         elif isinstance(event, Progress) and event.stage in job.SHARE:
             job.advance(event, index)
             job.publish("progress", self.state(job))
 
-    async def _show(self, job: Job, preview: Preview, index: int) -> None:
-        """Publish a preview as a picture of the job's format (a video's as webp)."""
+    async def _show(self, job: Job, preview: Preview, index: int, before: list[asyncio.Task[None]]) -> None:
+        """Publish a preview as a picture of the job's format (a video's as webp), after those before it."""
         format = job.output_format if job.kind == "image" else "webp"
         quality = media.file_quality(format, job.params.output_quality, job.params.output_compression)
-        picture = await anyio.to_thread.run_sync(_encode, preview.frames.array[0], format, quality)
+        try:
+            picture = await anyio.to_thread.run_sync(_encode, preview.frames.array[0], format, quality)
+        except SgldError as error:  # the job does not fail for it
+            log.warning("preview %d is lost: %s", preview.index, error)
+            return
+        if before:
+            await asyncio.wait(before)
         if not job.ended:
             shown = {"index": preview.index, "output": index, "format": format, "b64_json": picture}
             job.publish("preview", {**self.state(job), **shown})
@@ -396,11 +418,9 @@ class JobStore:
                 return
             if error is not None:
                 log.warning("failed: %s", error)
-                self._metrics.job_failed(job.kind, error.code)
             else:
                 job.artifacts = list(artifacts)
                 log.info("completed in %.2f s", time.time() - (job.started_at or job.created_at))
-                self._metrics.job_finished(job.kind)
             await self._end(job, error)
 
     async def _discard(self, job: Job, saves: list[asyncio.Task[Artifact]]) -> None:
@@ -412,20 +432,35 @@ class JobStore:
     async def _end(self, job: Job, error: SgldError | None) -> None:
         """Write a settled job's end down, then tell it."""
         changes = job.ending(error, self._settings.job_ttl)
-        try:
-            await self._write(job, **changes)
-        except OutputError as full:
-            log.error("%s: its end is not in the journal: %s", job.id, full)
+        await self._write_down(job, **changes)
         job.change(**changes)
+        if error is not None:
+            self._release_key(job)  # a repeated request may fare better
+        self._count(job.kind, error)
         job.publish(job.status, self.state(job))
         if job.kind == "video":
             self._webhooks.notify(job.owner, f"video.{job.status}", job.id)
+
+    def _count(self, kind: str, error: SgldError | None) -> None:
+        if error is None:
+            self._metrics.job_finished(kind)
+        elif isinstance(error, Cancelled):
+            self._metrics.job_cancelled(kind)
+        else:
+            self._metrics.job_failed(kind, error.code)
 
     # Keeping
 
     async def _write(self, job: Job, **changes: Any) -> None:
         if self._journal is not None:
             await self._journal.put("job", job.id, job.record(**changes))
+
+    async def _write_down(self, job: Job, **changes: Any) -> None:
+        """Write what happens in any case: a journal that fails is logged."""
+        try:
+            await self._write(job, **changes)
+        except Exception:  # whatever is wrong with the disk, the job must end
+            log.exception("%s: the journal does not hear of its end", job.id)
 
     async def _erase(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -442,8 +477,8 @@ class JobStore:
             old = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
             try:
                 await self._erase(old)
-            except OutputError as full:
-                log.error("expired jobs stay until the journal can be written: %s", full)
+            except Exception:  # the next round may fare better
+                log.exception("expired jobs stay for now")
                 old = []
             for job in old:
                 self._forget(job)
@@ -453,14 +488,19 @@ class JobStore:
     def _remember(self, job: Job) -> None:
         self._jobs[job.id] = job
         self._catalog.add(job)
-        if job.idempotency_key is not None:
+        if job.idempotency_key is not None and job.status != "failed":
             self._repeats[job.owner, job.idempotency_key] = job
 
     def _forget(self, job: Job) -> None:
         if self._jobs.pop(job.id, None) is not None:
             self._catalog.remove(job)
-        if job.idempotency_key is not None:
-            self._repeats.pop((job.owner, job.idempotency_key), None)
+        self._release_key(job)
+
+    def _release_key(self, job: Job) -> None:
+        """From now on its Idempotency-Key brings a new job."""
+        key = job.owner, job.idempotency_key or ""
+        if self._repeats.get(key) is job:
+            del self._repeats[key]
 
     def _repeated(self, job: Job) -> Job | None:
         before = self._repeats.get((job.owner, job.idempotency_key)) if job.idempotency_key is not None else None

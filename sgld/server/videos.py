@@ -82,9 +82,9 @@ async def create(request: web.Request) -> web.Response:
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
     async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
         params, more = service.params({**sampling, **_length(fields, sampling, service), **kept.sampling}, kept.size)
-        params = await service.adapted(params)
         _check_file(params, service)
         own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more, "inputs": kept.names}
+        params = await service.adapted(params)
         job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
     return _answer(request, job)
 

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sgld.models.family import Conditioning, Family
 from sgld.messages import Tokens
+from sgld.models.family import Conditioning, Family
 from sgld.params import SamplingParams
 from sgld.worker.canvas import Canvas
 from sgld.worker.hook import Hook

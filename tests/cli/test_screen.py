@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import tempfile
+from pathlib import Path
 
 import pytest
 
 from sgld.cli import screen
 from sgld.cli.screen import Screen, bar
+from sgld.errors import OutputError
 from sgld.messages import Note, Progress
 
 
@@ -79,23 +79,10 @@ def test_a_bar_tells_what_is_left() -> None:
 
 
 def test_a_full_disk_stops_results_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Full()
-    screen.say("progress", full)
-    Screen(full).line("seed 1")
-    monkeypatch.setattr("sys.stdout", full)
-    with pytest.raises(OSError, match="No space left"):
-        screen.say("result.png", full)
-
-
-class Full(io.StringIO):
-    """A file on a full disk; it can still be turned to another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    with Path("/dev/full").open("w") as full:
+        screen.say("progress", full)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(OutputError, match="^cannot write to standard output: No space left on device$"):
+            screen.say("result.png", full)
+        screen.say("result.png", full)  # which is dropped now

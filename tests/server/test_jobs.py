@@ -380,3 +380,109 @@ async def test_metrics_count_what_happened(start: Start) -> None:
     assert 'sgld_jobs_failed_total{code="out_of_memory",kind="video"} 1.0' in text
     assert 'route="/v1/videos/{id}"' in text
     assert 'sgld_stage_seconds_count{stage="denoise"} 1.0' in text
+
+
+async def drop(client: Client, method: str, path: str) -> None:
+    """Send a request and close the connection before its answer."""
+    host, _, port = client.url.removeprefix("http://").partition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_cancel_whose_client_has_gone_is_carried_out(start: Start, tmp_path: Path) -> None:
+    client = await start()
+    store = client.app[SERVICE].jobs
+    running = await client.create(SLOW, num_inference_steps=1000)
+    videos = [await client.create() for _ in range(12)]
+    for video in videos:
+        await drop(client, "POST", f"/v1/videos/{video['id']}/cancel")
+    for video in videos:
+        assert (await client.until(video, "failed"))["error"]["code"] == "cancelled"
+        await drop(client, "DELETE", f"/v1/videos/{video['id']}")
+    async with asyncio.timeout(20):
+        while [job.id for job in store._jobs.values()] != [running["id"]]:
+            await asyncio.sleep(0.02)
+        assert store._journal is not None
+        while len(await store._journal.all("job")) != 1:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_cancelled_job_stays_cancelled_when_the_server_stops(start: Start, tmp_path: Path) -> None:
+    """Cancels and the stop at the same moment: the journal says what the client was told."""
+    client = await start()
+    store = client.app[SERVICE].jobs
+    await client.create(SLOW, num_inference_steps=1000)
+    told = {}
+    videos = [await client.create() for _ in range(8)]
+    cancels = [asyncio.create_task(client.call("POST", f"/v1/videos/{video['id']}/cancel")) for video in videos]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        await store.close()
+    for task in cancels:
+        status, answer = await task
+        told[answer.get("id")] = status
+    assert store._journal is not None
+    kept = {record["id"]: record for record in await store._journal.all("job")}
+    for video in videos:
+        assert (kept[video["id"]]["status"] == "failed") == (video["id"] in told), kept[video["id"]]["status"]
+    assert len(kept) == 9
+
+
+async def test_a_parked_job_keeps_nobody_waiting(start: Start) -> None:
+    client = await start()
+    store = client.app[SERVICE].jobs
+    video = await client.until(await client.create(SLOW, num_inference_steps=1000), "in_progress")
+    await store.close()
+    async with asyncio.timeout(5):
+        await store._jobs[video["id"]].wait()
+        status, error = await client.call("POST", f"/v1/videos/{video['id']}/cancel")
+    assert (status, error["error"]["code"]) == (503, "not_ready")
+
+
+async def test_a_job_ends_though_the_journal_does_not_answer(start: Start) -> None:
+    client = await start()
+    store = client.app[SERVICE].jobs
+    video = await client.until(await client.create(SLOW), "in_progress")
+    assert store._journal is not None
+    await store._journal.close()
+    assert (await client.until(video, "completed", "failed"))["status"] == "completed"
+    status, error = await client.call("POST", "/v1/videos", json={"prompt": "{}"})
+    assert status == 500 and "journal" in error["detail"], "what cannot be kept is not taken"
+    assert (await client.call("GET", "/v1/videos"))[1]["data"][0]["id"] == video["id"]
+
+
+async def test_a_key_whose_job_failed_brings_a_new_one(start: Start) -> None:
+    client = await start()
+    key, body = {"Idempotency-Key": "again"}, {"prompt": json.dumps({"fault": "oom", "step": 1}), "seed": 1}
+    ids = []
+    for _ in range(2):
+        _, video = await client.call("POST", "/v1/videos", json=body, headers=key)
+        assert (await client.until(video, "failed"))["error"]["code"] == "out_of_memory"
+        ids.append(video["id"])
+    assert ids[0] != ids[1]
+
+
+async def test_a_repeat_after_the_client_has_gone_gets_its_picture(start: Start) -> None:
+    client = await start()
+    body, headers = {"prompt": json.dumps(SLOW), "seed": 1}, {"Idempotency-Key": "gone"}
+    path = "/v1/images/generations"
+    for pause in (0.0, 0.003, 0.02):
+        first = asyncio.create_task(client.call("POST", path, json=body, headers=headers))
+        await asyncio.sleep(0.15)
+        first.cancel()
+        await asyncio.sleep(pause)
+        status, answer = await client.call("POST", path, json=body, headers=headers)
+        assert status == 200, answer
+        headers = {"Idempotency-Key": f"gone {pause}"}
+
+
+async def test_previews_come_in_order(start: Start) -> None:
+    client = await start()
+    video = await client.create(SLOW, previews=3)
+    seen = [
+        data["index"] async for name, data, _ in client.events(f"/v1/videos/{video['id']}/events") if "index" in data
+    ]
+    assert seen == [0, 1, 2]
