@@ -20,10 +20,10 @@ T = TypeVar("T")
 _ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:[:/](?P<file>[\w.-][\w./ -]*))?")
 _URL = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)"
-    r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:\?.*)?"
+    r"(?:/(?:blob|resolve|tree)/(?P<revision>[\w.-]+)(?:/(?P<file>[\w./ -]+))?)?/?(?:\?.*)?"
 )
 ADAPTER_FILES = {"allow_patterns": ["*.safetensors", "adapter_config.json"], "ignore_patterns": ["*/*"]}
-SUFFIX = ".safetensors"
+SUFFIX, PICKLES = ".safetensors", (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_NAME = "default"
 
 
@@ -48,17 +48,21 @@ def resolve_adapter(reference: str, param: str = "lora_path", *, local: bool = T
         raise BadRequest(error.message, param) from None
 
 
-def _download(name: str, file: str | None, revision: str | None, param: str) -> Path:
-    if file is not None and PurePosixPath(file).suffix:
-        config = str(PurePosixPath(file).with_name("adapter_config.json"))
-        path = download(name, revision, param, {"allow_patterns": [file, config]}) / file
-        if not path.is_file():
-            raise BadRequest(f"{param}: {name!r} has no file {file!r}", param)
-        return path
-    if file is not None:
-        return download(f"{name}/{file}", revision, param, {})
-    _check_single(name, revision, param)
-    return download(name, revision, param, ADAPTER_FILES)
+def _download(name: str, inside: str | None, revision: str | None, param: str) -> Path:
+    """A file or folder of the repository, or all of it."""
+    if inside is None:
+        _check_single(name, revision, param)
+        return download(name, revision, param, ADAPTER_FILES)
+    suffix = PurePosixPath(inside).suffix
+    if suffix in PICKLES:
+        raise BadRequest(f"{param}: {inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", param)
+    folder = inside if suffix != SUFFIX else str(PurePosixPath(inside).parent)
+    files = inside if suffix == SUFFIX else f"{folder}/*{SUFFIX}"
+    config = str(PurePosixPath(folder) / "adapter_config.json")
+    path = download(name, revision, param, {"allow_patterns": [files, config]}) / inside
+    if not path.exists():
+        raise BadRequest(f"{param}: {name!r} has no {inside!r}", param)
+    return path
 
 
 def _check_single(name: str, revision: str | None, param: str) -> None:

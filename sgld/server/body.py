@@ -13,7 +13,7 @@ import attrs
 from aiohttp import web
 
 from sgld import config
-from sgld.convert import fields_of, shown, structure
+from sgld.convert import fields_of, structure
 from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 from sgld.params import SamplingParams
 from sgld.server.schema import OPENAI_QUALITIES
@@ -183,26 +183,6 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     return fields, *_quality(sampling, fields)
 
 
-def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`lora`, one adapter, becomes `loras`; an adapter may be its nickname alone, and in a form it is JSON."""
-    values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
-    if len(given) > 1:
-        raise BadRequest("lora: loras is given too; give one of them", "lora")
-    for name in given:
-        value = _parsed(name, values.pop(name))
-        listed = value if isinstance(value, list) else [value]
-        if name == "loras" and value is not listed:
-            raise BadRequest(f"loras: {shown(value)} is not a list of adapters", "loras")
-        items = [_parsed(name, item) for item in listed]
-        values["loras"] = [{"nickname": item} if isinstance(item, str) else item for item in items]
-    values.pop("lora", None)
-    return values
-
-
-def _parsed(name: str, value: Any) -> Any:
-    return _json_text(name, value) if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") else value
-
-
 def _respell(api: dict[str, Any]) -> None:
     """OpenAI writes seconds as text; and jpg is jpeg."""
     if isinstance(seconds := api.get("seconds"), str):
@@ -216,6 +196,26 @@ def _check_fixed(key: str, value: Any) -> None:
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
         raise NotBuilt(f"{key}: {value!r} is not possible over HTTP, where it is always {fixed}", key)
+
+
+def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`lora`, one adapter, becomes `loras`; an adapter may be its nickname alone, and in a form it is JSON."""
+    values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
+    if len(given) > 1:
+        raise BadRequest("lora: loras is given too; give one of them", "lora")
+    for name in given:
+        value = _parsed(name, values.pop(name))
+        listed = value if isinstance(value, list) else [value]
+        if name == "loras" and value is not listed:
+            raise BadRequest(f"loras: {value!r} is not a list of adapters", "loras")
+        items = [_parsed(name, item) for item in listed]
+        values["loras"] = [{"nickname": item} if isinstance(item, str) else item for item in items]
+    values.pop("lora", None)
+    return values
+
+
+def _parsed(name: str, value: Any) -> Any:
+    return _json_text(name, value) if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") else value
 
 
 def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:

@@ -60,13 +60,6 @@ class Service:
         params, notes = resolve(given, self.loaded(), base=self.sampling, picture=picture)
         return attrs.evolve(params, seed=params.seeds()), notes
 
-    async def adapted(self, params: SamplingParams) -> SamplingParams:
-        """With the files of its adapters: named ones, or downloaded now. Raises BadRequest; local paths are none."""
-        if not params.loras:
-            return params
-        found = await self.engine.adapters.resolve(params.loras, "loras", local=False)
-        return attrs.evolve(params, loras=found)
-
     def loaded(self) -> ModelInfo:
         """The model's description. Raises NotReady while it loads."""
         if self.info is None or not self.warm:
@@ -77,6 +70,13 @@ class Service:
         """What a request that does not name this sampling field gets."""
         own = self.info.defaults if self.info is not None else {}
         return {**own, **self.sampling}.get(name, default_of(fields_of(SamplingParams)[name]))
+
+    async def adapted(self, params: SamplingParams) -> SamplingParams:
+        """With the files of its adapters: named ones, or downloaded now. Raises BadRequest; local paths are none."""
+        if not params.loras:
+            return params
+        found = await self.engine.adapters.resolve(params.loras, "loras", local=False)
+        return attrs.evolve(params, loras=found)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not run."""

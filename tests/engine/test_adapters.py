@@ -240,9 +240,11 @@ def test_references_that_a_client_may_not_make(hub: Path, reference: str) -> Non
     assert caught.value.param == "loras"
 
 
-@pytest.mark.parametrize("reference", ["owner/styles:none.safetensors", "owner/none"])
+@pytest.mark.parametrize(
+    "reference", ["owner/styles:none.safetensors", "owner/styles:ink.bin", "owner/styles/none", "owner/none"]
+)
 def test_references_that_lead_nowhere(hub: Path, reference: str) -> None:
-    with pytest.raises(BadRequest, match="^lora_path: '?owner"):
+    with pytest.raises(BadRequest, match="^lora_path: '?(owner|ink)"):
         resolve_adapter(reference)
 
 
