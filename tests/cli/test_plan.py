@@ -339,8 +339,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     ("words", "line"),
     [
         (["--lora-scale", "1"], "--lora-scale: it has no effect without lora_path"),
-        (["--lora-path", "x", "y", "--lora-nickname", "one"], "--lora-nickname: 1 given for 2 in lora_path; allowed: 2"),
-        (["--lora-path", "x", "y", "z", "--lora-scale", "1", "2"], "--lora-scale: 2 given for 3 in lora_path; allowed: 1 or 3"),
+        (["--lora-path", "x", "y", "--lora-nickname", "one"], "--lora-nickname: 1 given for 2 in lora_path"),
+        (["--lora-path", "x", "y", "z", "--lora-scale", "1", "2"],
+         "--lora-scale: 2 given for 3 in lora_path; allowed: 1 or 3"),
         (["--lora-path", "x", "y", "--lora-nickname", "a", "a"], "--lora-nickname: ['a', 'a']: each adapter needs"),
         (["--lora-path", "x", "--lora-target", "vae"], "--lora-target: 'vae' is not one of all, transformer,"),
         (["--lora-path", ""], "--lora-path: it is empty"),
