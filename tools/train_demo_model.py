@@ -39,6 +39,7 @@ class Budget:
     clips: int = 3840
     images: int = 5120
     transformer: int = 4200
+    polish: int = 700
 
 
 def run_stage(stage: str, budget: Budget, workdir: Path, seed: int, threads: int) -> None:
@@ -52,7 +53,7 @@ def run_stage(stage: str, budget: Budget, workdir: Path, seed: int, threads: int
         spread(functools.partial(make_bank, clips=budget.clips, images=budget.images))
         join_bank(workdir, threads)
     elif stage == "transformer":
-        spread(functools.partial(train_transformer, steps=budget.transformer))
+        spread(functools.partial(train_transformer, steps=budget.transformer, polish=budget.polish))
     else:
         assemble(Run(workdir, seed))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sgld.config import Settings
+from sgld.config import Settings, user_path
 from sgld.engine.engine import Engine
 from sgld.messages import Event, Progress
 from sgld.params import resolve
@@ -65,7 +65,7 @@ def make_app(
 def _output_folder(settings: Settings) -> Path:
     """The folder of results. With `output_path` empty nothing stays: a temporary one, removed at the end."""
     if settings.output_path:
-        return Path(settings.output_path).expanduser()
+        return user_path(settings.output_path, "output_path")
     return Path(tempfile.gettempdir()) / f"sgld-{uuid.uuid4().hex}"
 
 

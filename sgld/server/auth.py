@@ -24,16 +24,17 @@ import re
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
 import yaml
 from aiohttp import hdrs, web
 
-from sgld.config import Settings
+from sgld.config import Settings, user_path
 from sgld.convert import shown
 from sgld.errors import BadRequest, Forbidden, Unauthorized, nearest
+from sgld.server.urls import origin
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -72,6 +73,8 @@ class Keys:
     """All keys of this server; none means that no request needs one."""
 
     known: tuple[Key, ...] = ()
+    hosts: tuple[str, ...] | None = ("localhost",)
+    """Without keys: names that requests may call this server by, beside loopback addresses; None: any."""
 
     def identify(self, key: str) -> Identity | None:
         """Whose key it is. Takes the same time for every key of one length: all are compared, by their digests."""
@@ -90,11 +93,13 @@ OWNER = web.RequestKey("owner", str)
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Set `request[IDENTITY]` and `request[OWNER]`, except on open routes. Raises `Unauthorized`."""
+    """Set `request[IDENTITY]` and `request[OWNER]`, except on open routes. Raises `Unauthorized`, `Forbidden`."""
     resource = request.match_info.route.resource
     if resource is not None and resource.canonical in OPEN_ROUTES:
         return await handler(request)
     keys = request.app[KEYS]
+    if not keys.known:
+        _refuse_foreign(request, keys.hosts)
     identity = _identify(request, keys) if keys.known else NOBODY
     request[IDENTITY], request[OWNER] = identity, identity.name
     return await handler(request)
@@ -111,6 +116,48 @@ def _identify(request: web.Request, keys: Keys) -> Identity:
     if identity is None:
         raise Unauthorized("Authorization: this API key is not known here")
     return identity
+
+
+def _refuse_foreign(request: web.Request, hosts: tuple[str, ...] | None) -> None:
+    """Keep out what pages of other sites make a browser send: where no key is needed, nothing else does.
+
+    A page cannot forge these headers. `Host` shows DNS rebinding, where the page's own name leads here.
+    Raises `Forbidden`.
+    """
+    instead = "; call it from a page of this server, or give it an API key"
+    site = request.headers.get("Sec-Fetch-Site")
+    if site == "cross-site":
+        raise Forbidden(f"Sec-Fetch-Site: cross-site: pages of other sites may not use this server{instead}")
+    source = request.headers.get(hdrs.ORIGIN)
+    if source is not None and site != "same-origin" and _host(source) != origin(request).host.lower():
+        raise Forbidden(f"Origin: {shown(source)}: pages of other sites may not use this server{instead}")
+    if hosts is None:
+        return
+    for host in request.headers.getall(hdrs.HOST, []):
+        if not _names_this_machine(_host(f"//{host}"), hosts):
+            raise Forbidden(
+                f"Host: {shown(host)}: this server has no API key and answers only to {', '.join(hosts)} and loopback "
+                "addresses; call it by one of these, or give it --api-key or --allow-unauthenticated"
+            )
+
+
+def _host(url: str) -> str | None:
+    """The host of a URL in lower case; None where it has none, as `null`, the origin of a page without one."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _names_this_machine(host: str | None, names: tuple[str, ...]) -> bool:
+    if host is None:
+        return False
+    if host in names or host.endswith(".localhost"):
+        return True
+    try:
+        return _address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def require_admin(request: web.Request) -> None:
@@ -169,7 +216,11 @@ def load_keys(settings: Settings) -> Keys:
         known.append(_single(settings.api_key))
     if settings.api_key_file is not None:
         known += _read_file(settings.api_key_file, known)
-    return Keys(tuple(known))
+    return Keys(tuple(known), None if settings.allow_unauthenticated else _names(settings.host))
+
+
+def _names(host: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("localhost", host.lower())))
 
 
 def _single(key: str) -> Key:
@@ -287,7 +338,7 @@ def _entries(path: str) -> Iterator[dict[str, str]]:
 def _parse(path: str) -> Any:
     """The file's YAML; the parser's own words are left out of the error, for they quote the file."""
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with user_path(path, "api_key_file").open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read()
     except OSError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -14,7 +15,7 @@ from aiohttp import web
 
 from sgld import config
 from sgld.convert import fields_of, structure
-from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
+from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 from sgld.params import SamplingParams
 from sgld.server.schema import OPENAI_QUALITIES
 
@@ -28,6 +29,7 @@ LOCAL_FILES = {
 }
 _EXTRAS = ("extra_body", "extra_json", "extra_params")
 _OPENAI_FORMATS = {"jpg": "jpeg"}
+_MADE_OF = {"height": "size", "width": "size", "num_frames": "seconds"}
 
 
 @attrs.frozen
@@ -66,6 +68,21 @@ async def read_body(request: web.Request, fields: type, *, empty: bool = False) 
     else:
         values, files = await _read_json(request, empty), []
     return Body(_merge_extras(values), files)
+
+
+def read_query(request: web.Request, cls: type[T]) -> T:
+    """The query as `cls`.
+
+    Raises:
+        UnknownField: a parameter that `cls` does not have, with the nearest one.
+        BadRequest: one of the wrong type or range, or given twice.
+    """
+    fields, values = fields_of(cls), dict[str, Any]()
+    for name, text in request.query.items():
+        if name in values:
+            raise BadRequest(f"{name}: given several times; give it once", name)
+        values[name] = config.from_text(text, fields[name].type) if name in fields else text
+    return structure(values, cls)
 
 
 async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
@@ -181,6 +198,30 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     fields = structure(api, cls)
     sampling |= _size(api.get("size"), sampling)
     return fields, *_quality(sampling, fields)
+
+
+@contextmanager
+def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of a sampling field name the one of the body that it was read from: `n`, `size`, `seconds`."""
+    try:
+        yield
+    except SgldError as error:
+        field, sent = error.param, _sent_as(error.param, values)
+        if field is None or sent is None:
+            raise
+        rest = error.message.removeprefix(f"{field}: ")
+        if sent == _MADE_OF.get(field):
+            rest = f"{values[sent]!r}: {field} {rest}"
+        raise type(error)(f"{sent}: {rest}", sent) from None
+
+
+def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
+    """Another field of the body that a sampling field was read from."""
+    if field is None or values.get(field) is not None:
+        return None
+    aliases = [name for name in values if config.ALIASES.get(name) == field]
+    made_of = _MADE_OF.get(field)
+    return aliases[0] if aliases else made_of if made_of is not None and values.get(made_of) is not None else None
 
 
 def _respell(api: dict[str, Any]) -> None:

@@ -7,11 +7,14 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from sgld.errors import NotReady, QueueFull, SgldError, Unauthorized
+from sgld.errors import NotReady, OutputError, QueueFull, SgldError, Unauthorized, WorkerDied
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 RETRY_AFTER_S = 5
+CLIENT_GONE = 499
+INTERNAL = "internal error; the server's log has the reason"
+RETRY = "x-should-retry"  # what OpenAI's client goes by, whatever the status
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
@@ -26,10 +29,16 @@ def error_of(error: SgldError) -> dict[str, object]:
 
 
 def error_response(error: SgldError) -> web.Response:
-    """One error with its status; `Retry-After` where it will pass by itself."""
+    """One error with its status; `Retry-After` where it will pass by itself.
+
+    Clients repeat every status from 500 on, and so generate three times, unless they are told what a repeat is worth.
+    """
     headers = {}
     if isinstance(error, NotReady | QueueFull):
         headers["Retry-After"] = str(error.retry_after if isinstance(error, QueueFull) else RETRY_AFTER_S)
+        headers[RETRY] = "true"
+    elif error.status >= 500 and not isinstance(error, WorkerDied):
+        headers[RETRY] = "false"
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(error_of(error), status=error.status, headers=headers)
@@ -40,15 +49,30 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """Typed errors become their status; aiohttp's own become the same JSON; the rest is a logged 500."""
     try:
         return await handler(request)
+    except OutputError as error:
+        log.error("%s %s failed: %s", request.method, request.path, error)
+        return error_response(_without_path(error))
     except SgldError as error:
         return error_response(error)
     except web.HTTPException as refused:
         if refused.status < 400:
             raise
         return _refusal(refused, request)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, ConnectionError | TimeoutError) and _has_gone(request):
+            return web.Response(status=CLIENT_GONE)  # which nobody reads
         log.exception("%s %s failed", request.method, request.path)
-        return error_response(SgldError("internal error; the server's log has the reason"))
+        return error_response(SgldError(INTERNAL))
+
+
+def _without_path(error: OutputError) -> OutputError:
+    """Errors of folders that the operator has set name them, and their setting; no client needs to know."""
+    return error if error.param is None else OutputError("it cannot be stored; the server's log has the reason")
+
+
+def _has_gone(request: web.Request) -> bool:
+    """Whether the client's connection is closed, so that nothing can be answered."""
+    return request.transport is None or request.transport.is_closing()
 
 
 def _refusal(refused: web.HTTPException, request: web.Request) -> web.Response:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 from typing import Any
 
 import anyio.to_thread
 from aiohttp import web
-from aiohttp_sse import sse_response
+from aiohttp_sse import EventSourceResponse, sse_response
 
 from sgld import media
-from sgld.errors import BadRequest, NotFound
+from sgld.errors import BadRequest, NotFound, SgldError
 from sgld.server import pictures
 from sgld.server.auth import IDENTITY
-from sgld.server.body import read_body, require_prompt, split
+from sgld.server.body import as_sent, read_body, read_query, require_prompt, split
 from sgld.server.describe import FILE_STATUSES, MAKING_ERRORS, Described
-from sgld.server.errors import error_of
+from sgld.server.errors import INTERNAL, error_of
+from sgld.server.files import send_file
 from sgld.server.jobs import Artifact, Job
 from sgld.server.schema import (
     CompletedImage,
@@ -35,6 +37,7 @@ from sgld.server.schema import (
 from sgld.server.state import SERVICE, Service
 from sgld.server.urls import absolute
 
+log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
 KEEP_ALIVE_S = 10.0
 PICTURE_FIELDS = ("image", "url", "mask")
@@ -103,15 +106,15 @@ async def vary(request: web.Request) -> web.StreamResponse:
     id="id of the answer to an image request",
     media=("image/png", "image/jpeg", "image/webp"),
     query=PictureQuery,
-    errors=(404,),
+    errors=(400, 404, 412, 416, 500),
     other=FILE_STATUSES,
 )
 async def content(request: web.Request) -> web.StreamResponse:
     """The file of one output; `variant` is its number."""
     service = request.app[SERVICE]
     job = service.jobs.get("image", request.match_info["id"], request[IDENTITY])
-    artifact = artifact_of(job, request.query.get("variant", "0"))
-    return web.FileResponse(service.jobs.outputs.root / artifact.name, headers={"Content-Type": artifact.media_type})
+    artifact = artifact_of(job, read_query(request, PictureQuery).variant)
+    return await send_file(request, service.jobs.outputs.root / artifact.name, artifact.media_type)
 
 
 def artifact_of(job: Job, variant: str) -> Artifact:
@@ -140,15 +143,16 @@ async def _make(
     _check(fields, sampling)
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
     async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
-        params, more = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
-        media.check_encodable(
-            fields.output_format,
-            num_frames=1,
-            height=params.height,
-            width=params.width,
-            fps=params.fps,
-            metadata=media.describe(params, service.model_id),
-        )
+        with as_sent(content.values):
+            params, more = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
+            media.check_encodable(
+                fields.output_format,
+                num_frames=1,
+                height=params.height,
+                width=params.width,
+                fps=params.fps,
+                metadata=media.describe(params, service.model_id),
+            )
         job = await service.new_job(
             request,
             "image",
@@ -215,7 +219,23 @@ def usage(job: Job) -> Usage:
 
 
 async def _stream(request: web.Request, job: Job, fields: ImageFields, event: str) -> web.StreamResponse:
-    """Previews and pictures as OpenAI's client reads them; `[DONE]` ends the stream."""
+    """Previews and pictures as OpenAI's client reads them; an error is an event, and `[DONE]` ends the stream."""
+    async with sse_response(request, ping_interval=KEEP_ALIVE_S, allow_all_methods=True, sep="\n") as stream:
+        try:
+            await _tell(request.app[SERVICE], stream, job, fields, event)
+        except SgldError as error:
+            await stream.send(json.dumps(error_of(error)), event="error")
+        except (ConnectionError, TimeoutError):  # the client has gone, or reads nothing
+            raise
+        except Exception:
+            log.exception("the stream of %s failed", job.id)
+            await stream.send(json.dumps(error_of(SgldError(INTERNAL))), event="error")
+        await stream.send("[DONE]")
+    return stream
+
+
+async def _tell(service: Service, stream: EventSourceResponse, job: Job, fields: ImageFields, event: str) -> None:
+    """Send what happens to a job until its end. Raises its error."""
     common = {
         "background": "opaque",
         "created_at": int(job.created_at),
@@ -223,22 +243,18 @@ async def _stream(request: web.Request, job: Job, fields: ImageFields, event: st
         "quality": "high",
         "size": f"{job.params.width}x{job.params.height}",
     }
-    async with sse_response(request, ping_interval=KEEP_ALIVE_S, allow_all_methods=True, sep="\n") as stream:
 
-        async def send(name: str, **own: Any) -> None:
-            data = {"type": f"{event}.{name}", **common, **own}
-            await stream.send(await anyio.to_thread.run_sync(json.dumps, data), event=f"{event}.{name}")
+    async def send(name: str, **own: Any) -> None:
+        data = {"type": f"{event}.{name}", **common, **own}
+        await stream.send(await anyio.to_thread.run_sync(json.dumps, data), event=f"{event}.{name}")
 
-        async for told in job.follow():
-            if told.name == "preview":
-                shown = {"partial_image_index": told.data["index"], "output_index": told.data["output"]}
-                await send("partial_image", b64_json=told.data["b64_json"], **shown)
-        if job.error is not None:
-            await stream.send(json.dumps(error_of(job.error)), event="error")
-        else:
-            for index in range(len(job.artifacts)):
-                picture = await _base64(request.app[SERVICE], job, index)
-                last = {"usage": body(usage(job)), "id": job.id, "seed": job.seeds[index], "output_index": index}
-                await send("completed", b64_json=picture, warnings=job.notes, **last)
-        await stream.send("[DONE]")
-    return stream
+    async for told in job.follow():
+        if told.name == "preview":
+            shown = {"partial_image_index": told.data["index"], "output_index": told.data["output"]}
+            await send("partial_image", b64_json=told.data["b64_json"], **shown)
+    if job.error is not None:
+        raise job.error
+    for index in range(len(job.artifacts)):
+        picture = await _base64(service, job, index)
+        last = {"usage": body(usage(job)), "id": job.id, "seed": job.seeds[index], "output_index": index}
+        await send("completed", b64_json=picture, warnings=job.notes, **last)

@@ -13,12 +13,12 @@ from prometheus_client.exposition import choose_encoder
 
 from sgld.messages import Timings
 from sgld.server.describe import Described
+from sgld.server.errors import CLIENT_GONE
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KINDS = ("image", "video")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED, OTHER_METHOD = "unmatched", "other"
-CLIENT_GONE = 499
 REQUEST_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEP_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 STAGE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
@@ -53,10 +53,6 @@ class Metrics:
         self._step_seconds = Histogram(
             "sgld_step_seconds", "Seconds of a denoising step; steps per second are rate(_count) / rate(_sum).",
             buckets=STEP_BUCKETS_S, registry=registry,
-        )  # fmt: skip
-        self._upload_seconds = Histogram(
-            "sgld_upload_seconds", "Seconds of an upload of a result to object storage.", ("storage",),
-            buckets=STAGE_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self._peak_memory = Gauge(
             "sgld_worker_peak_memory_bytes", "Peak memory of worker 0, as its last output told.", registry=registry
@@ -94,10 +90,6 @@ class Metrics:
     def stage(self, name: str, seconds: float) -> None:
         """A stage that the loop measures itself, such as save."""
         self._stage_seconds.labels(name).observe(seconds)
-
-    def uploaded(self, storage: str, seconds: float) -> None:
-        """One result went to `storage`, such as s3."""
-        self._upload_seconds.labels(storage).observe(seconds)
 
     def requested(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method, status).inc()

@@ -299,9 +299,9 @@ class _Writer:
         return {"schema": {"$ref": f"#/components/schemas/{name}"}, **example}
 
     def _responses(self, described: Described, is_open: bool) -> Schema:
-        statuses = set(described.errors) | ({401} if self.secured and not is_open else set())
-        if not self.secured:
-            statuses -= {403}  # without keys everybody may do everything
+        statuses = set(described.errors)
+        if not is_open:
+            statuses.add(401 if self.secured else 403)  # 403: to the pages of other sites
         responses = {"200": {"description": "OK", "content": self._answer(described)}}
         responses |= {str(status): {"description": text} for status, text in described.other.items()}
         if described.unready is not None:

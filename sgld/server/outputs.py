@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import attrs
+import av
 from PIL import Image
 
 from sgld import media
-from sgld.errors import NotFound
+from sgld.errors import NotFound, OutputError
 from sgld.messages import Media
 from sgld.params import SamplingParams
 from sgld.server.jobs import Artifact
@@ -21,6 +24,8 @@ from sgld.storage.local import LocalStorage
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDE = 480
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 5, 4, 256
+_DECODERS = anyio.CapacityLimiter(2)
+_DAMAGED = (av.FFmpegError, LookupError, ValueError)  # LookupError: no video in it
 
 
 @attrs.frozen
@@ -31,8 +36,12 @@ class Outputs:
     model: str
 
     async def save(self, params: SamplingParams, result: Media, name: str, format: str) -> Artifact:
-        """Encode one output into `name`, whole or not at all. Raises OutputError."""
-        return await anyio.to_thread.run_sync(self._save, params, result, name, format)
+        """Encode one output into `name`, whole or not at all. Raises OutputError, whose reason is in the log."""
+        try:
+            return await anyio.to_thread.run_sync(self._save, params, result, name, format)
+        except OutputError as error:
+            log.error("a result is lost: %s", error)
+            raise OutputError("the result cannot be stored; the server's log has the reason") from None
 
     def _save(self, params: SamplingParams, result: Media, name: str, format: str) -> Artifact:
         storage = LocalStorage(self.root)
@@ -82,33 +91,47 @@ class Outputs:
                 log.error("cannot remove %s: %s", self.root / name, error.strerror)
 
     async def thumbnail(self, artifact: Artifact) -> bytes:
-        """The first frame as webp, at most 480 pixels a side."""
-        return await anyio.to_thread.run_sync(self._picture, artifact, False)
+        """The first frame of a video as webp, at most 480 pixels a side. Raises NotFound, OutputError."""
+        return await anyio.to_thread.run_sync(self._picture, artifact, 1, THUMBNAIL_SIDE, limiter=_DECODERS)
 
     async def spritesheet(self, artifact: Artifact) -> bytes:
-        """Up to 20 frames, evenly spread and in reading order, as one webp."""
-        return await anyio.to_thread.run_sync(self._picture, artifact, True)
+        """Up to 20 frames, evenly spread and in reading order, as one webp. Raises NotFound, OutputError."""
+        count = min(artifact.frames, SHEET_COLUMNS * SHEET_ROWS)
+        return await anyio.to_thread.run_sync(self._picture, artifact, count, SHEET_SIDE, limiter=_DECODERS)
 
-    def _picture(self, artifact: Artifact, sheet: bool) -> bytes:
+    def _picture(self, artifact: Artifact, count: int, side: int) -> bytes:
+        """So many frames as tiles of one picture."""
         path = self.root / artifact.name
-        if not path.is_file():
-            raise NotFound(f"{artifact.name}: the file has been removed", "id")
-        frames, _ = media.decode(path)
-        if not sheet:
-            picture = Image.fromarray(frames[0])
-            picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            return _webp(picture)
-        count = min(len(frames), SHEET_COLUMNS * SHEET_ROWS)
-        chosen = [frames[i * (len(frames) - 1) // max(1, count - 1)] for i in range(count)]
-        tiles = [Image.fromarray(frame) for frame in chosen]
-        for tile in tiles:
-            tile.thumbnail((SHEET_SIDE, SHEET_SIDE))
+        wanted = [i * (artifact.frames - 1) // max(1, count - 1) for i in range(count)]
+        try:
+            tiles = list(_tiles(path, wanted, side))
+        except FileNotFoundError:
+            raise NotFound(f"{artifact.name}: the file has been removed", "id") from None
+        except _DAMAGED as error:
+            log.error("cannot read %s: %s", path, error)
+            raise OutputError(f"{artifact.name}: the file is damaged; the server's log has the reason") from None
         width, height = tiles[0].size
         rows = -(-count // SHEET_COLUMNS)
         whole = Image.new("RGB", (width * min(count, SHEET_COLUMNS), height * rows))
         for i, tile in enumerate(tiles):
             whole.paste(tile, (i % SHEET_COLUMNS * width, i // SHEET_COLUMNS * height))
         return _webp(whole)
+
+
+def _tiles(path: Path, wanted: list[int], side: int) -> Iterator[Image.Image]:
+    """These frames of a video, made small; one at a time is held, and none is decoded behind the last of them.
+
+    Raises ValueError where the video has fewer.
+    """
+    with av.open(str(path.absolute())) as container:
+        for number, frame in enumerate(container.decode(container.streams.video[0])):
+            if number in wanted:
+                tile = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                tile.thumbnail((side, side))
+                yield tile
+            if number == wanted[-1]:
+                return
+    raise ValueError(f"frame {wanted[-1]} is missing")
 
 
 def _webp(picture: Image.Image) -> bytes:

@@ -10,7 +10,7 @@ import anyio.to_thread
 import attrs
 from aiohttp import web
 
-from sgld.config import Settings
+from sgld.config import Settings, user_path
 from sgld.convert import default_of, fields_of
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotFound, NotReady
@@ -50,7 +50,7 @@ class Service:
     @property
     def uploads(self) -> Path:
         """The folder of pictures that requests brought."""
-        return Path(self.settings.input_save_path).expanduser()
+        return user_path(self.settings.input_save_path, "input_save_path")
 
     def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> tuple[SamplingParams, list[str]]:
         """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads.
@@ -59,6 +59,19 @@ class Service:
         """
         params, notes = resolve(given, self.loaded(), base=self.sampling, picture=picture)
         return attrs.evolve(params, seed=params.seeds()), notes
+
+    def again(self, before: Job, prompt: str) -> tuple[SamplingParams, list[str]]:
+        """A job's values, seeds included, with another prompt, fitted to the model as it stands now.
+
+        Raises BadRequest for a job of another model, and what `resolve` raises.
+        """
+        info = self.loaded()
+        if before.model != self.model_id:
+            raise BadRequest(
+                f"id: {before.id!r} was made by {before.model!r}, and this server runs {self.model_id!r}", "id"
+            )
+        kept = {name: value for name, value in attrs.asdict(before.params).items() if name not in info.unsupported}
+        return resolve({**kept, "prompt": prompt}, info)
 
     def loaded(self) -> ModelInfo:
         """The model's description. Raises NotReady while it loads."""

@@ -9,14 +9,13 @@ import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 import attrs
 
 from sgld import media
-from sgld.config import Settings
+from sgld.config import Settings, user_path
 from sgld.engine.engine import Engine
 from sgld.errors import (
     BadRequest,
@@ -86,7 +85,7 @@ class JobStore:
         self.draining = False
         self._engine = engine
         self._settings = settings
-        self._uploads = Path(settings.input_save_path).expanduser()
+        self._uploads = user_path(settings.input_save_path, "input_save_path")
         self._metrics = metrics
         self._webhooks = webhooks
         self._journal: Journal | None = None

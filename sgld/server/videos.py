@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import anyio
 import attrs
 from aiohttp import web
 from aiohttp_sse import sse_response
 
 from sgld import media
-from sgld.config import from_text
 from sgld.convert import knob, structure
 from sgld.errors import BadRequest, NotFound
 from sgld.params import SamplingParams
 from sgld.server import pictures, uploads
 from sgld.server.auth import IDENTITY
-from sgld.server.body import read_body, require_prompt, split
+from sgld.server.body import as_sent, read_body, read_query, require_prompt, split
 from sgld.server.describe import FILE_STATUSES, MAKING_ERRORS, Described
+from sgld.server.files import send_file
 from sgld.server.images import KEEP_ALIVE_S, artifact_of
 from sgld.server.jobs import Job, event_text
 from sgld.server.schema import (
@@ -81,8 +80,10 @@ async def create(request: web.Request) -> web.Response:
     service.check_model(fields.model)
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
     async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
-        params, more = service.params({**sampling, **_length(fields, sampling, service), **kept.sampling}, kept.size)
-        _check_file(params, service)
+        asked = {**sampling, **_length(fields, sampling, service), **kept.sampling}
+        with as_sent(content.values):
+            params, more = service.params(asked, kept.size)
+            _check_file(params, service)
         own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more, "inputs": kept.names}
         params = await service.adapted(params)
         job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
@@ -107,12 +108,12 @@ async def remix(request: web.Request) -> web.Response:
     content = await read_body(request, Remix)
     wanted = structure(content.values, Remix)
     require_prompt({"prompt": wanted.prompt})
-    service.loaded()
-    params = attrs.evolve(before.params, prompt=wanted.prompt)
+    params, notes = service.again(before, wanted.prompt)
     _check_file(params, service)
     fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
     params, names = await pictures.copy(params, service.uploads)  # the other job may be deleted before this one
     own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id, "inputs": names}
+    own["notes"] = notes
     try:
         job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
     except BaseException:
@@ -125,7 +126,7 @@ async def remix(request: web.Request) -> web.Response:
 @Described(answer=VideoList, query=Page, errors=(400,))
 async def list_jobs(request: web.Request) -> web.Response:
     """A page of jobs, the newest first unless asked otherwise."""
-    page = _page(request)
+    page = read_query(request, Page)
     store = request.app[SERVICE].jobs
     try:
         after = store.get("video", page.after, request[IDENTITY]) if page.after is not None else None
@@ -193,30 +194,22 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/v1/videos/{id}/content")
-@Described(id=ID, media=("video/mp4", "image/webp"), query=VideoQuery, errors=(404,), other=FILE_STATUSES)
+@Described(
+    id=ID, media=("video/mp4", "image/webp"), query=VideoQuery, errors=(400, 404, 412, 416, 500), other=FILE_STATUSES
+)
 async def content(request: web.Request) -> web.StreamResponse:
     """The file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
     job, store = _find(request), request.app[SERVICE].jobs
-    variant = request.query.get("variant", "video")
+    variant = read_query(request, VideoQuery).variant
     artifact = artifact_of(job, "0" if variant in ("video", "thumbnail", "spritesheet") else variant)
     if variant in ("thumbnail", "spritesheet"):
         make = store.outputs.thumbnail if variant == "thumbnail" else store.outputs.spritesheet
         return web.Response(body=await make(artifact), content_type="image/webp")
-    path = store.outputs.root / artifact.name
-    if not await anyio.Path(path).is_file():
-        raise NotFound(f"video {job.id!r}: its file has been removed", "id")
-    return web.FileResponse(path, headers={"Content-Type": artifact.media_type})
+    return await send_file(request, store.outputs.root / artifact.name, artifact.media_type)
 
 
 def _find(request: web.Request) -> Job:
     return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY])
-
-
-def _page(request: web.Request) -> Page:
-    values: dict[str, Any] = dict(request.query)
-    if "limit" in values:
-        values["limit"] = from_text(values["limit"], int)
-    return structure(values, Page)
 
 
 def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> dict[str, int]:

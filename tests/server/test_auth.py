@@ -103,7 +103,7 @@ def test_the_single_key_is_an_admin_beside_those_of_the_file(tmp_path: Path) -> 
     keys = keys_of(tmp_path, FILE, api_key=OTHER)
     assert keys.identify(OTHER) == Identity("default", admin=True)
     assert keys.identify(USER) == Identity("studio", admin=False)
-    assert load_keys(Settings()) == NO_KEYS
+    assert load_keys(Settings()).known == ()
 
 
 def test_numbers_and_null_are_texts(tmp_path: Path) -> None:
@@ -247,6 +247,80 @@ async def test_without_keys_everybody_is_the_admin_of_nobody(aiohttp_client: Con
         answer = await client.get("/who", headers=headers)
         assert (answer.status, await answer.json()) == (200, ["", True])
     assert (await client.post("/v1/set_lora")).status == 200
+
+
+FOREIGN: list[dict[str, str]] = [
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "cross-site", "Origin": "{own}"},
+    {"Origin": "https://evil.example"},
+    {"Origin": "https://evil.example", "Sec-Fetch-Site": "same-site"},
+    {"Origin": "https://127.0.0.1.evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://[::1"},
+    {"Host": "evil.example"},
+    {"Host": "evil.example:80", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"},
+    {"Host": "192.0.2.1"},
+    {"Host": "localhost.evil.example"},
+    {"Host": "evil.example", "X-Forwarded-Host": "127.0.0.1"},
+]
+OWN: list[dict[str, str]] = [
+    {"User-Agent": "curl/8"},
+    {"Authorization": f"Bearer {USER}", "User-Agent": "OpenAI/Python 3.54.0"},
+    {"Sec-Fetch-Site": "same-origin", "Origin": "{own}"},
+    {"Sec-Fetch-Site": "none"},
+    {"Origin": "{own}"},
+    {"Host": "localhost:30000", "Origin": "http://localhost:30000"},
+    {"Host": "LOCALHOST"},
+    {"Host": "api.localhost:1"},
+    {"Host": "127.8.9.10:30000"},
+    {"Host": "[::1]:30000"},
+    {"Host": "[::ffff:127.0.0.1]"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+async def test_pages_of_other_sites_are_kept_out(aiohttp_client: Connect, headers: dict[str, str]) -> None:
+    client = await aiohttp_client(application(NO_KEYS))
+    own = str(client.make_url("")).rstrip("/")
+    headers = {name: text.replace("{own}", own) for name, text in headers.items()}
+    for call in (client.get("/who", headers=headers), client.post("/v1/set_lora", headers=headers)):
+        answer = await call
+        body = await answer.json()
+        assert (answer.status, body["error"]["code"]) == (403, "forbidden")
+        assert body["detail"].partition(":")[0] in headers
+    for path in auth.OPEN_ROUTES:
+        assert (await client.get(path, headers=headers)).status == 200
+
+
+@pytest.mark.parametrize("headers", OWN, ids=str)
+async def test_own_pages_and_programs_are_let_in(aiohttp_client: Connect, headers: dict[str, str]) -> None:
+    client = await aiohttp_client(application(NO_KEYS))
+    own = str(client.make_url("")).rstrip("/")
+    headers = {name: text.replace("{own}", own) for name, text in headers.items()}
+    assert (await client.post("/v1/set_lora", headers=headers)).status == 200
+
+
+async def test_a_keyless_server_behind_a_proxy(aiohttp_client: Connect) -> None:
+    """With --allow-unauthenticated any name will do, but a page must come from the name that was called."""
+    client = await aiohttp_client(application(load_keys(Settings(allow_unauthenticated=True))))
+    proxied = {"Host": "internal:30000", "X-Forwarded-Host": "pictures.example", "X-Forwarded-Proto": "https"}
+    for origin, status in (("https://pictures.example", 200), ("https://evil.example", 403)):
+        assert (await client.get("/who", headers={**proxied, "Origin": origin})).status == status
+    assert (await client.get("/who", headers=proxied)).status == 200
+    assert (await client.get("/who", headers={**proxied, "Sec-Fetch-Site": "cross-site"})).status == 403
+
+
+async def test_a_key_is_all_that_a_page_of_another_site_needs(aiohttp_client: Connect, keys: Keys) -> None:
+    client = await aiohttp_client(application(keys))
+    headers = {**bearer(USER), "Host": "a.example", "Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}
+    assert (await client.get("/who", headers=headers)).status == 200
+
+
+async def test_the_name_that_the_operator_chose_is_one_of_this_machine(aiohttp_client: Connect) -> None:
+    """As many systems do, which give the machine's own name the address 127.0.1.1."""
+    client = await aiohttp_client(application(load_keys(Settings(host="Workstation"))))
+    for host, status in (("workstation:30000", 200), ("another:30000", 403)):
+        assert (await client.get("/who", headers={"Host": host})).status == status
 
 
 def test_a_key_sees_its_own_jobs_and_an_admin_all() -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from tests.server.test_server import Server, picture
 
 OLD = "2.8.1"
+UNREACHABLE = "after connection broken by"  # pip's words when it gets no connection to the index
 PROMPT = "a red circle on a blue background"
 STREAMED_STEPS, LONG = 24, 60
 MARGIN_DB = 1.0  # by which each preview is nearer to the final picture than the one before; measured: 1.6 at least
@@ -162,7 +163,7 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     assert "did you mean num_frames?" in unknown.value.message
     with pytest.raises(openai.BadRequestError) as streamed:
         client.images.generate(prompt=PROMPT, stream=True, size="50x50")  # type: ignore[call-overload]
-    assert streamed.value.param in ("height", "width")
+    assert streamed.value.param == "size"
     with pytest.raises(openai.NotFoundError) as missing:
         client.videos.retrieve("video_none")
     assert missing.value.code == "not_found"
@@ -204,8 +205,9 @@ def test_an_old_client(tmp_path: Path) -> None:
     folder = tmp_path / "client"
     install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), f"openai=={OLD}"]
     installed = subprocess.run(install, capture_output=True, text=True, timeout=240)
-    if installed.returncode != 0:
-        pytest.skip(f"no openai {OLD} to be had: {installed.stderr[-200:]}")
+    if UNREACHABLE in installed.stderr:
+        pytest.skip(f"no package index can be reached: {installed.stderr[-200:]}")
+    assert installed.returncode == 0, installed.stderr
     version = [sys.executable, "-c", "import openai; print(openai.__version__)"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     asked = subprocess.run(version, env=environment, capture_output=True, text=True, check=True)

@@ -358,7 +358,7 @@ async def test_streamed_failures_reach_the_client(start: Start) -> None:
     assert '"code": "out_of_memory"' in text and text.endswith("data: [DONE]\n\n")
     body = {"prompt": "{}", "stream": True, "size": "15x15"}
     status, error = await client.call("POST", "/v1/images/generations", json=body)
-    assert (status, error["error"]["param"]) == (400, "height"), "before the first byte an error has its status"
+    assert (status, error["error"]["param"]) == (400, "size"), "before the first byte an error has its status"
 
 
 async def test_a_stream_whose_client_leaves_frees_the_workers(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from sgld.errors import QueueFull
 from sgld.messages import Timings
 from sgld.server.errors import answer_errors
+from sgld.server.files import send_file
 from sgld.server.metrics import METRICS, Metrics, count_requests, routes
 
 Client = TestClient[web.Request, web.Application]
@@ -22,7 +24,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[Client]:
+async def client(tmp_path: Path) -> AsyncIterator[Client]:
     """An application with a route of each fate; a client that goes away cancels its handler."""
 
     async def video(request: web.Request) -> web.Response:
@@ -40,10 +42,14 @@ async def client() -> AsyncIterator[Client]:
         await asyncio.Event().wait()
         return response
 
+    async def file(request: web.Request) -> web.StreamResponse:
+        return await send_file(request, tmp_path / request.match_info["name"], "video/mp4")
+
     app = web.Application(middlewares=[count_requests, answer_errors])
     app[METRICS] = Metrics()
     app.add_routes(routes)
     app.add_routes([web.get("/v1/videos/{id}", video), web.post("/v1/videos", full)])
+    app.add_routes([web.get("/files/{name}", file)])
     app.add_routes([web.get("/broken", broken), web.get("/endless", endless)])
     async with TestClient(TestServer(app)) as client:
         yield client
@@ -83,6 +89,40 @@ async def test_requests_are_counted_by_declared_route_method_and_status(client: 
     assert value(samples, f"{name}_count", route="/v1/videos/{id}", method="GET") == 3
     assert 0 < (value(samples, f"{name}_sum", route="/v1/videos/{id}", method="GET") or 0) < 5
     assert requests(await scrape(client))["/metrics", "GET", "200"] == 1, "a scrape counts itself afterwards"
+
+
+async def test_files_are_counted_by_what_was_sent(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(bytes(range(100)) * 10_000)
+    whole = await client.get("/files/a.mp4")
+    assert len(await whole.read()) == 1_000_000
+    conditions = {
+        206: {"Range": "bytes=5-9"},
+        304: {"If-None-Match": whole.headers["ETag"]},
+        412: {"If-Match": '"another"'},
+        416: {"Range": "bytes=1000000-"},
+    }
+    for status, headers in conditions.items():
+        assert (await client.get("/files/a.mp4", headers=headers)).status == status
+    assert (await client.get("/files/b.mp4")).status == 404
+    head = await client.head("/files/a.mp4")
+    assert (head.status, head.headers["Content-Length"]) == (200, "1000000")
+    counted = requests(await scrape(client))
+    assert counted == {("/files/{name}", "GET", str(status)): 1 for status in (200, *conditions, 404)} | {
+        ("/files/{name}", "HEAD", "200"): 1
+    }
+
+
+async def test_a_file_whose_client_leaves(client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is neither a failure of the server nor answered twice."""
+    with (tmp_path / "long.mp4").open("wb") as long:
+        long.truncate(2**30)
+    answer = await client.get("/files/long.mp4")
+    await answer.content.read(10)
+    answer.close()
+    async with asyncio.timeout(10):
+        while ("/files/{name}", "GET", "499") not in requests(await scrape(client)):
+            await asyncio.sleep(0.01)
+    assert caplog.text == ""
 
 
 async def test_no_client_invents_a_label(client: Client) -> None:
@@ -149,13 +189,6 @@ async def test_live_values_are_read_at_every_scrape(client: Client) -> None:
         samples = await scrape(client)
         assert value(samples, "sgld_queue_depth") == 0 and value(samples, "sgld_jobs_running") == 1
         assert value(samples, "sgld_worker_restarts_total") == 2
-
-
-async def test_uploads_are_shown_once_there_are_any(client: Client) -> None:
-    assert client.app is not None
-    assert value(await scrape(client), "sgld_upload_seconds_count", storage="s3") is None
-    client.app[METRICS].uploaded("s3", 0.2)
-    assert value(await scrape(client), "sgld_upload_seconds_count", storage="s3") == 1
 
 
 async def test_memory_and_descriptors_of_this_process(client: Client) -> None:

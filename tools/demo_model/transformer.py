@@ -24,6 +24,10 @@ TEXT_RATE = 0.15 * RATE
 WARM_UP = 100
 CONSTANT = 0.4
 """The part of the steps before the cosine sets in."""
+POLISH_RATE = 0.35
+"""The rate's factor where the last steps, the polish, begin; a cosine follows."""
+HARD_SHAPE, HARD_SHARE = "star", 0.6
+"""What is hardest to draw, and the part of the twins of the polish that have one."""
 NO_CAPTION = 0.1
 MAX_WORDS = 22
 SHIFT = 3.0
@@ -133,14 +137,27 @@ def draw_sigma(count: int) -> Tensor:
     return (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp(1e-3, 1)
 
 
-def flow_loss(model: Model, bank: dict[str, tuple[list[Scene], Tensor]], bucket: Bucket, rng: random.Random) -> Tensor:
+Bank = dict[str, tuple[list[Scene], Tensor]]
+"""Scenes, twin beside twin, and latents of `clips` and `images`."""
+
+
+def draw_pairs(scenes: Sequence[Scene], count: int, rng: random.Random, hard_share: float) -> list[int]:
+    """Numbers of pairs of twins, some of them drawn from those with the hardest shape alone."""
+    hard = [i for i in range(len(scenes) // 2) if HARD_SHAPE in (scenes[2 * i].shape, scenes[2 * i + 1].shape)]
+    return [
+        rng.choice(hard) if hard_share and rng.random() < hard_share else rng.randrange(len(scenes) // 2)
+        for _ in range(count)
+    ]
+
+
+def flow_loss(model: Model, bank: Bank, bucket: Bucket, rng: random.Random, hard_share: float = 0.0) -> Tensor:
     """The flow-matching loss on one batch of a bucket, with captions said anew.
 
     Twins, which differ in nothing but the shape, share their noise and their time: what is left of the loss between
     them is the shape's doing, and so the gradient says more of it than over twice as many strangers.
     """
     scenes, latents = bank["images" if bucket.frames is None else "clips"]
-    pairs = [rng.randrange(len(scenes) // 2) for _ in range(bucket.batch // 2)]
+    pairs = draw_pairs(scenes, bucket.batch // 2, rng, hard_share)
     rows = [2 * pair + twin for pair in pairs for twin in (0, 1)]
     data = latents[rows, :, : bucket.frames].float()
     captions: list[str] = []
@@ -167,7 +184,7 @@ LIES: dict[str, Callable[[Scene], Scene]] = {
 
 
 @torch.no_grad()
-def probe(model: Model, bank: dict[str, tuple[list[Scene], Tensor]], sigma: float = 0.9) -> str:
+def probe(model: Model, bank: Bank, sigma: float = 0.9) -> str:
     """The loss with right captions, and how much a lie about colours, shape or motion adds to it."""
     rng, generator = random.Random(5), torch.Generator().manual_seed(1)
     scenes, latents = bank["clips"]
@@ -197,8 +214,10 @@ def new_optimizers(model: Model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate_at(step: int, steps: int) -> float:
-    """The learning rate's factor: a warm-up, a plateau, a cosine."""
+def rate_at(step: int, steps: int, polish: int) -> float:
+    """The learning rate's factor: a warm-up, a plateau, a cosine; then a smaller warm-up and cosine."""
+    if step >= steps:
+        return POLISH_RATE * min(1, (step - steps + 1) / WARM_UP) * cosine((step - steps) / polish)
     part = (step / steps - CONSTANT) / (1 - CONSTANT)
     return min(1, (step + 1) / WARM_UP) * (cosine(part) if part > 0 else 1.0)
 
@@ -222,20 +241,21 @@ class Average(nn.Module):
             parameter.copy_(value)
 
 
-def train_transformer(run: Run, steps: int) -> None:
-    """Trains for `steps` steps, resuming where a checkpoint lies."""
+def train_transformer(run: Run, steps: int, polish: int) -> None:
+    """Trains for `steps` steps and `polish` more, resuming where a checkpoint lies."""
     model, bank = new_model(run), load_bank(run.workdir)
     parameters, optimizers = model.parameters(), new_optimizers(model)
     rates, average = [RATE, RATE, TEXT_RATE], Average(parameters)
     parts = {"flow": model.flow, "text": model.text, "average": average}
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     step, began, losses = run.resume("transformer", **parts), time.monotonic(), []
-    while step < steps:
+    while step < steps + polish:
         for optimizer, rate in zip(optimizers, rates, strict=True):
-            set_rate(optimizer, rate * rate_at(step, steps))
+            set_rate(optimizer, rate * rate_at(step, steps, polish))
             optimizer.zero_grad()
         bucket = run.shared_rng("transformer", step).choices(BUCKETS, [b.share for b in BUCKETS])[0]
-        loss = flow_loss(model, bank, bucket, run.own_rng("transformer", step))
+        hard_share = HARD_SHARE if step >= steps else 0.0
+        loss = flow_loss(model, bank, bucket, run.own_rng("transformer", step), hard_share)
         torch.autograd.backward(loss)
         run.average(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -244,9 +264,9 @@ def train_transformer(run: Run, steps: int) -> None:
         average.update(parameters, step)
         step += 1
         losses.append(loss.item())
-        if step % 100 == 0 or step == steps:
+        if step % 100 == 0 or step == steps + polish:
             gaps = probe(model, bank) if step % 300 == 0 and not run.rank else ""
             minutes = (time.monotonic() - began) / 60
             run.log(f"transformer {step} loss {sum(losses[-100:]) / 100:.4f} {gaps} {minutes:.1f} min")
-        if step % 250 == 0 or step == steps:
+        if step % 250 == 0 or step in (steps, steps + polish):
             run.save("transformer", step, **parts)

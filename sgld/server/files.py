@@ -1,0 +1,65 @@
+"""A result's file as an answer: ranges and conditions as HTTP has them, refusals as our JSON."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+
+from sgld.errors import NotFound, OutputError
+from sgld.server.errors import error_body
+
+log = logging.getLogger(__name__)
+
+
+class _Refused(Exception):
+    """Another status than that of a file, before anything of the answer has left."""
+
+
+class _File(web.FileResponse):
+    """Can be prepared by the handler, and raises `_Refused` in place of an answer without a body."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None if self.prepared else await super().prepare(request)
+
+    def set_status(self, status: int, reason: str | None = None) -> None:
+        if status >= 400:
+            raise _Refused(status)
+        super().set_status(status, reason)
+
+
+async def send_file(request: web.Request, path: Path, media_type: str) -> web.StreamResponse:
+    """Send a file, within the handler, so that its status and its time are those of the request.
+
+    Raises:
+        NotFound: the file has gone.
+        OutputError: it cannot be read.
+    """
+    answer = _File(path, headers={hdrs.CONTENT_TYPE: media_type})
+    try:
+        await answer.prepare(request)
+    except _Refused as refused:
+        return _refusal(request, refused.args[0], answer, path)
+    except OSError:
+        if request.transport is not None:
+            request.transport.abort()  # nothing can follow half a file
+        raise
+    return answer
+
+
+def _refusal(request: web.Request, status: int, file: _File, path: Path) -> web.Response:
+    if status == web.HTTPNotFound.status_code:
+        raise NotFound(f"{path.name}: the file has been removed", "id")
+    if status == web.HTTPForbidden.status_code:
+        log.error("cannot read %s", path)
+        raise OutputError(f"{path.name}: the file cannot be read; the server's log has the reason")
+    headers = {}
+    if status == web.HTTPRequestRangeNotSatisfiable.status_code:
+        headers[hdrs.CONTENT_RANGE] = held = file.headers[hdrs.CONTENT_RANGE]
+        asked, size = request.headers[hdrs.RANGE], held.rpartition("/")[2]
+        error = error_body(status, "range_not_satisfiable", f"Range: {asked!r}: the file has {size} bytes", hdrs.RANGE)
+    else:
+        error = error_body(status, "precondition_failed", "the file is not the one that the request's condition names")
+    return web.json_response(error, status=status, headers=headers)
