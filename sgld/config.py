@@ -13,7 +13,7 @@ import attrs
 
 from sgld.convert import fields_of, knob, knob_of, shown, structure
 from sgld.errors import BadRequest, nearest
-from sgld.params import SamplingParams
+from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, MAX_LORAS, SamplingParams
 
 DEMO_MODEL = "sgld/demo"
 MODEL, PARALLEL, PRECISION, ATTENTION, MEMORY, LORA, SERVER, STORAGE, LOGGING = (
@@ -203,10 +203,20 @@ class Settings:
     vae_sp: bool = knob(False, "decode on all workers", group=MEMORY, pending="parallel decode")
     vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
 
-    lora_path: list[str] | None = knob(None, "LoRA adapter", group=LORA, pending="LoRA")
-    lora_nickname: list[str] | None = knob(None, "its name", group=LORA, pending="LoRA")
-    lora_scale: list[float] | None = knob(None, "its strength", group=LORA, pending="LoRA")
-    lora_target: list[str] | None = knob(None, "what it changes", group=LORA, pending="LoRA")
+    lora_path: list[str] | None = knob(
+        None, "LoRA adapters that hold from the start: file, folder, Hugging Face id, or id:file", group=LORA
+    )
+    lora_nickname: list[str] | None = knob(
+        None, "name of each adapter", group=LORA, shown_default="default, default_2 and so on"
+    )
+    lora_scale: list[float] | None = knob(
+        None, "strength of all adapters, or of each", group=LORA, shown_default="1", min=-MAX_LORA_STRENGTH,
+        max=MAX_LORA_STRENGTH,
+    )  # fmt: skip
+    lora_target: list[str] | None = knob(
+        None, "part of the model that all adapters change, or that each does", group=LORA, shown_default="all",
+        choices=LORA_TARGETS,
+    )  # fmt: skip
 
     host: str = knob("127.0.0.1", "address to listen on", group=SERVER, serve_only=True)
     port: int = knob(30010, "port to listen on; 0 takes any free one", group=SERVER, serve_only=True, min=0, max=65535)
@@ -381,6 +391,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     settings = structure(section(values, Settings), Settings)
     _check_degrees(settings)
     _check_tiles(settings)
+    _check_loras(settings)
     unknown = [name for name in settings.component_paths if name not in COMPONENTS]
     if unknown:
         raise BadRequest(
@@ -400,6 +411,30 @@ def _check_tiles(settings: Settings) -> None:
         if getattr(vae, f"tile_sample_{name}") is not None and not (settings.vae_tiling or vae.use_tiling):
             path = f"vae_config.tile_sample_{name}"
             raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
+
+
+def _check_loras(settings: Settings) -> None:
+    """A name for each adapter, all unlike; strengths and targets for all at once, or for each."""
+    paths, names = settings.lora_path or [], settings.lora_nickname
+    if len(paths) > MAX_LORAS:
+        raise BadRequest(f"lora_path: {len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", "lora_path")
+    if "" in paths:
+        raise BadRequest("lora_path: it is empty; name a file, a folder or a Hugging Face id", "lora_path")
+    for name in ("lora_nickname", "lora_scale", "lora_target"):
+        given = getattr(settings, name)
+        if given is None:
+            continue
+        if not paths:
+            raise BadRequest(f"{name}: it has no effect without lora_path", name)
+        allowed = {len(paths)} if name == "lora_nickname" else {1, len(paths)}
+        if len(given) not in allowed:
+            raise BadRequest(
+                f"{name}: {len(given)} given for {len(paths)} in lora_path; allowed: "
+                f"{' or '.join(map(str, sorted(allowed)))}",
+                name,
+            )
+    if names is not None and ("" in names or len(set(names)) < len(names)):
+        raise BadRequest(f"lora_nickname: {shown(names)}: each adapter needs a name of its own", "lora_nickname")
 
 
 def _check_degrees(settings: Settings) -> None:

@@ -27,7 +27,7 @@ from sgld import __version__
 from sgld.config import Settings
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Frames
-from sgld.params import DEBUG, SamplingParams
+from sgld.params import DEBUG, LoraUse, SamplingParams
 
 VIDEO, IMAGE, RAW = "video", "image", "raw"
 
@@ -64,7 +64,7 @@ _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.F
 _GIF_SAMPLE = 1 << 18  # pixels that choose a gif's palette
 _SETTINGS = (
     "revision", "component_paths", "precision", "dit_precision", "vae_precision", "text_encoder_precisions",
-    "vae_tiling",
+    "vae_tiling", "lora_nickname", "lora_scale", "lora_target",
 )  # fmt: skip
 _TILES = ("use_tiling", *(f"tile_sample_{what}_{side}" for what in ("min", "stride") for side in ("height", "width")))
 _DAMAGED = (av.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
@@ -98,14 +98,22 @@ def describe(params: SamplingParams, model: str, settings: Settings | None = Non
     kept = {name: value for name, value in values if not (knobs[name].pending or knobs[name].group == DEBUG)}
     kept["image_path"] = [Path(path).name for path in params.image_path] if params.image_path else None
     kept["mask_path"] = Path(params.mask_path).name if params.mask_path else None
+    kept["loras"] = [_adapter(lora) for lora in params.loras] or None
     made_by = _telling(settings) if settings else {}
     return {"sgld": __version__, "model": model, **made_by, **{name: v for name, v in kept.items() if v is not None}}
+
+
+def _adapter(lora: LoraUse) -> dict[str, Any]:
+    """What tells of an adapter: its name, not where it lies."""
+    name = lora.nickname or Path(lora.path or "").name
+    return {"nickname": name, "strength": lora.strength, "target": lora.target}
 
 
 def _telling(settings: Settings) -> dict[str, Any]:
     """The settings that change pixels, but for those that stand at their defaults, which are all empty."""
     tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name))}
-    values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles}
+    adapters = [Path(path).name for path in settings.lora_path or []]
+    values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
     return {name: value for name, value in values.items() if value}
 
 

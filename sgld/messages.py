@@ -11,16 +11,17 @@ import os
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
 from sgld.config import Settings
-from sgld.params import SamplingParams
+from sgld.params import LoraUse, SamplingParams
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
+MergeMode = Literal["auto", "merge", "dynamic"]
 
 
 @attrs.frozen
@@ -63,7 +64,65 @@ class Stop:
     """Leave the loop and exit."""
 
 
-Command = Load | Generate
+@attrs.frozen
+class SetLora:
+    """Let these adapters hold from now on, in every component that they are for, in place of those that held there.
+
+    Their paths are files or folders of this machine.
+    """
+
+    loras: tuple[LoraUse, ...]
+    merge_mode: MergeMode = "auto"
+
+
+@attrs.frozen
+class MergeLora:
+    """Let the adapters that were last set for `target` hold again, each with this strength."""
+
+    target: str = "all"
+    strength: float = 1.0
+
+
+@attrs.frozen
+class UnmergeLora:
+    """Take the adapters of `target` away; they are still known to `MergeLora`."""
+
+    target: str = "all"
+
+
+@attrs.frozen
+class ListLoras:
+    """Tell what holds."""
+
+
+LoraCommand = SetLora | MergeLora | UnmergeLora | ListLoras
+Command = Load | Generate | LoraCommand
+
+
+@attrs.frozen
+class LoraPart:
+    """The adapters that were last set for one component, which is their target."""
+
+    loras: tuple[LoraUse, ...]
+    merge_mode: MergeMode  # as it was asked for
+    applied: MergeMode | None  # merge or dynamic; None: they were taken away
+    skipped: int = 0  # keys that fit no layer
+
+
+@attrs.frozen
+class LoraState:
+    """What holds for requests without adapters of their own; the answer to every LoRA command."""
+
+    parts: dict[str, LoraPart] = attrs.field(factory=dict)  # by component
+
+    def commands(self) -> list[Command]:
+        """What brings ranks that have just loaded the model to this state."""
+        found: list[Command] = []
+        for component, part in self.parts.items():
+            found.append(SetLora(part.loras, part.merge_mode))
+            if part.applied is None:
+                found.append(UnmergeLora(component))
+        return found
 
 
 @attrs.frozen

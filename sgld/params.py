@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -21,6 +21,26 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = 32768
 MAX_SIDE = 16384
 STRENGTH = 0.8
+LORA_TARGETS = ("all", "transformer", "transformer_2")
+MAX_LORAS, MAX_LORA_STRENGTH = 16, 100
+
+
+@attrs.frozen
+class LoraUse:
+    """A LoRA adapter, by a name that was given before, or by where it lies."""
+
+    nickname: str | None = knob(None, "name of an adapter that was loaded before, or a name for the one at `path`")
+    path: str | None = knob(None, "file, folder, Hugging Face id, or id:file")
+    strength: float = knob(
+        1.0, "weight of what it adds; 0 is without it", min=-MAX_LORA_STRENGTH, max=MAX_LORA_STRENGTH
+    )
+    target: str = knob("all", "part of the model that it changes", choices=LORA_TARGETS)
+    alpha: float | None = knob(None, "for layers that bring no alpha of their own", above=0)
+    strict: bool = knob(True, "refuse an adapter of which some keys do not fit; false leaves those out")
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.nickname or self.path):
+            raise BadRequest("nickname: it names no adapter; give a nickname or a path", "nickname")
 
 
 @attrs.frozen
@@ -111,6 +131,7 @@ class SamplingParams:
         pending="drawing noise elsewhere",
         built=("cpu",),
     )
+    loras: list[LoraUse] = knob([], "LoRA adapters for this output, in place of those that are set", group=SAMPLING)
     diffusers_kwargs: dict[str, Any] | None = knob(
         None, "extra arguments of a diffusers pipeline", group=SAMPLING, pending="the diffusers backend"
     )
@@ -262,6 +283,7 @@ class ModelInfo:
     max_tokens: int | None = None  # of a prompt, at most; None: as many as max_sequence_length takes
     memory: Memory | None = None
     max_pictures: int = 0  # of `image_path`
+    lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
         """Bytes that one output takes at its peak, by the field to lower when they are too many."""
@@ -278,6 +300,23 @@ class ModelInfo:
             "num_frames" if params.num_frames > 1 else "height": m.base + max(denoise, decode),
             "max_sequence_length": m.base + m.text_pair * min(params.max_sequence_length, longest + 1) ** 2,
         }
+
+
+def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str) -> None:
+    """Raise `NotBuilt` or `BadRequest` for adapters that this model cannot take, before any of them is sought."""
+    if loras and not info.lora_targets:
+        raise NotBuilt(f"{param}: this model takes no LoRA adapters", param)
+    if len(loras) > MAX_LORAS:
+        raise BadRequest(f"{param}: {len(loras)} adapters are too many; at most {MAX_LORAS} are allowed", param)
+    for lora in loras:
+        check_lora_target(lora.target, info, f"{param}.target" if param == "loras" else "target")
+
+
+def check_lora_target(target: str, info: ModelInfo, param: str = "target") -> None:
+    """Raise `BadRequest` for a part that this model has not."""
+    allowed = ("all", *info.lora_targets)
+    if target not in allowed:
+        raise BadRequest(f"{param}: {target!r}: this model has only {', '.join(allowed)}", param)
 
 
 def resolve(
@@ -305,6 +344,7 @@ def resolve(
     params = structure({**info.defaults, **asked}, SamplingParams)
     refuse_unbuilt(params)
     params.seeds()
+    check_loras(params.loras, info, "loras")
     params = _with_picture(params, own, info)
     notes: list[str] = []
     if picture is not None and not {"height", "width"} & own.keys():

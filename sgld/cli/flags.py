@@ -265,6 +265,8 @@ def _value(name: str, text: Any, flag: str) -> Any:
     kinds = [field.type, *typing.get_args(field.type)]
     if type_name(field.type) == MAP or any(typing.get_origin(kind) is dict for kind in kinds):
         return _map(text, flag, numbers=typing.get_args(field.type) != (str, str))
+    if isinstance(text, list) and attrs.has(_item(kinds)):
+        return [_map(word, flag, numbers=True) for word in text]
     if isinstance(text, list):
         words = [config.from_text(word, _item(kinds)) for word in text]
         return words[0] if len(words) == 1 and name in ("seed", "prompt") else words

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -15,12 +15,24 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from sgld.config import Settings
+from sgld.engine.adapters import AdapterNames, at_start
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Emit, WorkerGroup
 from sgld.engine.hub import resolve_model
-from sgld.errors import SgldError, WorkerDied
-from sgld.messages import Event, Generate, Media
-from sgld.params import ModelInfo, SamplingParams
+from sgld.errors import NotReady, SgldError, WorkerDied
+from sgld.messages import (
+    Event,
+    Generate,
+    ListLoras,
+    LoraCommand,
+    LoraState,
+    Media,
+    MergeLora,
+    MergeMode,
+    SetLora,
+    UnmergeLora,
+)
+from sgld.params import LoraUse, ModelInfo, SamplingParams, check_lora_target, check_loras
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -37,11 +49,14 @@ class Engine:
     def __init__(self, settings: Settings, group: WorkerGroup | None = None):
         self.settings = settings
         self.state = "new"
+        self.info: ModelInfo | None = None
+        self.adapters = AdapterNames()
         self.group = group or WorkerGroup(settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout)
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
         self._reviving: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
+        self._steady = asyncio.Lock()
 
     async def __aenter__(self) -> Engine:
         return self
@@ -52,12 +67,18 @@ class Engine:
         await self.stop()
 
     async def load(self, emit: Emit) -> ModelInfo:
-        """Resolve the model to a folder (a download runs in a thread), start the workers and load it."""
+        """Resolve the model and its adapters (downloads run in a thread), start the workers and load them."""
         self.state = "loading"
         command = await anyio.to_thread.run_sync(resolve_model, self.settings)
-        info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+        loras = at_start(self.settings)
+        found = await self.adapters.resolve(loras, "lora_path", local=True)
+        self.info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+        if loras:
+            check_loras(loras, self.info, "lora_path")
+            await self._in_executor(self.group.run, SetLora(tuple(found)))
+            self.adapters.give(loras, found)
         self._become_ready()
-        return info
+        return self.info
 
     async def generate(self, job_id: str, params: SamplingParams, emit: Emit, previews: int = 0) -> Media:
         """Make one output. Jobs run in the order of their calls, one at a time.
@@ -79,9 +100,62 @@ class Engine:
             except asyncio.CancelledError:
                 token.set()
                 raise
-        if self.state in ("restarting", "failed"):  # the group is back, whoever got it there
-            self._become_ready()
+        self._note_return()
         return media
+
+    async def set_lora(self, loras: Sequence[LoraUse], merge_mode: MergeMode = "auto") -> LoraState:
+        """Let these adapters hold from now on, in the parts of the model that they are for, and know them by name.
+
+        Files are sought and downloaded at once; the change waits for its turn among the generations.
+
+        Raises:
+            BadRequest: an adapter that is not there, or does not fit; nothing has changed then.
+        """
+        check_loras(loras, self._loaded(), "lora_path")
+        found = await self.adapters.resolve(loras, "lora_path", local=True)
+        return await self._adapt(SetLora(tuple(found), merge_mode), lambda: self.adapters.give(loras, found))
+
+    async def merge_lora(self, target: str = "all", strength: float = 1.0) -> LoraState:
+        """Let the adapters that were last set hold again, with this strength. Raises BadRequest if there are none."""
+        check_lora_target(target, self._loaded())
+        return await self._adapt(MergeLora(target, strength))
+
+    async def unmerge_lora(self, target: str = "all") -> LoraState:
+        """Take all adapters of `target` away: every weight is what it was."""
+        check_lora_target(target, self._loaded())
+        return await self._adapt(UnmergeLora(target))
+
+    async def list_loras(self) -> LoraState:
+        """What the workers say that holds; `group.loras` is the same without waiting for a turn."""
+        return await self._adapt(ListLoras())
+
+    def steady(self) -> asyncio.Lock:
+        """While this is held, no adapters are set or taken away: all outputs of a job are made alike."""
+        return self._steady
+
+    async def _adapt(self, command: LoraCommand, then: Callable[[], None] = lambda: None) -> LoraState:
+        """Carry it out to its end, even if the caller is cancelled meanwhile; `then` follows a success."""
+
+        def on_end(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                then()
+
+        async with self._steady, self._turn:
+            future = self._submit(self.group.run, command)
+            future.add_done_callback(on_end)
+            state: LoraState = await asyncio.shield(future)
+        self._note_return()
+        return state
+
+    def _loaded(self) -> ModelInfo:
+        if self.info is None:
+            raise NotReady("the model is not loaded yet; try again soon")
+        return self.info
+
+    def _note_return(self) -> None:
+        """The group is back after a death, whoever got it there."""
+        if self.state in ("restarting", "failed"):
+            self._become_ready()
 
     async def stop(self) -> None:
         """Let the running job end, stop the workers, and free the thread; once."""

@@ -36,6 +36,7 @@ from sgld.messages import (
     Failed,
     Generate,
     Load,
+    LoraState,
     Progress,
     Seat,
     SharedFrames,
@@ -94,7 +95,8 @@ class WorkerGroup:
         self._ranks: list[_Rank] = []
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
         self._load: Load | None = None
-        self._loaded = False  # whether the present ranks hold the model
+        self._loaded = False  # whether the present ranks hold the model, and its adapters
+        self.loras = LoraState()
         self._closed = False
 
     @property
@@ -108,7 +110,8 @@ class WorkerGroup:
         return [rank.process.pid or 0 for rank in self._ranks]
 
     def load(self, command: Load, emit: Emit = _ignore) -> ModelInfo:
-        """Load a model; a restarted group loads it again."""
+        """Load a model, without adapters; a restarted group loads it again."""
+        self.loras = LoraState()
         info: ModelInfo = self._call(command, emit, None)
         self._load, self._loaded = command, True
         return info
@@ -124,17 +127,23 @@ class WorkerGroup:
         self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
-        return self._call(command, emit, token)
+        value = self._call(command, emit, token)
+        if isinstance(value, LoraState):
+            self.loras = value
+        return value
 
     def revive(self) -> None:
-        """Replace the group when a rank has died, and load the model again."""
+        """Replace the group when a rank has died, and load the model and its adapters again."""
         dead = self._ranks and wait(self.sentinels, 0)
         if dead:
             log.warning("%s; restarting the workers", self._first_death())
             self.restarts += 1
             self.kill()
         if self._load is not None and not self._loaded:
-            self.load(self._load)
+            self._call(self._load, _ignore, None)
+            for command in self.loras.commands():
+                self._call(command, _ignore, None)
+            self._loaded = True
 
     def close(self) -> None:
         """Start no ranks any more; safe to call from any thread."""

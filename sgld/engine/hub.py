@@ -45,10 +45,11 @@ def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[st
         raise ModelError(f"{param}: {reference!r} is a file; a folder or a Hugging Face id is needed", param)
     if not _HUB_ID.fullmatch(reference) or ".." in reference:
         raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id (owner/name)", param)
-    return _snapshot(reference, revision, param, wanted)
+    return download(reference, revision, param, wanted)
 
 
-def _snapshot(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]]) -> Path:
+def download(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]]) -> Path:
+    """A snapshot of `owner/repository`, or the folder inside it that is named; `ModelError` as `resolve` says."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

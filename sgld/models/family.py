@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 from torch import Generator, Tensor
 
+from sgld.nn.lora import LoraLayers
 from sgld.params import ModelInfo, SamplingParams
 
 
@@ -27,6 +29,7 @@ class Family(ABC):
 
     info: ModelInfo
     scheduler: dict[str, Any]  # scheduler_config.json
+    lora: Mapping[str, LoraLayers] = MappingProxyType({})  # by component
 
     @abstractmethod
     def encode(self, params: SamplingParams) -> tuple[Conditioning, list[str]]:

@@ -27,6 +27,8 @@ from sgld.models.vae_encoder import VaeEncoder, has_encoder
 from sgld.nn import attention
 from sgld.nn.attention import Attention
 from sgld.nn.blocks import Embedder, FeedForward, gelu_tanh, sinusoid
+from sgld.nn.lora import LoraLayers
+from sgld.nn.lora_formats import Renames
 from sgld.nn.norm import LayerNorm32
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d, rotate
@@ -205,6 +207,7 @@ class WanTransformer(nn.Module):
 
 TEXT_TOKENS = 512  # the pipeline pads text to max_sequence_length with zeros, and nothing masks them
 TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
+LORA_KEEP_BYTES = 2**30  # of merged weights, for each transformer
 BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
 
 BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
@@ -217,6 +220,31 @@ WAN21_LARGE = BASE | {
 WAN22_A14B = BASE | {
     "width": 1280, "height": 720, "num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0,
 }  # fmt: skip
+
+
+WAN_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors'
+    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1$", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])$", r".\1"),
+    (r"\.to_out\.0$", ".o"),
+    (r"\.add_([kv])_proj$", r".\1_img"),
+    (r"\.norm_added_([kq])$", r".norm_\1_img"),
+    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
+    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"),
+    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out$", "head.head"),
+)
 
 
 @attrs.frozen(eq=False)
@@ -274,6 +302,11 @@ class Wan(Family):
         high: WanTransformer = loaded(make(folders["transformer"]))
         low: WanTransformer | None = loaded(make(folders["transformer_2"])) if "transformer_2" in names else None
         self._experts = Experts(high, low)
+        self.lora = {
+            name: LoraLayers(expert, WAN_ORIGINAL, name, LORA_KEEP_BYTES)
+            for name, expert in zip(("transformer", "transformer_2"), (high, low), strict=True)
+            if expert is not None
+        }
         self._vae: Vae = loaded(Vae(folders["vae"], s, vae, device))
         self._takes_pictures = s.vae_config.load_encoder and has_encoder(folders["vae"])
         self._load_encoder = partial(VaeEncoder, folders["vae"], s, vae, device)
@@ -370,6 +403,7 @@ class Wan(Family):
             components=components,
             max_pictures=int(self._takes_pictures),
             unsupported=lacks,
+            lora_targets=tuple(self.lora),
             tasks=TEXT_TASKS + (PICTURE_TASKS if self._takes_pictures else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),

@@ -23,30 +23,6 @@ from sgld.nn.weights import read_json
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape
 Renames = Sequence[tuple[str, str]]  # (pattern in our layer name, replacement), applied in order
 
-WAN_ORIGINAL: Renames = (  # from diffusers' names to the authors'
-    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
-    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
-    (r"^condition_embedder\.time_proj$", "time_projection.1"),
-    (r"^condition_embedder\.image_embedder\.norm1$", "img_emb.proj.0"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
-    (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_([qkv])$", r".\1"),
-    (r"\.to_out\.0$", ".o"),
-    (r"\.add_([kv])_proj$", r".\1_img"),
-    (r"\.norm_added_([kq])$", r".norm_\1_img"),
-    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
-    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
-    (r"\.ffn\.net\.2$", ".ffn.2"),
-    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"^proj_out$", "head.head"),
-)
-
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:"
     r"(?P<pair>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_magnitude_vector)"

@@ -72,6 +72,16 @@ class Mesh:
         dist.broadcast(byte, src=0, group=self.control)
         return bool(byte.item())
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any rank is set, on every rank."""
+        if self.world == 1:
+            return flag
+        import torch.distributed as dist
+
+        byte = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(byte, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(byte.item())
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's equal part of `x` along `dim`."""
         return x if self.world == 1 else x.chunk(self.world, dim)[self.rank].contiguous()

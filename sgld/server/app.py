@@ -17,7 +17,7 @@ from sgld.config import Settings, user_path
 from sgld.engine.engine import Engine
 from sgld.messages import Event, Progress
 from sgld.params import resolve
-from sgld.server import images, info, metrics, openapi, videos, webhooks
+from sgld.server import images, info, lora, metrics, openapi, videos, webhooks
 from sgld.server.auth import KEYS, Keys, authenticate, load_keys
 from sgld.server.errors import answer_errors
 from sgld.server.fetch import Fetcher
@@ -53,7 +53,7 @@ def make_app(
     jobs = JobStore(engine, outputs, settings, app[METRICS], app[WEBHOOKS])
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
-    for module in (images, videos, webhooks, info, openapi):
+    for module in (images, videos, lora, webhooks, info, openapi):
         app.add_routes(module.routes)
     if settings.enable_metrics:
         app.add_routes(metrics.routes)

@@ -178,7 +178,7 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     api: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     own, shared = fields_of(cls), fields_of(SamplingParams)
-    for key, value in body.items():
+    for key, value in _adapters(body).items():
         name = config.ALIASES.get(key, key)
         if name in sampling:
             raise BadRequest(f"{key}: {name} is given too; give one of them", key)
@@ -237,6 +237,26 @@ def _check_fixed(key: str, value: Any) -> None:
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
         raise NotBuilt(f"{key}: {value!r} is not possible over HTTP, where it is always {fixed}", key)
+
+
+def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`lora`, one adapter, becomes `loras`; an adapter may be its nickname alone, and in a form it is JSON."""
+    values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
+    if len(given) > 1:
+        raise BadRequest("lora: loras is given too; give one of them", "lora")
+    for name in given:
+        value = _parsed(name, values.pop(name))
+        listed = value if isinstance(value, list) else [value]
+        if name == "loras" and value is not listed:
+            raise BadRequest(f"loras: {value!r} is not a list of adapters", "loras")
+        items = [_parsed(name, item) for item in listed]
+        values["loras"] = [{"nickname": item} if isinstance(item, str) else item for item in items]
+    values.pop("lora", None)
+    return values
+
+
+def _parsed(name: str, value: Any) -> Any:
+    return _json_text(name, value) if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") else value
 
 
 def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:

@@ -157,7 +157,7 @@ async def _make(
             request,
             "image",
             fields,
-            params,
+            await service.adapted(params),
             content,
             output_format=fields.output_format,
             previews=fields.partial_images if fields.stream else 0,

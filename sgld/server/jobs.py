@@ -14,7 +14,7 @@ import attrs
 
 from sgld.errors import SgldError, from_code
 from sgld.messages import Progress
-from sgld.params import SamplingParams
+from sgld.params import LoraUse, SamplingParams
 from sgld.storage.local import indexed
 
 ENDED = ("completed", "failed", "deleted")
@@ -194,7 +194,8 @@ class Job:
                     "output_path",
                 )
         with attrs.validators.disabled():  # they were valid when they were written
-            params = SamplingParams(**record["params"])
+            loras = [LoraUse(**lora) for lora in record["params"].get("loras", [])]
+            params = SamplingParams(**{**record["params"], "loras": loras})
         own = {
             "params": params,
             "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from sgld import __version__
 from sgld.convert import Knob, default_of, fields_of, knob_of, plain
-from sgld.params import MAX_PROMPT_CHARACTERS, ModelInfo, SamplingParams
+from sgld.params import MAX_LORAS, MAX_PROMPT_CHARACTERS, LoraUse, ModelInfo, SamplingParams
 from sgld.server.auth import KEYS, OPEN_ROUTES
 from sgld.server.body import LOCAL_FILES
 from sgld.server.describe import DESCRIBED, Described, Handler
@@ -65,6 +65,9 @@ def request_fields(cls: type, service: Service, *, form: bool = False) -> dict[s
         if name in refused:
             continue
         default = _default(field, cls, service)
+        if name == "loras":
+            found |= _adapter_fields(service, form)
+            continue
         options = [{**option, **_model_rules(name, service, option)} for option in _options(field)]
         own = _form_fields(name, options) if form else {name: _nullable(_union(options))}
         for spelling, schema in own.items():
@@ -75,6 +78,25 @@ def request_fields(cls: type, service: Service, *, form: bool = False) -> dict[s
             same = {spelling.replace(name, alias): schema for spelling, schema in own.items()}
             found |= {spelling: {"description": f"the same as {name}", **schema} for spelling, schema in same.items()}
     return found
+
+
+def _adapter_fields(service: Service, form: bool) -> dict[str, Schema]:
+    """`loras` and `lora`: adapters by nickname, or as objects; a form brings objects as JSON text."""
+    whole = {"type": "object", "properties": request_fields(LoraUse, service), "additionalProperties": False}
+    text = {"type": "string", "minLength": 1, "description": "nickname"}
+    one = {"anyOf": [text] if form else [text, whole]}
+    help = knob_of(fields_of(SamplingParams)["loras"]).help
+    several = {"type": "array", "items": one, "maxItems": MAX_LORAS}
+    if form:
+        several = {**several, "items": text}
+        return {
+            "lora": {**text, "description": "the same as loras, for one"},
+            "loras[]": {"description": help, **several},
+        }
+    return {
+        "lora": {"description": "the same as loras, for one", "anyOf": [*one["anyOf"], {"type": "null"}]},
+        "loras": {"description": help, **_nullable(several)},
+    }
 
 
 def refused_fields(cls: type, info: ModelInfo | None) -> dict[str, str]:
@@ -206,6 +228,9 @@ def _nullable(schema: Schema) -> Schema:
 
 def _required(schema: Schema) -> Schema:
     """The schema of a field that must be there, and not be null or empty."""
+    if "anyOf" in schema:
+        options = [_required(option) for option in schema["anyOf"] if option["type"] != "null"]
+        return {**{key: value for key, value in schema.items() if key != "default"}, "anyOf": options}
     kind = next(kind for kind in (schema["type"], *schema["type"]) if kind in ("string", "array"))
     least = {"minLength": 1} if kind == "string" else {"minItems": 1}
     return {**{key: value for key, value in schema.items() if key != "default"}, "type": kind, **least}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import attrs
 
 from sgld.convert import knob
+from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH
 from sgld.server.queue import PRIORITIES
 
 SIZE_HELP = "WIDTHxHEIGHT; empty or auto is the model's own"
@@ -83,6 +84,40 @@ class VideoQuery:
     """The query of `GET /v1/videos/{id}/content`."""
 
     variant: str = knob("video", "video, thumbnail or spritesheet of the first output, or an output's number, from 0")
+
+
+@attrs.frozen
+class SetLoraFields:
+    """`POST /v1/set_lora`."""
+
+    lora_nickname: str | list[str] | None = knob(None, "name of the adapter, or names of several")
+    lora_path: str | list[str | None] | None = knob(
+        None, "file, folder, Hugging Face id or id:file; null for a name that was given before"
+    )
+    target: str | list[str] = knob("all", "part of the model that it changes", choices=LORA_TARGETS)
+    strength: float | list[float] = knob(
+        1.0, "weight of what it adds; 0 is without it", min=-MAX_LORA_STRENGTH, max=MAX_LORA_STRENGTH
+    )
+    merge_mode: str = knob(
+        "auto", "write it into the weights, or compute it beside them", choices=("auto", "merge", "dynamic")
+    )
+    lora_alpha: float | list[float | None] | None = knob(None, "for layers that bring no alpha of their own", above=0)
+    strict: bool = knob(True, "refuse an adapter of which some keys do not fit; false leaves those out")
+
+
+@attrs.frozen
+class MergeLoraFields:
+    """`POST /v1/merge_lora_weights`."""
+
+    target: str = knob("all", "part of the model", choices=LORA_TARGETS)
+    strength: float = knob(1.0, "of each adapter", min=-MAX_LORA_STRENGTH, max=MAX_LORA_STRENGTH)
+
+
+@attrs.frozen
+class UnmergeLoraFields:
+    """`POST /v1/unmerge_lora_weights`."""
+
+    target: str = knob("all", "part of the model", choices=LORA_TARGETS)
 
 
 # Answers
@@ -357,6 +392,43 @@ class Capabilities:
     fields: Annotated[dict[str, Any], Told("JSON Schema of each sampling field of a request")]
     unsupported: Annotated[dict[str, str], Told("fields that are refused, and why")]
     limits: Limits
+
+
+@attrs.frozen
+class LoraChanged:
+    """The adapters hold, or are gone."""
+
+    message: str
+    status: str = "ok"
+
+
+@attrs.frozen
+class LoadedLora:
+    """An adapter that has a name."""
+
+    nickname: str
+    path: Annotated[str, Told("as it was given")]
+
+
+@attrs.frozen
+class ActiveLora:
+    """An adapter that holds in one part of the model."""
+
+    nickname: str
+    nicknames: Annotated[list[str], Told("of all adapters that hold there")]
+    path: Annotated[str, Told("as it was given")]
+    merged: Annotated[bool, Told("whether it is written into the weights")]
+    mode: Annotated[str, Told("how it holds", ("merge", "dynamic"))]
+    strength: float
+    strengths: Annotated[list[float], Told("of all adapters that hold there")]
+
+
+@attrs.frozen
+class LoraList:
+    """Adapters with a name, and those that hold, by part of the model."""
+
+    loaded_adapters: list[LoadedLora]
+    active: dict[str, list[ActiveLora]]
 
 
 @attrs.frozen

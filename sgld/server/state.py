@@ -84,6 +84,13 @@ class Service:
         own = self.info.defaults if self.info is not None else {}
         return {**own, **self.sampling}.get(name, default_of(fields_of(SamplingParams)[name]))
 
+    async def adapted(self, params: SamplingParams) -> SamplingParams:
+        """With the files of its adapters: named ones, or downloaded now. Raises BadRequest; local paths are none."""
+        if not params.loras:
+            return params
+        found = await self.engine.adapters.resolve(params.loras, "loras", local=False)
+        return attrs.evolve(params, loras=found)
+
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not run."""
         if name not in (None, self.model_id, self.settings.model_path):

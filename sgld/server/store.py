@@ -317,7 +317,8 @@ class JobStore:
         with job_context(job.id):
             try:
                 await self._begin(job)
-                await self._generate(job, saves, previews)
+                async with self._engine.steady():  # all its outputs are made with the same adapters
+                    await self._generate(job, saves, previews)
             except asyncio.CancelledError:
                 self._labour(self._discard(job, saves))
                 raise

@@ -85,6 +85,7 @@ async def create(request: web.Request) -> web.Response:
             params, more = service.params(asked, kept.size)
             _check_file(params, service)
         own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more, "inputs": kept.names}
+        params = await service.adapted(params)
         job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
     return _answer(request, job)
 

@@ -23,14 +23,21 @@ from sgld.messages import (
     Event,
     Failed,
     Generate,
+    ListLoras,
     Load,
+    LoraCommand,
+    LoraState,
     Media,
+    MergeLora,
+    Note,
     Progress,
     Seat,
+    SetLora,
     SharedFrames,
     Stop,
     Terminal,
     Timings,
+    UnmergeLora,
     send,
 )
 from sgld.params import ModelInfo
@@ -70,6 +77,7 @@ class Worker:
         self._connection = connection
         self._load_family = load_family
         self._family: Any = None
+        self._adapters: Any = None
 
     def run(self) -> None:
         while (command := self._next()) is not None:
@@ -96,7 +104,9 @@ class Worker:
         try:
             if isinstance(command, Load):
                 return Done(self._load(command))
-            return Done(self._generate(command))
+            if isinstance(command, Generate):
+                return Done(self._generate(command))
+            return Done(self._adapt(command))
         except Stopped as stopped:
             return Cancelled(stopped.where)
         except Exception as error:  # the one place where a rank's fault becomes its answer
@@ -107,11 +117,12 @@ class Worker:
 
     def _load(self, command: Load) -> ModelInfo | None:
         from sgld.worker import solvers
+        from sgld.worker.adapters import Adapters
 
-        self._family = None
+        self._family = self._adapters = None
         family = self._load_family(command, self.mesh, self.platform, self._loading)
         solvers.check(family.scheduler)
-        self._family = family
+        self._family, self._adapters = family, Adapters(family.lora, self.mesh)
         return family.info if self.mesh.rank == 0 else None
 
     def _loading(self, step: int, total: int) -> None:
@@ -121,6 +132,8 @@ class Worker:
         from sgld.worker.hook import Hook
         from sgld.worker.sampler import sample
 
+        for warning in self._adapters.wear(command.params.loras):
+            self._emit(Note(command.job_id, warning))
         hook = Hook(command.job_id, self.mesh, self._connection, self.platform.synchronize)
         frames = sample(self._family, command.params, hook, command.previews)
         if self.mesh.rank != 0:
@@ -128,6 +141,19 @@ class Worker:
         timings = Timings(hook.stages_ms, hook.steps_ms, self.platform.peak_memory())
         assert isinstance(command.params.seed, int)
         return Media(SharedFrames.of(frames.numpy()), command.params.fps, command.params.seed, timings, hook.tokens)
+
+    def _adapt(self, command: LoraCommand) -> LoraState | None:
+        adapters = self._adapters
+        state: LoraState = adapters.state
+        if isinstance(command, SetLora):
+            state = adapters.set(command)
+        elif isinstance(command, MergeLora):
+            state = adapters.merge(command)
+        elif isinstance(command, UnmergeLora):
+            state = adapters.unmerge(command)
+        else:
+            assert isinstance(command, ListLoras)
+        return state if self.mesh.rank == 0 else None
 
     def _emit(self, event: Event) -> None:
         if self.mesh.rank == 0:

@@ -67,7 +67,6 @@ NOT_BUILT = "not built yet in this version of sgld"
         (["--vae-config", '{"use_parallel_decode": true}'], f"--vae-config.use_parallel_decode: {NOT_BUILT}"),
         (["--video-path", "a.mp4", "b.mp4"], f"--video-path: {NOT_BUILT} (video input); leave it out"),
         (["--generator-device", "cuda"], f"--generator-device: 'cuda' is {NOT_BUILT}"),
-        (["--lora-path", "x"], f"--lora-path: {NOT_BUILT} (LoRA); leave it out"),
         (["--enable-frame-interpolation", "--frame-interpolation-exp", "1"],
          f"--enable-frame-interpolation: {NOT_BUILT}"),
         (["--transformer-weights-path", "x"], f"--transformer-weights-path: {NOT_BUILT}"),
@@ -334,3 +333,21 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         save(made, LocalStorage(tmp_path), output, made_of(output), parts)
     assert list(tmp_path.iterdir()) == []
     assert [part.parent for part in parts] == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--lora-scale", "1"], "--lora-scale: it has no effect without lora_path"),
+        (["--lora-path", "x", "y", "--lora-nickname", "one"], "--lora-nickname: 1 given for 2 in lora_path"),
+        (["--lora-path", "x", "y", "z", "--lora-scale", "1", "2"],
+         "--lora-scale: 2 given for 3 in lora_path; allowed: 1 or 3"),
+        (["--lora-path", "x", "y", "--lora-nickname", "a", "a"], "--lora-nickname: ['a', 'a']: each adapter needs"),
+        (["--lora-path", "x", "--lora-target", "vae"], "--lora-target: 'vae' is not one of all, transformer,"),
+        (["--lora-path", ""], "--lora-path: it is empty"),
+        (["--loras", "nickname=a,strenght=1"], "--loras.strenght: unknown key"),
+        (["--loras", "strength=1"], "--loras.nickname: it names no adapter"),
+    ],
+)  # fmt: skip
+def test_adapters_that_contradict(words: list[str], line: str) -> None:
+    assert refusal(*SEED, *words).startswith(line)

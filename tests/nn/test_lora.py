@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgld.errors import BadRequest, NotBuilt
-from sgld.models.wan import WanConfig, WanTransformer
+from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
 from sgld.nn.attention import sdpa
 from sgld.nn.lora import AdapterCache, LoraLayers, Mode, Use
-from sgld.nn.lora_formats import WAN_ORIGINAL, Adapter, read_adapter
+from sgld.nn.lora_formats import Adapter, read_adapter
 from sgld.nn.parallel import Mesh
 from tools.tiny import TRANSFORMER
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgld.errors import BadRequest, NotBuilt
-from sgld.models.wan import WanConfig, WanTransformer
+from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
 from sgld.nn.attention import sdpa
-from sgld.nn.lora_formats import WAN_ORIGINAL, Delta, Fitted, Renames, fit, read_adapter
+from sgld.nn.lora_formats import Delta, Fitted, Renames, fit, read_adapter
 from sgld.nn.parallel import Mesh
 from tools.tiny import TRANSFORMER
 

@@ -1,0 +1,146 @@
+"""LoRA adapters by name: references to files and folders, and the names that were given to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import anyio.to_thread
+import attrs
+
+from sgld.config import Settings, user_path
+from sgld.engine.hub import download
+from sgld.errors import BadRequest, ModelError, nearest
+from sgld.params import LoraUse
+
+T = TypeVar("T")
+_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:[:/](?P<file>[\w.-][\w./ -]*))?")
+_URL = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:blob|resolve|tree)/(?P<revision>[\w.-]+)(?:/(?P<file>[\w./ -]+))?)?/?(?:\?.*)?"
+)
+ADAPTER_FILES = {"allow_patterns": ["*.safetensors", "adapter_config.json"], "ignore_patterns": ["*/*"]}
+SUFFIX, PICKLES = ".safetensors", (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DEFAULT_NAME = "default"
+
+
+def resolve_adapter(reference: str, param: str = "lora_path", *, local: bool = True) -> Path:
+    """A file or folder: of this machine where `local`, or downloaded from Hugging Face unless the cache holds it.
+
+    Of the hub it takes `owner/name`, `owner/name:file`, `owner/name/file` and the address of a page. Blocks.
+
+    Raises:
+        BadRequest: none of these; or no such repository or file; or several files to choose from.
+    """
+    if local and reference and (path := user_path(reference, param)).exists():
+        return path.resolve()
+    found = _URL.fullmatch(reference) or _ID.fullmatch(reference)
+    if found is None or ".." in PurePosixPath(reference.replace(":", "/")).parts:
+        kinds = "it is neither a file or folder nor a" if local else "it is no"
+        raise BadRequest(f"{param}: {reference!r}: {kinds} Hugging Face id (owner/name or owner/name:file)", param)
+    parts = found.groupdict()
+    try:
+        return _download(parts["id"], parts["file"], parts.get("revision"), param)
+    except ModelError as error:
+        raise BadRequest(error.message, param) from None
+
+
+def _download(name: str, inside: str | None, revision: str | None, param: str) -> Path:
+    """A file or folder of the repository, or all of it."""
+    if inside is None:
+        _check_single(name, revision, param)
+        return download(name, revision, param, ADAPTER_FILES)
+    suffix = PurePosixPath(inside).suffix
+    if suffix in PICKLES:
+        raise BadRequest(f"{param}: {inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", param)
+    folder = inside if suffix != SUFFIX else str(PurePosixPath(inside).parent)
+    files = inside if suffix == SUFFIX else f"{folder}/*{SUFFIX}"
+    config = str(PurePosixPath(folder) / "adapter_config.json")
+    path = download(name, revision, param, {"allow_patterns": [files, config]}) / inside
+    if not path.exists():
+        raise BadRequest(f"{param}: {name!r} has no {inside!r}", param)
+    return path
+
+
+def _check_single(name: str, revision: str | None, param: str) -> None:
+    """Raise `BadRequest` for several adapters, before gigabytes are downloaded."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # the download that follows says what is wrong, or finds the repository in the cache
+        return
+    found = [file for file in files if file.endswith(SUFFIX) and "/" not in file]
+    if len(found) > 1:
+        shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        raise BadRequest(f"{param}: {name!r} holds {shown}; name one as {name}:{found[0]}", param)
+
+
+@attrs.frozen
+class Known:
+    """Where the adapter of a nickname lies."""
+
+    reference: str  # as it was given
+    path: Path
+
+
+class AdapterNames:
+    """The nicknames of adapters, kept on the loop. A reference is sought once; only `give` names anything."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Known] = {}
+        self._found: dict[tuple[str, bool], Path] = {}
+
+    async def resolve(self, loras: Sequence[LoraUse], param: str, *, local: bool) -> list[LoraUse]:
+        """The same, each with the path of its file or folder; `local`: paths of this machine are taken too.
+
+        Raises:
+            BadRequest: a nickname that nobody gave, or as `resolve_adapter` does.
+        """
+        return [await self._resolve(lora, param, local) for lora in loras]
+
+    async def _resolve(self, lora: LoraUse, param: str, local: bool) -> LoraUse:
+        if lora.path is not None:
+            path = await self._find(lora.path, param, local)
+            return attrs.evolve(lora, nickname=lora.nickname or lora.path, path=str(path))
+        assert lora.nickname is not None
+        if lora.nickname not in self.known:
+            names = ", ".join(sorted(self.known)) or "none"
+            hint = nearest(lora.nickname, self.known) or f"; known: {names}"
+            raise BadRequest(f"{param}: no adapter is called {lora.nickname!r}{hint}", param)
+        return attrs.evolve(lora, path=str(self.known[lora.nickname].path))
+
+    async def _find(self, reference: str, param: str, local: bool) -> Path:
+        path = self._found.get((reference, local))
+        if path is None or not await anyio.Path(path).exists():
+            find = partial(resolve_adapter, reference, param, local=local)
+            path = self._found[reference, local] = await anyio.to_thread.run_sync(find)
+        return path
+
+    def give(self, given: Sequence[LoraUse], resolved: Sequence[LoraUse]) -> None:
+        """From now on these nicknames stand for what they were found to be."""
+        for asked, found in zip(given, resolved, strict=True):
+            if asked.path is not None and found.nickname is not None and found.path is not None:
+                self.known[found.nickname] = Known(asked.path, Path(found.path))
+
+
+def at_start(settings: Settings) -> list[LoraUse]:
+    """The adapters that the settings name; their lists are of one length (see `config.settings_of`)."""
+    paths = settings.lora_path or []
+    names = settings.lora_nickname or [
+        DEFAULT_NAME if i == 1 else f"{DEFAULT_NAME}_{i}" for i in range(1, len(paths) + 1)
+    ]
+    strengths, targets = _each(settings.lora_scale, len(paths), 1.0), _each(settings.lora_target, len(paths), "all")
+    return [
+        LoraUse(nickname=name, path=path, strength=strength, target=target)
+        for path, name, strength, target in zip(paths, names, strengths, targets, strict=True)
+    ]
+
+
+def _each(values: list[T] | None, count: int, default: T) -> list[T]:
+    """One value for each adapter: a single one is everybody's."""
+    given = values or [default]
+    return given * count if len(given) == 1 else given

@@ -1,0 +1,255 @@
+"""Adapters on real ranks that run the embedded model, and how references to them are resolved."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+
+from sgld.config import Settings
+from sgld.engine.adapters import at_start, resolve_adapter
+from sgld.engine.engine import Engine
+from sgld.errors import BadRequest, NotReady
+from sgld.messages import Frames, LoraState, Note
+from sgld.params import LoraUse, resolve
+from tests.adapters import write_adapter
+
+PROMPT = "a red circle on a blue background"
+VISIBLE = 1.0  # mean difference of two pictures, of 255; measured: 5 and more
+Files = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Two adapters, and ones that do not fit."""
+    folder = tmp_path_factory.mktemp("adapters")
+    odd = ("transformer.nowhere.lora_A.weight", "transformer.nowhere.lora_B.weight")
+    second = ("transformer_2.proj_out.lora_A.weight", "transformer_2.proj_out.lora_B.weight")
+    found = {
+        "a": write_adapter(folder / "a.safetensors", 1),
+        "b": write_adapter(folder / "b.safetensors", 2),
+        "odd": write_adapter(folder / "odd.safetensors", 3, extra=odd),
+        "second": write_adapter(folder / "second.safetensors", 4, extra=second),
+    }
+    (folder / "broken.safetensors").write_bytes(b"no weights")
+    return {name: str(path) for name, path in found.items()} | {"broken": str(folder / "broken.safetensors")}
+
+
+class Studio:
+    """An engine with the embedded model, that makes one small picture."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.notes = engine, []  # type: ignore[var-annotated]
+
+    async def picture(self, *loras: LoraUse) -> Frames:
+        assert self.engine.info is not None
+        found = await self.engine.adapters.resolve(loras, "loras", local=True)
+        given = {"prompt": PROMPT, "num_frames": 1, "num_inference_steps": 3, "loras": found}
+        params, _ = resolve(given, self.engine.info)
+        return (await self.engine.generate("picture", attrs.evolve(params, seed=3), self._hear)).frames.array.copy()
+
+    def _hear(self, event: Any) -> None:
+        if isinstance(event, Note):
+            self.notes.append(event.text)
+
+
+def differ(a: Frames, b: Frames) -> bool:
+    return float(np.abs(a.astype(int) - b).mean()) > VISIBLE
+
+
+@pytest.fixture(params=[1, 2])
+async def studio(request: pytest.FixtureRequest) -> AsyncIterator[Studio]:
+    async with Engine(Settings(num_gpus=request.param)) as engine:
+        await engine.load(lambda event: None)
+        yield Studio(engine)
+
+
+@pytest.mark.timeout(300)
+async def test_adapters_come_and_go(studio: Studio, adapters: Files) -> None:
+    engine, picture = studio.engine, studio.picture
+    plain = await picture()
+    await engine.set_lora([LoraUse("a", adapters["a"])])
+    a = await picture()
+    assert differ(a, plain)
+    assert (await picture() == a).all()
+    await engine.set_lora([LoraUse("b", adapters["b"])])
+    b = await picture()
+    assert differ(b, a) and differ(b, plain), "another adapter replaces the first"
+    both = await engine.set_lora([LoraUse("a"), LoraUse("b")])
+    assert [lora.nickname for lora in both.parts["transformer"].loras] == ["a", "b"]
+    together = await picture()
+    assert differ(together, a) and differ(together, b)
+    await engine.set_lora([LoraUse("b"), LoraUse("a")])
+    assert not differ(await picture(), together), "the order means nothing"
+    await engine.unmerge_lora()
+    assert (await picture() == plain).all(), "every weight is what it was"
+    await engine.set_lora([LoraUse("a", strength=0.0)])
+    assert (await picture() == plain).all()
+    await engine.merge_lora(strength=0.5)
+    half = await picture()
+    assert differ(half, plain) and differ(half, a)
+    await engine.merge_lora()
+    assert (await picture() == a).all(), "merging again starts from the model's own weights"
+    await engine.set_lora([LoraUse("a")], "dynamic")
+    assert engine.group.loras.parts["transformer"].applied == "dynamic"
+    assert not differ(await picture(), a) and differ(a, plain)
+
+    own = await picture(LoraUse("b"))
+    assert (own == b).all(), "an output's own adapters replace those that are set"
+    assert not differ(await picture(), a), "and are gone with it"
+    assert await engine.list_loras() == engine.group.loras
+
+
+@pytest.mark.timeout(300)
+async def test_what_does_not_fit_changes_nothing(studio: Studio, adapters: Files) -> None:
+    engine, picture = studio.engine, studio.picture
+    await engine.set_lora([LoraUse("a", adapters["a"])])
+    before, pids = await picture(), engine.group.pids
+    wrong = {
+        "odd": r"'odd.safetensors' does not fit .* 2 of \d+ keys: transformer.nowhere.lora_A.weight",
+        "second": "2 keys for parts that this model has not: transformer_2.proj_out.lora_A.weight",
+        "broken": "'broken.safetensors' is corrupt",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(BadRequest, match=message) as caught:
+            await engine.set_lora([LoraUse("b", adapters["b"]), LoraUse(name, adapters[name])])
+        assert caught.value.param == "lora_path"
+        with pytest.raises(BadRequest, match=message):
+            await picture(LoraUse(name, adapters[name]))
+    with pytest.raises(BadRequest, match="no adapter is called 'odd'.*known: a|did you mean"):
+        await engine.set_lora([LoraUse("odd")])
+    with pytest.raises(BadRequest, match="target: 'transformer_2': this model has only all, transformer"):
+        await engine.set_lora([LoraUse("a", target="transformer_2")])
+    with pytest.raises(BadRequest, match="'nowhere.safetensors': it is neither a file"):
+        await engine.set_lora([LoraUse("x", "nowhere.safetensors")])
+    assert (await picture() == before).all() and engine.group.pids == pids
+    assert list(engine.adapters.known) == ["a"]
+    partly = await picture(LoraUse(path=adapters["odd"], strict=False))
+    assert differ(partly, before) and studio.notes == ["loras: 2 keys fit no layer and were left out"]
+    state = await engine.set_lora([LoraUse("odd", adapters["odd"], strict=False)])
+    assert state.parts["transformer"].skipped == 2 and (await picture() == partly).all()
+
+
+async def restart(engine: Engine) -> None:
+    """Kill the last rank, and wait until the group is back."""
+    os.kill(engine.group.pids[-1], signal.SIGKILL)
+    async with asyncio.timeout(120):
+        while engine.state != "restarting":
+            await asyncio.sleep(0.01)
+        while engine.state != "ready":
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+async def test_a_restarted_group_keeps_its_adapters(studio: Studio, adapters: Files) -> None:
+    engine, picture = studio.engine, studio.picture
+    await engine.set_lora([LoraUse("a", adapters["a"], strength=0.5)])
+    before, state = await picture(), engine.group.loras
+    await restart(engine)
+    assert (
+        await engine.list_loras() == state or engine.group.loras.parts["transformer"].loras[0].target == "transformer"
+    )
+    assert (await picture() == before).all()
+    await engine.unmerge_lora()
+    await restart(engine)
+    plain = await picture()
+    assert differ(plain, before), "those that were taken away do not come back"
+    await engine.merge_lora(strength=0.5)
+    assert (await picture() == before).all(), "but are still known"
+
+
+@pytest.mark.timeout(200)
+async def test_adapters_of_the_settings(adapters: Files) -> None:
+    settings = Settings(lora_path=[adapters["a"], adapters["b"]], lora_scale=[0.5])
+    async with Engine(settings) as engine:
+        with pytest.raises(NotReady):
+            await engine.unmerge_lora()
+        await engine.load(lambda event: None)
+        loras = engine.group.loras.parts["transformer"].loras
+        assert [(lora.nickname, lora.strength) for lora in loras] == [("default", 0.5), ("default_2", 0.5)]
+        assert set(engine.adapters.known) == {"default", "default_2"}
+        with_both = await Studio(engine).picture()
+        await engine.unmerge_lora()
+        assert differ(with_both, await Studio(engine).picture())
+
+
+def test_at_start() -> None:
+    assert at_start(Settings()) == []
+    settings = Settings(lora_path=["x", "y"], lora_nickname=["one", "two"], lora_target=["transformer", "all"])
+    assert at_start(settings) == [LoraUse("one", "x", target="transformer"), LoraUse("two", "y")]
+
+
+def test_commands_that_restore_a_state() -> None:
+    assert LoraState().commands() == []
+
+
+# References
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face cache that holds one repository with two adapters, and no network."""
+    repository = tmp_path / "hub" / "models--owner--styles"
+    snapshot = repository / "snapshots" / COMMIT
+    (snapshot / "more").mkdir(parents=True)
+    for name in ("ink.safetensors", "more/oil.safetensors"):
+        (snapshot / name).touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize(
+    ("reference", "found"),
+    [
+        ("owner/styles", ""),
+        ("owner/styles:ink.safetensors", "ink.safetensors"),
+        ("owner/styles/ink.safetensors", "ink.safetensors"),
+        ("owner/styles/more/oil.safetensors", "more/oil.safetensors"),
+        ("owner/styles:more/oil.safetensors", "more/oil.safetensors"),
+        ("owner/styles/more", "more"),
+        ("https://huggingface.co/owner/styles", ""),
+        ("https://huggingface.co/owner/styles/blob/main/ink.safetensors", "ink.safetensors"),
+        ("https://huggingface.co/owner/styles/resolve/main/more/oil.safetensors?download=true", "more/oil.safetensors"),
+        ("https://huggingface.co/owner/styles/tree/main/more", "more"),
+    ],
+)
+def test_references_to_the_hub(hub: Path, reference: str, found: str, local: bool) -> None:
+    assert resolve_adapter(reference, local=local) == hub / found
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", "nothing", "owner/../../etc", "/etc/passwd", "owner/styles:../x", "https://other.example/a/b", "~"],
+)
+def test_references_that_a_client_may_not_make(hub: Path, reference: str) -> None:
+    with pytest.raises(BadRequest, match="is no Hugging Face id") as caught:
+        resolve_adapter(reference, "loras", local=False)
+    assert caught.value.param == "loras"
+
+
+@pytest.mark.parametrize(
+    "reference", ["owner/styles:none.safetensors", "owner/styles:ink.bin", "owner/styles/none", "owner/none"]
+)
+def test_references_that_lead_nowhere(hub: Path, reference: str) -> None:
+    with pytest.raises(BadRequest, match="^lora_path: '?(owner|ink)"):
+        resolve_adapter(reference)
+
+
+def test_local_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Path) -> None:
+    (tmp_path / "owner" / "styles").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_adapter("owner/styles") == tmp_path / "owner" / "styles"
+    assert resolve_adapter("owner/styles", local=False) == hub, "a client never reaches a folder of this machine"

@@ -1,0 +1,106 @@
+"""Which part of a model an adapter changes, on one with two transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sgld.errors import BadRequest
+from sgld.messages import MergeLora, SetLora, UnmergeLora
+from sgld.nn.lora import LoraLayers
+from sgld.nn.parallel import Mesh
+from sgld.params import LoraUse
+from sgld.worker.adapters import Adapters
+from sgld.worker.hook import Stopped
+
+NAMES = ("transformer", "transformer_2")
+Models = dict[str, nn.Module]
+
+
+@pytest.fixture
+def models() -> Models:
+    """Two transformers of one layer, whose weights are zero."""
+    found: Models = {name: nn.ModuleDict({"proj": nn.Linear(2, 2, bias=False)}) for name in NAMES}
+    for model in found.values():
+        model.requires_grad_(False).get_parameter("proj.weight").zero_()
+    return found
+
+
+@pytest.fixture
+def adapters(models: Models) -> Adapters:
+    return Adapters({name: LoraLayers(models[name], (), name) for name in NAMES}, Mesh.solo())
+
+
+def write(folder: Path, name: str, **values: float) -> LoraUse:
+    """An adapter that adds a number to every weight of the transformers that are named."""
+    tensors = {}
+    for component, value in values.items():
+        tensors[f"{component}.proj.lora_A.weight"] = torch.ones(1, 2)
+        tensors[f"{component}.proj.lora_B.weight"] = torch.full((2, 1), float(value))
+    save_file(tensors, folder / f"{name}.safetensors")
+    return LoraUse(name, str(folder / f"{name}.safetensors"))
+
+
+def weights(models: Models) -> list[float]:
+    return [float(models[name].get_parameter("proj.weight")[0, 0]) for name in NAMES]
+
+
+def test_an_adapter_changes_what_it_is_for(adapters: Adapters, models: Models, tmp_path: Path) -> None:
+    adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
+    assert weights(models) == [1, 1], "one that says nothing of transformer_2 fits both"
+    adapters.set(SetLora((write(tmp_path, "second", transformer_2=2),)))
+    assert weights(models) == [1, 2], "the other part keeps its own"
+    adapters.set(SetLora((write(tmp_path, "each", transformer=3, transformer_2=4),)))
+    assert weights(models) == [3, 4]
+    low = LoraUse("any", str(tmp_path / "any.safetensors"), target="transformer_2", strength=0.5)
+    state = adapters.set(SetLora((low,)))
+    assert weights(models) == [3, 0.5]
+    assert [state.parts[name].loras[0].nickname for name in NAMES] == ["each", "any"]
+    adapters.unmerge(UnmergeLora("transformer"))
+    assert weights(models) == [0, 0.5]
+    adapters.merge(MergeLora("transformer", 2.0))
+    assert weights(models) == [6, 0.5]
+
+
+def test_a_state_is_restored(adapters: Adapters, models: Models, tmp_path: Path) -> None:
+    any_, second = write(tmp_path, "any", transformer=1), write(tmp_path, "second", transformer_2=2)
+    adapters.set(SetLora((any_,)))
+    adapters.set(SetLora((second,), "dynamic"))
+    state = adapters.unmerge(UnmergeLora("transformer"))
+    again = Adapters({name: LoraLayers(models[name], (), name) for name in NAMES}, Mesh.solo())
+    for command in state.commands():
+        again.set(command) if isinstance(command, SetLora) else again.unmerge(command)  # type: ignore[arg-type]
+    assert again.state == state and state.parts["transformer_2"].applied == "dynamic"
+
+
+def test_an_output_wears_its_own(adapters: Adapters, models: Models, tmp_path: Path) -> None:
+    assert adapters.wear([]) == []
+    adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
+    adapters.wear([write(tmp_path, "first", transformer=5, transformer_2=0)])
+    assert weights(models) == [5, 0]
+    adapters.wear([])
+    assert weights(models) == [1, 1]
+
+
+def test_nothing_to_merge(adapters: Adapters) -> None:
+    adapters.unmerge(UnmergeLora())
+    with pytest.raises(BadRequest, match="no adapter was set for 'all'"):
+        adapters.merge(MergeLora())
+
+
+class OtherFails(Mesh):
+    """A rank whose peer has failed."""
+
+    def any(self, flag: bool) -> bool:
+        return True
+
+
+def test_where_a_peer_fails_nothing_changes(models: Models, tmp_path: Path) -> None:
+    adapters = Adapters({"transformer": LoraLayers(models["transformer"])}, OtherFails(0, 1, torch.device("cpu")))
+    with pytest.raises(Stopped):
+        adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
+    assert weights(models) == [0, 0] and adapters.state.parts == {}
