@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -145,7 +146,10 @@ print(os.environ.get("TRANSFORMERS_VERBOSITY"), os.environ.get("HF_HUB_DISABLE_P
 def run(arguments: str) -> tuple[list[str], str]:
     """Lines on standard error, and the environment that libraries find."""
     script = SCRIPT.format(arguments=arguments)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    ours = (*logs.QUIET, "HF_HUB_DISABLE_PROGRESS_BARS")  # which another test may have set in this process
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=clean)
     return done.stderr.splitlines(), done.stdout.strip()
 
 

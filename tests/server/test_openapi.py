@@ -425,7 +425,8 @@ def test_what_the_document_forbids_is_refused_as_it_says(server: Server, schema:
     def adapt(case: Case) -> None:
         case.body = cheap(case.body)
 
-    bodies = [each for each in operations(schema) if len(each.body) or len(each.query)]
+    unbodied = {"POST /v1/merge_lora_weights", "POST /v1/unmerge_lora_weights"}  # they take no body at all, too
+    bodies = [each for each in operations(schema) if (len(each.body) or len(each.query)) and each.label not in unbodied]
     assert len(bodies) > 10
     for operation in bodies:
         statuses = fuzz(operation, GenerationMode.NEGATIVE, 6, adapt)

@@ -84,7 +84,7 @@ def test_every_stage_takes_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
     latents = bank.load_bank(tmp_path)["clips"][1]
     assert latents.shape == (8, compress.CHANNELS, 5, 12, 12)
     assert latents.float().std((0, 2, 3, 4)).max() < 1.05
-    transformer.train_transformer(run, 2)
+    transformer.train_transformer(run, 2, polish=1)
     sizes = weigh(assemble(run))
     assert set(sizes) == {"text_encoder", "transformer", "vae"}
     assert sum(sizes.values()) < 12_000_000

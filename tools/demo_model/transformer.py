@@ -145,7 +145,7 @@ def draw_pairs(scenes: Sequence[Scene], count: int, rng: random.Random, hard_sha
     """Numbers of pairs of twins, some of them drawn from those with the hardest shape alone."""
     hard = [i for i in range(len(scenes) // 2) if HARD_SHAPE in (scenes[2 * i].shape, scenes[2 * i + 1].shape)]
     return [
-        rng.choice(hard) if hard_share and rng.random() < hard_share else rng.randrange(len(scenes) // 2)
+        rng.choice(hard) if hard_share and hard and rng.random() < hard_share else rng.randrange(len(scenes) // 2)
         for _ in range(count)
     ]
 
