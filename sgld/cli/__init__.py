@@ -77,7 +77,8 @@ def dispatch(words: list[str]) -> int:
         print(plain[words[0]], end="")
         return 0
     if words[0] not in COMMANDS:
-        return complain(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}; one of {', '.join(COMMANDS)}", 2)
+        known = f"not one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}"
+        return complain(f"unknown command {words[0]!r}, {known}", 2)
     return _guarded(words[0], words[1:])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -290,8 +290,3 @@ def require_prompt(sampling: Mapping[str, Any]) -> None:
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRequest(f"prompt: {prompt!r} is not a text that says what to show", "prompt")
-
-
-def take(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Remove fields from a body's values and return them."""
-    return {name: values.pop(name) for name in names if name in values}

@@ -18,8 +18,6 @@ MAKING_ERRORS = (*BODY_ERRORS, 403, 404, 429, 500, 503)
 FILE_STATUSES = {
     206: "The range that was asked for",
     304: "Not modified: the client's copy is the file",
-    412: "The file is not the one that If-Match or If-Unmodified-Since names",
-    416: "The file has no such range",
 }
 """What else the answer of a file can be, to `Range` and conditional headers."""
 

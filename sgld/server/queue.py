@@ -84,12 +84,6 @@ class FairQueue(Generic[T]):
         """All items as pops at `now` would give them."""
         return [entry.item for entry in self._in_order(now)]
 
-    def position(self, item: T, now: float) -> int:
-        """The place of an item in `order`, from 1; 0 if it is not queued."""
-        if item not in self._entries:
-            return 0
-        return next(place for place, entry in enumerate(self._in_order(now), 1) if entry.item == item)
-
     def _in_order(self, now: float) -> Iterator[_Entry[T]]:
         """The entries in the order of their turns; O(n) to the first, O(n log owners) to the last."""
         lines: dict[int, defaultdict[str, deque[_Entry[T]]]] = defaultdict(lambda: defaultdict(deque))

@@ -32,6 +32,7 @@ from sgld.messages import Event, Media, Note, Preview, Progress
 from sgld.server import uploads
 from sgld.server.auth import Identity, may_see
 from sgld.server.catalog import EVERYBODY, Catalog
+from sgld.server.errors import INTERNAL
 from sgld.server.jobs import Artifact, Job
 from sgld.server.journal import Journal
 from sgld.server.metrics import Metrics
@@ -326,7 +327,7 @@ class JobStore:
                 self._labour(self._finish(job, saves, previews, error))
             except Exception:  # every job ends in one of its states
                 log.exception("failed")
-                self._labour(self._finish(job, saves, previews, _internal()))
+                self._labour(self._finish(job, saves, previews, SgldError(INTERNAL)))
             else:
                 self._labour(self._finish(job, saves, previews, None))
 
@@ -409,7 +410,7 @@ class JobStore:
                 artifacts, error = [], error or failed
             except Exception:  # as above
                 log.exception("failed")
-                artifacts, error = [], error or _internal()
+                artifacts, error = [], error or SgldError(INTERNAL)
             if error is not None:
                 await self._discard(job, saves)
             if not job.settle():  # a cancel came first
@@ -556,7 +557,3 @@ class JobStore:
 
 def _encode(frame: Any, format: str, quality: int) -> str:
     return base64.b64encode(media.encode_image(frame, format, quality=quality, metadata={})).decode()
-
-
-def _internal() -> SgldError:
-    return SgldError("internal error; the server's log has the reason")

@@ -66,7 +66,7 @@ def test_exit_codes_and_streams(tmp_path: Path) -> None:
     done = command("version", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"sgld {sgld.__version__}\n", "")
     done = command("genrate", folder=tmp_path)
-    told = "error: unknown command 'genrate'; did you mean generate?; one of generate, serve, version\n"
+    told = "error: unknown command 'genrate', not one of generate, serve, version; did you mean generate?\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     done = command("generate", "--promt", "x", folder=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: unknown flag --promt; did you mean --prompt?\n")
