@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from sgld.convert import fields_of, knob, knob_of, shown, structure
-from sgld.errors import BadRequest, nearest
+from sgld.errors import BadRequest, NotBuilt, nearest
 from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, MAX_LORAS, SamplingParams
 
 DEMO_MODEL = "sgld/demo"
@@ -27,15 +27,17 @@ MODEL, PARALLEL, PRECISION, ATTENTION, MEMORY, LORA, SERVER, STORAGE, LOGGING = 
     "storage",
     "logging",
 )
+_ADDRESS = re.compile(r"([^:\s]+):([0-9]{1,5})")  # IPv4 or a name
 DTYPES = ("fp32", "fp16", "bf16")
-ATTENTION_BACKENDS = (
-    "torch_sdpa", "fa", "fa2", "fa3", "fa4", "torch_cudnn_sdpa", "sage_attn", "sage_attn_3", "sliding_tile_attn",
-    "video_sparse_attn", "sparse_video_gen_2_attn", "vmoba_attn", "sla_attn", "aiter",
+DENSE_ATTENTION = ("torch_sdpa", "fa", "fa2", "fa3", "fa4", "torch_cudnn_sdpa", "sage_attn", "sage_attn_3", "aiter")
+SPARSE_ATTENTION = (
+    "sliding_tile_attn", "video_sparse_attn", "sparse_video_gen_2_attn", "vmoba_attn", "sla_attn",
 )  # fmt: skip
+ATTENTION_ROLES = ("self", "cross")  # of a transformer: to its own tokens, and to the text's
 DIFFUSERS_ATTENTION_BACKENDS = ("flash", "_flash_3_hub", "sage", "xformers", "native")
+TRANSFORMERS = ("transformer", "transformer_2")
 COMPONENTS = (
-    "transformer",
-    "transformer_2",
+    *TRANSFORMERS,
     "vae",
     "text_encoder",
     "text_encoder_2",
@@ -75,15 +77,14 @@ class VaeConfig:
     )
     use_temporal_tiling: bool = knob(False, "tile in time too", group=MEMORY, pending="tiling in time")
     use_parallel_tiling: bool = knob(False, "spread tiles over the workers", group=MEMORY, pending="parallel decode")
-    use_parallel_decode: bool = knob(
-        False, "spread the decode over the workers", group=MEMORY, pending="parallel decode"
-    )
+    use_parallel_decode: bool | None = knob(None, "the same as vae_sp", group=MEMORY)
     parallel_decode_mode: str | None = knob(
         None,
         "how to split the decode",
         group=MEMORY,
         choices=("tiled", "patch", "spatial_shard", "spatial", "auto"),
-        pending="parallel decode",
+        pending="splitting the decode by tiles",
+        built=("spatial_shard", "spatial", "auto"),
     )
 
 
@@ -123,20 +124,41 @@ class Settings:
     )
 
     num_gpus: int = knob(1, "workers: one a GPU, or that many processes on a CPU", group=PARALLEL, min=1, max=1024)
-    tp_size: int = knob(1, "tensor parallel text encoder", group=PARALLEL, min=1, pending="tensor parallelism above 1")
+    tp_size: int = knob(1, "workers that share the layers of the text encoder", group=PARALLEL, min=1)
     sp_degree: int | None = knob(
-        None, "sequence parallel degree", group=PARALLEL, aliases=("sp_size",), min=1, shown_default="num-gpus"
+        None,
+        "workers that share one sequence: ulysses-degree x ring-degree",
+        group=PARALLEL,
+        aliases=("sp_size",),
+        min=1,
+        shown_default="all, or half with enable-cfg-parallel",
     )
     ulysses_degree: int | None = knob(
-        None, "workers that split attention heads", group=PARALLEL, min=1, shown_default="num-gpus"
+        None,
+        "workers that split attention heads",
+        group=PARALLEL,
+        min=1,
+        shown_default="as many as share the heads evenly",
     )
-    ring_degree: int = knob(
-        1, "workers that pass keys and values around", group=PARALLEL, min=1, pending="ring attention above 1"
-    )
-    enable_cfg_parallel: bool = knob(
-        False, "guidance branches on different workers", group=PARALLEL, pending="guidance parallelism"
+    ring_degree: int | None = knob(
+        None, "workers that pass keys and values around", group=PARALLEL, min=1,
+        shown_default="what ulysses-degree leaves",
+    )  # fmt: skip
+    enable_cfg_parallel: bool | None = knob(
+        None, "the prompt and the negative prompt on different workers", group=PARALLEL,
+        shown_default="yes if the model uses guidance, num-gpus is even and no other degree is given",
+    )  # fmt: skip
+    worker_retries: int = knob(
+        0, "times that an output is tried again when a worker dies under it", group=PARALLEL, min=0, max=10
     )
     dist_timeout: int = knob(3600, "seconds until a collective gives up", group=PARALLEL, min=1)
+    nnodes: int = knob(1, "machines that share the workers evenly", group=PARALLEL, min=1, max=1024)
+    node_rank: int = knob(
+        0, "number of this machine; 0 takes the requests, `sgld serve` on the others follows it", group=PARALLEL, min=0
+    )
+    dist_init_addr: str | None = knob(
+        None, "host:port of machine 0, where the others find it", group=PARALLEL, shown_default="none with one machine"
+    )
 
     precision: str | None = knob(
         None,
@@ -159,19 +181,19 @@ class Settings:
         None,
         "attention kernel",
         group=ATTENTION,
-        choices=ATTENTION_BACKENDS + DIFFUSERS_ATTENTION_BACKENDS,
-        shown_default="torch_sdpa",
-        pending="further attention kernels",
-        built=("torch_sdpa",),
+        choices=DENSE_ATTENTION + SPARSE_ATTENTION + DIFFUSERS_ATTENTION_BACKENDS,
+        shown_default="fa where it can run, else torch_sdpa",
+        pending="sparse attention, and the kernels of diffusers pipelines",
+        built=DENSE_ATTENTION,
     )
     component_attention_backends: dict[str, str] = knob(
         {},
-        "attention kernel of a component, as in transformer=fa",
+        "attention kernel of a component, or of a transformer's attention to itself or to the text, as in "
+        "transformer=fa,transformer.cross=torch_sdpa",
         group=ATTENTION,
-        pending="attention kernels per component",
     )
     attention_backend_config: dict[str, Any] | None = knob(
-        None, "settings of the attention kernel", group=ATTENTION, pending="attention kernel settings"
+        None, "settings of the attention kernel; those that stand have none", group=ATTENTION
     )
     diffusers_attention_backend: str | None = knob(
         None,
@@ -191,16 +213,18 @@ class Settings:
     )
 
     text_encoder_cpu_offload: bool = knob(
-        False, "keep text encoders in host memory between uses", group=MEMORY, pending="offload"
+        False, "keep text encoders in host memory between uses; on a CPU, in their files", group=MEMORY
     )
-    image_encoder_cpu_offload: bool = knob(False, "the same for the image encoder", group=MEMORY, pending="offload")
-    dit_cpu_offload: bool = knob(False, "the same for the transformer", group=MEMORY, pending="offload")
-    vae_cpu_offload: bool = knob(False, "the same for the VAE", group=MEMORY, pending="offload")
-    dit_layerwise_offload: bool = knob(False, "the same, block by block", group=MEMORY, pending="offload")
-    pin_cpu_memory: bool = knob(True, "pin host memory of offloaded weights", group=MEMORY)
+    image_encoder_cpu_offload: bool = knob(False, "the same for the image encoder", group=MEMORY)
+    dit_cpu_offload: bool = knob(False, "the same for the transformer", group=MEMORY)
+    vae_cpu_offload: bool = knob(False, "the same for the VAE", group=MEMORY)
+    dit_layerwise_offload: bool = knob(
+        False, "the same for the transformer, and while it works two of its blocks at a time", group=MEMORY
+    )
+    pin_cpu_memory: bool = knob(True, "pin host memory of offloaded weights, for faster copies to a GPU", group=MEMORY)
     vae_tiling: bool = knob(False, "decode tile by tile", group=MEMORY)
     vae_slicing: bool = knob(False, "decode one output at a time; always so", group=MEMORY)
-    vae_sp: bool = knob(False, "decode on all workers", group=MEMORY, pending="parallel decode")
+    vae_sp: bool = knob(False, "decode on all workers, each some rows of the pictures", group=MEMORY)
     vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
 
     lora_path: list[str] | None = knob(
@@ -312,6 +336,22 @@ class Settings:
         "text", "lines for people, or one JSON object a line", group=LOGGING, choices=("text", "json")
     )
 
+    @property
+    def node_address(self) -> tuple[str, int]:
+        """Host and port of `dist_init_addr`. Raises BadRequest where there is none."""
+        if self.dist_init_addr is None:
+            raise BadRequest("dist_init_addr: it is required when nnodes > 1", "dist_init_addr")
+        found = _ADDRESS.fullmatch(self.dist_init_addr)
+        if not found or found[1] == "0.0.0.0" or not 0 < int(found[2]) < 2**16:
+            told = f"{shown(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
+            raise BadRequest(f"dist_init_addr: {told}", "dist_init_addr")
+        return found[1], int(found[2])
+
+    @property
+    def parallel_decode(self) -> bool:
+        """Whether several workers decode together."""
+        return self.vae_sp or bool(self.vae_config.use_parallel_decode)
+
 
 @attrs.frozen
 class RunOptions:
@@ -390,14 +430,26 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings from merged values, with the rules that tie several fields together."""
     settings = structure(section(values, Settings), Settings)
     _check_degrees(settings)
+    _check_nodes(settings)
     _check_tiles(settings)
     _check_loras(settings)
+    _check_offload(settings)
+    _check_attention(settings)
+    if settings.vae_config.parallel_decode_mode and not settings.parallel_decode:
+        path = "vae_config.parallel_decode_mode"
+        raise BadRequest(f"{path}: it has no effect without vae_sp", path)
     unknown = [name for name in settings.component_paths if name not in COMPONENTS]
     if unknown:
         raise BadRequest(
             f"component_paths: {unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", "component_paths"
         )
     return settings
+
+
+def without_secrets(settings: Settings) -> Settings:
+    """The same as the workers may know it, who may be on another machine."""
+    secrets: dict[str, Any] = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
+    return attrs.evolve(settings, **secrets)
 
 
 def _check_tiles(settings: Settings) -> None:
@@ -411,6 +463,24 @@ def _check_tiles(settings: Settings) -> None:
         if getattr(vae, f"tile_sample_{name}") is not None and not (settings.vae_tiling or vae.use_tiling):
             path = f"vae_config.tile_sample_{name}"
             raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
+
+
+def _check_offload(settings: Settings) -> None:
+    """Pinning is of offloaded weights."""
+    flags = [name for name in fields_of(Settings) if name.endswith("_offload")]
+    if not settings.pin_cpu_memory and not any(getattr(settings, flag) for flag in flags):
+        raise BadRequest(f"pin_cpu_memory: false has no effect without one of {', '.join(flags)}", "pin_cpu_memory")
+
+
+def _check_attention(settings: Settings) -> None:
+    """Names of kernels; whether they run is for the worker to say."""
+    known = DENSE_ATTENTION + SPARSE_ATTENTION
+    for component, name in settings.component_attention_backends.items():
+        path = f"component_attention_backends.{component}"
+        if name not in known:
+            raise BadRequest(f"{path}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}", path)
+        if name in SPARSE_ATTENTION:
+            raise NotBuilt(f"{path}: {name} is not built yet in this version of sgld (sparse attention)", path)
 
 
 def _check_loras(settings: Settings) -> None:
@@ -438,15 +508,48 @@ def _check_loras(settings: Settings) -> None:
 
 
 def _check_degrees(settings: Settings) -> None:
-    """The workers are all used: sp_degree = ulysses_degree x ring_degree = num_gpus."""
-    gpus, ring = settings.num_gpus, settings.ring_degree
-    if settings.sp_degree not in (None, gpus):
-        raise BadRequest(f"sp_degree: {settings.sp_degree} is not num_gpus ({gpus}); leave it out", "sp_degree")
-    if settings.ulysses_degree is not None and settings.ulysses_degree * ring != gpus:
+    """The workers are all used: num_gpus is 2 with enable_cfg_parallel, else 1, times ulysses and ring degrees."""
+    s = settings
+    if s.enable_cfg_parallel and s.num_gpus % 2:
         raise BadRequest(
-            f"ulysses_degree: {settings.ulysses_degree} x ring_degree {ring} is not num_gpus ({gpus}); leave it out",
-            "ulysses_degree",
+            f"enable_cfg_parallel: it needs an even number of workers; num_gpus is {s.num_gpus}", "enable_cfg_parallel"
         )
+    sequence = s.num_gpus // 2 if s.enable_cfg_parallel else s.num_gpus
+    among = (
+        f"the {sequence} that share a sequence (num_gpus {s.num_gpus}{', in 2 branches' * bool(s.enable_cfg_parallel)})"
+    )
+    named = s.sp_degree or (s.ulysses_degree or 1) * (s.ring_degree or 1)
+    halves = s.enable_cfg_parallel is None and 2 * named == s.num_gpus
+    hint = ", or set enable_cfg_parallel" * halves
+    if s.sp_degree not in (None, sequence):
+        raise BadRequest(f"sp_degree: {s.sp_degree} workers are not {among}; leave it out{hint}", "sp_degree")
+    for name in ("ulysses_degree", "ring_degree"):
+        degree = getattr(s, name)
+        if degree is not None and sequence % degree:
+            raise BadRequest(f"{name}: {degree} workers do not divide {among}", name)
+    if s.ulysses_degree and s.ring_degree and s.ulysses_degree * s.ring_degree != sequence:
+        product = f"{s.ulysses_degree} x ring_degree {s.ring_degree}"
+        raise BadRequest(f"ulysses_degree: {product} workers are not {among}; leave one out{hint}", "ulysses_degree")
+    if s.parallel_decode and s.num_gpus == 1:
+        raise BadRequest("vae_sp: it has no effect with one worker (num_gpus 1); leave it out", "vae_sp")
+    if s.vae_sp and s.vae_config.use_parallel_decode is False:
+        path = "vae_config.use_parallel_decode"
+        raise BadRequest(f"{path}: false contradicts vae_sp true; leave one out", path)
+    if s.num_gpus % s.tp_size:
+        raise BadRequest(f"tp_size: {s.tp_size} does not divide num_gpus ({s.num_gpus})", "tp_size")
+
+
+def _check_nodes(settings: Settings) -> None:
+    """Several machines have a share of the workers each, a number each, and one place to meet."""
+    s = settings
+    if s.node_rank >= s.nnodes:
+        raise BadRequest(f"node_rank: {s.node_rank} must be less than nnodes ({s.nnodes})", "node_rank")
+    if s.num_gpus % s.nnodes:
+        raise BadRequest(f"nnodes: {s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes", "nnodes")
+    if s.nnodes > 1:
+        s.node_address  # noqa: B018
+    elif s.dist_init_addr is not None:
+        raise BadRequest("dist_init_addr: it has no effect without nnodes above 1", "dist_init_addr")
 
 
 def user_path(text: str, param: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
@@ -26,12 +27,35 @@ MergeMode = Literal["auto", "merge", "dynamic"]
 
 @attrs.frozen
 class Seat:
-    """A rank's place in its group: what it is told when it is spawned."""
+    """A rank's place in its group: what it is told when it is spawned.
+
+    Ranks of one machine meet through a file, so that no port is ever chosen; those of several at a host and port, where
+    rank 0 has the socket that listens.
+    """
 
     rank: int
     world: int
-    store: Path  # rendezvous file, so that no port is ever chosen
-    dist_timeout_s: int
+    meeting: Path | tuple[str, int]
+    dist_timeout_s: int = 3600
+    nnodes: int = 1
+    listener: socket.socket | None = None
+
+    @property
+    def local_world(self) -> int:
+        """How many ranks each machine has."""
+        return self.world // self.nnodes
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number among those of its machine, which is its device's."""
+        return self.rank % self.local_world
+
+
+@attrs.frozen
+class Refused:
+    """What another node hears instead of its ranks' seats when it does not fit into the group."""
+
+    reason: str
 
 
 @attrs.frozen

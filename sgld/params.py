@@ -66,6 +66,9 @@ class SamplingParams:
         max=1,
         shown_default=f"{STRENGTH} with a picture",
     )
+    enhance_prompt: bool = knob(
+        False, "let a language model write the prompt out", group=PROMPT, pending="prompt enhancement"
+    )
     video_path: list[str] | None = knob(None, "input videos", group=PROMPT, pending="video input")
     condition_inputs: dict[str, Any] | None = knob(
         None, "further inputs of a model", group=PROMPT, pending="conditioning beside the prompt"
@@ -168,6 +171,9 @@ class SamplingParams:
         choices=("fa", "torch_sdpa", "sage_attn", "sage_attn_3"),
         pending="choosing an attention kernel per request",
     )
+    skip_softmax_params: dict[str, Any] | None = knob(
+        None, "parameters of attention that skips small scores", group=SPEED, pending="skip-softmax attention"
+    )
     enable_sequence_shard: bool | None = knob(
         None, "shard the sequence over the workers", group=SPEED, pending="switching sharding per request"
     )
@@ -252,13 +258,16 @@ class SamplingParams:
 
 @attrs.frozen
 class Memory:
-    """What one output takes beside the loaded weights, estimated linearly, and what there is; all in bytes.
+    """What one output takes beside the weights that stay, estimated linearly, and what there is; all in bytes.
 
     Text encoder, denoiser and decoder run one after the other, so the largest of them counts.
     """
 
     free: int  # for the workers, measured once the model was loaded
     base: int = 0  # whatever is asked for
+    text_weights: int = 0  # that come only while they are needed, as do the next two
+    denoiser_weights: int = 0
+    decoder_weights: int = 0
     text_pair: int = 0  # of the text encoder, for each pair of prompt tokens
     token: int = 0  # of the denoiser, for `size_multiple`^2 pixels of `frame_multiple` frames
     paired_tokens: int = 0  # up to so many tokens, guidance doubles them
@@ -284,6 +293,7 @@ class ModelInfo:
     memory: Memory | None = None
     max_pictures: int = 0  # of `image_path`
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
+    degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
         """Bytes that one output takes at its peak, by the field to lower when they are too many."""
@@ -291,14 +301,16 @@ class ModelInfo:
             return {}
         area = params.height * params.width
         tokens = area // self.size_multiple**2 * ((params.num_frames - 1) // self.frame_multiple + 1)
-        denoise = m.token * max(tokens, min(2 * tokens, m.paired_tokens))
+        denoise = m.denoiser_weights + m.token * max(tokens, min(2 * tokens, m.paired_tokens))
         tile = min(area, m.tile_pixels or area)
         chunk = min(params.num_frames * tile, max(m.chunk_pixels, self.frame_multiple * tile))
-        decode = m.pixel * params.num_frames * area + m.chunk_pixel * chunk
+        decode = m.decoder_weights + m.pixel * params.num_frames * area + m.chunk_pixel * chunk
         longest = max(len((text or "").encode()) for text in (params.prompt, params.negative_prompt))
         return {
             "num_frames" if params.num_frames > 1 else "height": m.base + max(denoise, decode),
-            "max_sequence_length": m.base + m.text_pair * min(params.max_sequence_length, longest + 1) ** 2,
+            "max_sequence_length": m.base
+            + m.text_weights
+            + m.text_pair * min(params.max_sequence_length, longest + 1) ** 2,
         }
 
 
@@ -356,16 +368,21 @@ def resolve(
     return params, notes + more
 
 
+def check_picture(given: Mapping[str, Any]) -> None:
+    """Raise `BadRequest` for what has no effect without a picture to start from."""
+    for name in ("strength", "mask_path"):
+        if given.get(name) is not None and not given.get("image_path"):
+            raise BadRequest(f"{name}: it needs a picture to start from", name)
+
+
 def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
     """Its strength, with a picture; none without. Raises for pictures that this model does not take."""
     count = len(params.image_path or ())
     if count > info.max_pictures:
         takes = f"takes {info.max_pictures}" if info.max_pictures else "makes pictures from text alone and takes none"
         raise BadRequest(f"image_path: {count} given; this model {takes}", "image_path")
+    check_picture(own)
     if not count:
-        for name in ("strength", "mask_path"):
-            if name in own:
-                raise BadRequest(f"{name}: it needs a picture to start from (image_path)", name)
         return attrs.evolve(params, strength=None, mask_path=None)
     params = attrs.evolve(params, strength=STRENGTH if params.strength is None else params.strength)
     steps = params.num_inference_steps
@@ -420,7 +437,10 @@ def _check_size(params: SamplingParams, info: ModelInfo) -> None:
     multiple = info.size_multiple
     if params.height % multiple or params.width % multiple:
         name = "height" if params.height % multiple else "width"
-        width, height = (max(multiple, _nearest(side, multiple)) for side in (params.width, params.height))
+        longest = MAX_SIDE // multiple * multiple
+        width, height = (
+            min(longest, max(multiple, _nearest(side, multiple))) for side in (params.width, params.height)
+        )
         raise BadRequest(
             f"{name}: {getattr(params, name)} is not a multiple of {multiple}; the nearest valid size is "
             f"{width}x{height} (width x height)",

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-import resource
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import attrs
 import torch
+from torch import Tensor
 
 from sgld.errors import BadRequest
+
+T = TypeVar("T")
+
+
+class Prefetcher(Protocol):
+    """Reads weights beside the computation."""
+
+    def start(self, read: Callable[[], T]) -> Callable[[], T]:
+        """Begin; the answer is called where the value is needed."""
 
 
 @attrs.frozen
@@ -24,6 +34,7 @@ class Platform(ABC):
     dtype: ClassVar[torch.dtype]  # of weights whose precision nobody chose
     biased_attention_is_fast: ClassVar[bool]  # an additive bias costs attention nothing
     ranks_share_memory: ClassVar[bool]
+    offloads_to_files: ClassVar[bool]  # weights that are not needed now wait in their files; else in host memory
 
     @abstractmethod
     def device(self, rank: int) -> torch.device:
@@ -32,6 +43,19 @@ class Platform(ABC):
     @abstractmethod
     def set_up(self, rank: int, world: int) -> None:
         """Prepare the calling process to be that rank."""
+
+    @property
+    @abstractmethod
+    def gpu(self) -> str | None:
+        """`sm90` for an NVIDIA GPU of compute capability 9.0, `rocm` for an AMD one."""
+
+    @abstractmethod
+    def pin(self, x: Tensor) -> Tensor:
+        """Host memory from which copies to the device run beside the computation."""
+
+    @abstractmethod
+    def prefetcher(self) -> Prefetcher:
+        """One that keeps the order of its reads."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -63,6 +87,7 @@ class Cpu(Platform):
     dtype = torch.float32
     biased_attention_is_fast = True
     ranks_share_memory = True
+    offloads_to_files = True
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cpu")
@@ -70,11 +95,19 @@ class Cpu(Platform):
     def set_up(self, rank: int, world: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
 
+    gpu = None
+
+    def pin(self, x: Tensor) -> Tensor:
+        return x
+
+    def prefetcher(self) -> Prefetcher:
+        return _Thread()
+
     def synchronize(self) -> None:
         return None
 
     def peak_memory(self) -> int:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+        return 1024 * int(_fields(Path("/proc/self/status"))["VmHWM"].split()[0])  # rusage counts the parent's too
 
     def free_memory(self) -> int:
         return min([available_memory(), *room_in_groups()])
@@ -95,14 +128,28 @@ class Cuda(Platform):
     dtype = torch.bfloat16
     biased_attention_is_fast = False  # a bias rules out the flash kernel
     ranks_share_memory = False
+    offloads_to_files = False
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank)
 
     def set_up(self, rank: int, world: int) -> None:
         if world > (devices := torch.cuda.device_count()):
-            raise BadRequest(f"num_gpus: {world}; this machine has {devices}", "num_gpus")
+            raise BadRequest(f"num_gpus: {world} for this machine, which has {devices}", "num_gpus")
         torch.cuda.set_device(rank)
+
+    @property
+    def gpu(self) -> str | None:
+        if torch.version.hip is not None:
+            return "rocm"
+        major, minor = torch.cuda.get_device_capability()
+        return f"sm{major}{minor}"
+
+    def pin(self, x: Tensor) -> Tensor:
+        return x.pin_memory()
+
+    def prefetcher(self) -> Prefetcher:
+        return _Stream()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -121,10 +168,41 @@ class Cuda(Platform):
         torch.cuda.empty_cache()
 
 
+class _Thread:
+    """Reads in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "sgld-prefetch")
+
+    def start(self, read: Callable[[], T]) -> Callable[[], T]:
+        return self._pool.submit(read).result
+
+
+class _Stream:
+    """Copies in a stream of its own. Whoever drops a value first waits for the device: its memory is used anew."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def start(self, read: Callable[[], T]) -> Callable[[], T]:
+        with torch.cuda.stream(self._stream):
+            value = read()
+
+        def wait() -> T:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return value
+
+        return wait
+
+
 def available_memory(file: Path = Path("/proc/meminfo")) -> int:
     """Bytes that Linux could give to processes without swapping."""
-    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return 1024 * int(_fields(file)["MemAvailable"].split()[0])
+
+
+def _fields(file: Path) -> dict[str, str]:
+    """A file of lines such as `VmHWM:  123 kB`."""
+    return dict(line.split(":", 1) for line in file.read_text().splitlines())
 
 
 def room_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:

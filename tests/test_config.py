@@ -10,7 +10,7 @@ import pytest
 from sgld import config
 from sgld.config import SECTION_OF, SECTIONS, RunOptions, Settings, from_text, settings_of, user_path
 from sgld.convert import fields_of, knob_of, unbuilt
-from sgld.errors import BadRequest
+from sgld.errors import BadRequest, SgldError
 from sgld.params import SamplingParams
 
 
@@ -46,22 +46,40 @@ def test_words_become_values_of_their_type_or_stay_words(text: str, kind: Any, v
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"num_gpus": 4, "sp_degree": 2}, "sp_degree: 2 is not num_gpus (4); leave it out"),
-        ({"num_gpus": 4, "ulysses_degree": 2}, "ulysses_degree: 2 x ring_degree 1 is not num_gpus (4); leave it out"),
+        ({"num_gpus": 4, "sp_degree": 2},
+         "sp_degree: 2 workers are not the 4 that share a sequence (num_gpus 4); leave it out, or set enable_cfg_par"),
+        ({"vae_sp": True}, "vae_sp: it has no effect with one worker (num_gpus 1); leave it out"),
+        ({"num_gpus": 2, "vae_sp": True, "vae_config": {"use_parallel_decode": False}},
+         "vae_config.use_parallel_decode: false contradicts vae_sp true; leave one out"),
+        ({"num_gpus": 4, "ring_degree": 4, "enable_cfg_parallel": True},
+         "ring_degree: 4 workers do not divide the 2 that share a sequence (num_gpus 4, in 2 branches)"),
+        ({"num_gpus": 4, "ulysses_degree": 3}, "ulysses_degree: 3 workers do not divide the 4 that share"),
+        ({"num_gpus": 4, "ulysses_degree": 2, "ring_degree": 1},
+         "ulysses_degree: 2 x ring_degree 1 workers are not the 4 that share a sequence (num_gpus 4); leave one out"),
+        ({"num_gpus": 3, "enable_cfg_parallel": True}, "enable_cfg_parallel: it needs an even number of workers"),
+        ({"num_gpus": 4, "tp_size": 3}, "tp_size: 3 does not divide num_gpus (4)"),
+        ({"vae_config": {"parallel_decode_mode": "auto"}}, "vae_config.parallel_decode_mode: it has no effect without"),
         ({"component_paths": {"vea": "x"}}, "component_paths: 'vea' is no component; did you mean vae?"),
         ({"dit_precision": "fp8"}, "dit_precision: 'fp8' is not one of fp32, fp16, bf16"),
+        ({"pin_cpu_memory": False}, "pin_cpu_memory: false has no effect without one of text_encoder_cpu_offload, "),
+        ({"component_attention_backends": {"vae": "flash"}},
+         "component_attention_backends.vae: 'flash' is not one of torch_sdpa, fa, "),
+        ({"component_attention_backends": {"vae": "sla_attn"}},
+         "component_attention_backends.vae: sla_attn is not built yet"),
         ({"port": 70000}, "port: 70000 is out of range; allowed is 0 to 65535"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_contradict_each_other(values: dict[str, Any], line: str) -> None:
-    with pytest.raises(BadRequest) as caught:
+    with pytest.raises(SgldError) as caught:
         settings_of(values)
     assert caught.value.message.startswith(line)
 
 
 @pytest.mark.parametrize("values", [
     {"num_gpus": 4}, {"num_gpus": 4, "sp_degree": 4}, {"num_gpus": 4, "ulysses_degree": 2, "ring_degree": 2},
-    {"num_gpus": 4, "ulysses_degree": 4},
+    {"num_gpus": 4, "ulysses_degree": 4}, {"num_gpus": 4, "ulysses_degree": 2}, {"num_gpus": 4, "tp_size": 2},
+    {"num_gpus": 4, "enable_cfg_parallel": True, "sp_degree": 2},
+    {"num_gpus": 4, "tp_size": 2, "text_encoder_cpu_offload": True, "pin_cpu_memory": False},
 ])  # fmt: skip
 def test_settings_that_agree(values: dict[str, Any]) -> None:
     assert settings_of(values).num_gpus == 4

@@ -4,6 +4,8 @@ warm      seconds of one clip and of one image, model loaded
 cold      wall seconds of `sgld generate`, process start included, clip and image
 loop      gaps of the event loop while a generation runs, milliseconds
 spine     a request through the engine against the same sampling in this process, run in turns
+
+`tools/bench_server.py` measures `sgld serve`; `tools/bench_lora.py` measures LoRA adapters against diffusers.
 """
 
 from __future__ import annotations

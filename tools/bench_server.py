@@ -350,7 +350,7 @@ async def fill_journal(folder: Path, count: int) -> list[str]:
         job.attempts, job.stage = 1, "decode"
         records[job.id] = job.record(**job.ending(None, 604_800))
     journal = await Journal.open(folder / JOURNAL)
-    await journal.put_many("job", records)
+    await journal.put_many({("job", id): record for id, record in records.items()})
     await journal.close()
     return list(records)
 

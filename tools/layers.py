@@ -25,7 +25,14 @@ RUNG = {name: len(LADDER) - height for height, names in enumerate(LADDER) for na
 ONLY_IN = {  # said in one place only: import -> the files that may name it
     "torch.cuda": {"platform.py"},
     "torch.distributed": {"nn/parallel.py", "worker/entry.py"},
-    "multiprocessing": {"engine/group.py", "worker/entry.py", "worker/hook.py", "messages.py"},
+    "multiprocessing": {
+        "engine/follow.py",
+        "engine/group.py",
+        "engine/node.py",
+        "worker/entry.py",
+        "worker/hook.py",
+        "messages.py",
+    },
     "aiohttp": {"server/", "cli/serve.py"},
     "os.environ": {"config.py"},
 }

@@ -39,7 +39,7 @@ class Budget:
     clips: int = 3840
     images: int = 5120
     transformer: int = 4200
-    polish: int = 700
+    polish: int = 2600
 
 
 def run_stage(stage: str, budget: Budget, workdir: Path, seed: int, threads: int) -> None:

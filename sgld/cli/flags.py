@@ -127,8 +127,9 @@ def _add(group: Any, name: str, field: attrs.Attribute[Any]) -> None:
     else:
         group.add_argument(*spellings, metavar=_metavar(kinds, meta), **common)
     if name == "component_attention_backends":
-        for component in config.COMPONENTS:
-            _add_hidden(group, f"{name}.{component}")
+        roles = [f"{component}.{role}" for component in config.TRANSFORMERS for role in config.ATTENTION_ROLES]
+        for part in (*config.COMPONENTS, *roles):
+            _add_hidden(group, f"{name}.{part}")
     if isinstance(field.type, type) and attrs.has(field.type):
         for inner, inner_field in fields_of(field.type).items():
             _add(group, f"{name}.{inner}", inner_field)

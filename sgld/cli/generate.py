@@ -7,6 +7,7 @@ from sgld.cli import flags, show
 from sgld.cli.plan import ignored, plan_of, refuse_early
 from sgld.cli.process import put
 from sgld.cli.sources import gather
+from sgld.errors import BadRequest
 
 DESCRIPTION = "Make images or videos from prompts. The last line of standard output is the path of the file."
 
@@ -26,6 +27,8 @@ def run(words: list[str]) -> int:
             return 0
         log.set_up(plan.settings.log_level, plan.settings.log_format)
         refuse_early(plan)
+        if plan.settings.node_rank > 0:
+            raise BadRequest("node_rank: only node 0 makes outputs; run `sgld serve` on the others", "node_rank")
         from sgld.cli import make
         from sgld.cli.screen import warn
 

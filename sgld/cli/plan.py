@@ -13,7 +13,7 @@ from sgld.cli.sources import Layer
 from sgld.config import RunOptions, Settings
 from sgld.convert import Knob, fields_of, knob_of, refuse_unbuilt, structure
 from sgld.errors import BadRequest, NotBuilt
-from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams
+from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams, check_picture
 
 DEFAULT_FORMATS = {"video": "mp4", "image": "png"}
 
@@ -86,6 +86,8 @@ def refuse_early(plan: Plan) -> None:
     own = {name: value for name, value in plan.spelled.values.items() if name not in serve_only()}
     sampling = [structure(values, SamplingParams) for values in plan.sampling]
     refuse_unbuilt(config.settings_of(own), *sampling[:1], spell=plan.spelled.spell)
+    for values in plan.sampling:
+        check_picture(values)
     if not plan.prompts:
         raise BadRequest("prompt: say what to show with --prompt or --prompt-path", "prompt")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgld import config, log
 from sgld.cli import flags, show
+from sgld.cli.plan import ignored
 from sgld.cli.process import heeded, put
 from sgld.cli.sources import gather
 from sgld.config import RunOptions, Settings
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from sgld.engine.engine import Engine
     from sgld.server.auth import Keys
 
+logger = logging.getLogger("sgld")
 DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a config file become defaults of requests."
 
 
 def run(words: list[str]) -> int:
-    """Parse and check, then serve; or print help or the merged configuration."""
+    """Parse and check, then serve, or follow node 0; or print help or the merged configuration."""
     parser = flags.parser_for("serve", DESCRIPTION, [Settings])
     parsed = flags.parse(parser, words)
     if parsed.help:
@@ -43,6 +45,12 @@ def run(words: list[str]) -> int:
             return 0
         log.set_up(settings.log_level, settings.log_format)
         refuse_unbuilt(settings, checked, spell=layer.spell)
+        if settings.node_rank > 0:
+            from sgld.engine.follow import follow
+
+            for flag in ignored(layer):
+                logger.warning("%s: ignored; only node 0 runs the HTTP server", flag)
+            return follow(settings)
         from sgld.server.auth import check_exposure, load_keys
 
         keys = load_keys(settings)
@@ -68,18 +76,19 @@ async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> in
     from aiohttp import web
 
     from sgld.server.app import load, make_app
+    from sgld.server.protocol import Runner
     from sgld.server.state import SERVICE
 
     listener = listen(settings.host, settings.port)
     app = make_app(settings, sampling, keys=keys)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
+    runner = Runner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
     await runner.setup()
     stopping = asyncio.Event()
     for number in heeded(signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     try:
         await web.SockSite(runner, listener).start()
-        logging.getLogger("sgld").info("listening on http://%s:%d", *listener.getsockname()[:2])
+        logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
         service = app[SERVICE]
         await _until_stopped(asyncio.create_task(load(service)), stopping, service.engine)
         await service.jobs.drain(settings.shutdown_timeout)

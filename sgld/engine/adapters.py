@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import attrs
+from cattrs import BaseValidationError, Converter
 
 from sgld.config import Settings, user_path
 from sgld.engine.hub import download
-from sgld.errors import BadRequest, ModelError, nearest
+from sgld.errors import BadRequest, ModelError, SgldError, nearest
+from sgld.messages import LoraState
 from sgld.params import LoraUse
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:[:/](?P<file>[\w.-][\w./ -]*))?")
 _URL = re.compile(
@@ -66,17 +70,22 @@ def _download(name: str, inside: str | None, revision: str | None, param: str) -
 
 
 def _check_single(name: str, revision: str | None, param: str) -> None:
-    """Raise `BadRequest` for several adapters, before gigabytes are downloaded."""
+    """Raise `BadRequest` for several adapters in the repository's root, or none, before gigabytes are downloaded."""
     from huggingface_hub import HfApi
 
     try:
         files = HfApi().list_repo_files(name, revision=revision)
     except Exception:  # the download that follows says what is wrong, or finds the repository in the cache
         return
-    found = [file for file in files if file.endswith(SUFFIX) and "/" not in file]
-    if len(found) > 1:
-        shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-        raise BadRequest(f"{param}: {name!r} holds {shown}; name one as {name}:{found[0]}", param)
+    adapters = [file for file in files if file.endswith(SUFFIX)]
+    found = [file for file in adapters if "/" not in file]
+    if len(found) == 1:
+        return
+    if not adapters:
+        raise BadRequest(f"{param}: {name!r} holds no {SUFFIX} file", param)
+    several = found or adapters
+    shown = ", ".join(several[:5]) + (", ..." if len(several) > 5 else "")
+    raise BadRequest(f"{param}: {name!r} holds {shown}; name one as {name}:{several[0]}", param)
 
 
 @attrs.frozen
@@ -85,6 +94,40 @@ class Known:
 
     reference: str  # as it was given
     path: Path
+
+
+@attrs.frozen
+class Kept:
+    """The adapters of a server, for the next one: what was set, and the names that were given."""
+
+    model: str
+    at_start: list[LoraUse]  # by the settings; whoever starts with other ones wants those
+    known: dict[str, Known]
+    state: LoraState
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        record: dict[str, Any] = _CONVERTER.unstructure(self)
+        return record
+
+    @classmethod
+    def restore(cls, record: dict[str, Any], settings: Settings) -> Kept | None:
+        """What `record` wrote, unless the settings name another model or other adapters.
+
+        Raises `SgldError` for a record of another version.
+        """
+        try:
+            kept = _CONVERTER.structure(record, cls)
+        except (BaseValidationError, SgldError):
+            raise SgldError("its form is that of another version of sgld") from None
+        if (kept.model, kept.at_start) == (settings.model_path, at_start(settings)):
+            return kept
+        if kept.state.parts:
+            log.warning("the adapters that were set over HTTP are left out: --model-path or --lora-path has changed")
+        return None
+
+
+_CONVERTER = Converter(forbid_extra_keys=True)
 
 
 class AdapterNames:

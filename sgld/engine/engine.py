@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from sgld.config import Settings
-from sgld.engine.adapters import AdapterNames, at_start
+from sgld.engine.adapters import AdapterNames, Kept, at_start
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Emit, WorkerGroup
 from sgld.engine.hub import resolve_model
-from sgld.errors import NotReady, SgldError, WorkerDied
+from sgld.engine.node import Gate
+from sgld.errors import BadRequest, ModelError, NotReady, SgldError, WorkerDied
 from sgld.messages import (
     Event,
     Generate,
@@ -29,6 +30,7 @@ from sgld.messages import (
     Media,
     MergeLora,
     MergeMode,
+    Preview,
     SetLora,
     UnmergeLora,
 )
@@ -51,7 +53,10 @@ class Engine:
         self.state = "new"
         self.info: ModelInfo | None = None
         self.adapters = AdapterNames()
-        self.group = group or WorkerGroup(settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout)
+        self.kept: Kept | None = None  # the adapters of the server before this one
+        self.keep: Callable[[Kept], Awaitable[None]] = _forget
+        gate = Gate(settings) if settings.nnodes > 1 else None
+        self.group = group or WorkerGroup(settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout, gate=gate)
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
         self._reviving: asyncio.Task[None] | None = None
@@ -72,13 +77,39 @@ class Engine:
         command = await anyio.to_thread.run_sync(resolve_model, self.settings)
         loras = at_start(self.settings)
         found = await self.adapters.resolve(loras, "lora_path", local=True)
-        self.info = await self._in_executor(self.group.load, command, self._on_loop(emit))
-        if loras:
+        try:
+            self.info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+        except WorkerDied as error:
+            log.warning("%s while the model was loaded; it is tried once more", error)
+            self.info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+        if self.kept is not None:
+            await self._restore(self.kept)
+        elif loras:
             check_loras(loras, self.info, "lora_path")
             await self._in_executor(self.group.run, SetLora(tuple(found)))
             self.adapters.give(loras, found)
+        await self._remember()
         self._become_ready()
+        if self.settings.num_gpus > 1:
+            shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
+            log.info("%d workers: %s", self.settings.num_gpus, shares)
         return self.info
+
+    async def _restore(self, kept: Kept) -> None:
+        """Jobs that outlived a server are made with the adapters they were asked for, or not at all."""
+        self.adapters.known.update(kept.known)
+        try:
+            for command in kept.state.commands():
+                await self._in_executor(self.group.run, command)
+        except BadRequest as error:
+            raise ModelError(
+                f"the adapters that were set over HTTP cannot be set again: {error.message}; put them back, or give"
+                " others with --lora-path, or another --output-path"
+            ) from None
+
+    async def _remember(self) -> None:
+        settings = self.settings
+        await self.keep(Kept(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
 
     async def generate(self, job_id: str, params: SamplingParams, emit: Emit, previews: int = 0) -> Media:
         """Make one output. Jobs run in the order of their calls, one at a time.
@@ -90,17 +121,40 @@ class Engine:
             errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
-        async with self._turn:  # a queued job holds no descriptor
-            token = CancelToken()
-            command = Generate(job_id, params, previews)
-            future = self._submit(self.group.run, command, self._on_loop(emit), token)
-            future.add_done_callback(lambda _: token.close())
-            try:
-                media: Media = await asyncio.shield(future)
-            except asyncio.CancelledError:
-                token.set()
-                raise
+        command = Generate(job_id, params, previews)
+        shown: set[int] = set()
+
+        def follow(event: Event) -> None:
+            if isinstance(event, Preview):
+                if event.index in shown:
+                    return  # by the try before
+                shown.add(event.index)
+            emit(event)
+
+        async with self._turn:
+            tries = 1 + self.settings.worker_retries
+            while True:
+                tries -= 1
+                try:
+                    media = await self._generate(command, follow)
+                    break
+                except WorkerDied as error:
+                    if not tries or self.state == "stopped":
+                        raise
+                    log.warning("%s: %s; it is tried again", job_id, error)
+                    error.__traceback__ = None  # it holds this frame, and with it what the next try makes
         self._note_return()
+        return media
+
+    async def _generate(self, command: Generate, emit: Emit) -> Media:
+        token = CancelToken()  # a queued job holds no descriptor
+        future = self._submit(self.group.run, command, self._on_loop(emit), token)
+        future.add_done_callback(lambda _: token.close())
+        try:
+            media: Media = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            token.set()
+            raise
         return media
 
     async def set_lora(self, loras: Sequence[LoraUse], merge_mode: MergeMode = "auto") -> LoraState:
@@ -136,14 +190,16 @@ class Engine:
     async def _adapt(self, command: LoraCommand, then: Callable[[], None] = lambda: None) -> LoraState:
         """Carry it out to its end, even if the caller is cancelled meanwhile; `then` follows a success."""
 
-        def on_end(done: asyncio.Future[Any]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                then()
+        async def change() -> LoraState:
+            state: LoraState = await self._submit(self.group.run, command)
+            then()
+            await self._remember()
+            return state
 
         async with self._steady, self._turn:
-            future = self._submit(self.group.run, command)
-            future.add_done_callback(on_end)
-            state: LoraState = await asyncio.shield(future)
+            changing = asyncio.create_task(change())
+            changing.add_done_callback(_retrieve)
+            state = await asyncio.shield(changing)
         self._note_return()
         return state
 
@@ -222,7 +278,8 @@ class Engine:
             try:
                 await self._in_executor(self.group.revive)
             except WorkerDied as error:
-                log.warning("a worker died while the model was loaded again: %s", error)
+                if self.state != "stopped":
+                    log.warning("a worker died while the model was loaded again: %s", error)
             except (SgldError, OSError) as error:
                 log.error("the model could not be loaded again: %s", error)
                 break
@@ -232,6 +289,10 @@ class Engine:
             if self.state == "stopped":
                 return
         self.state = "failed"
+
+
+async def _forget(_: Kept) -> None:
+    """For an engine whose adapters end with it."""
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:

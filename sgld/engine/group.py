@@ -25,8 +25,9 @@ from typing import Any
 import attrs
 
 from sgld.engine.cancel import CancelToken
+from sgld.engine.node import Gate, Remote, listen
+from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied, from_code
 from sgld.errors import Cancelled as CancelledError
-from sgld.errors import SgldError, WorkerDied, from_code
 from sgld.messages import (
     Cancel,
     Cancelled,
@@ -37,17 +38,21 @@ from sgld.messages import (
     Generate,
     Load,
     LoraState,
+    MergeLora,
     Progress,
     Seat,
+    SetLora,
     SharedFrames,
     Stop,
     Terminal,
+    UnmergeLora,
     frames_of,
 )
 from sgld.params import ModelInfo
 
 log = logging.getLogger(__name__)
 Emit = Callable[[Event], None]
+Target = Callable[[Seat, Connection], None]
 
 
 def _ignore(_: Event) -> None:
@@ -65,9 +70,26 @@ class Patience:
 
 @attrs.define
 class _Rank:
+    """A rank on this machine; `Remote` is one on another."""
+
     number: int
     process: BaseProcess
     connection: Connection
+
+    @property
+    def sentinel(self) -> int:
+        return self.process.sentinel
+
+    def join(self, seconds: float) -> None:
+        self.process.join(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def close(self) -> None:
+        self.process.join()
+        self.connection.close()
+        self.process.close()
 
     def died(self) -> str:
         self.process.join(1)
@@ -77,37 +99,40 @@ class _Rank:
 
 
 class WorkerGroup:
-    """`size` ranks, each running `target(seat, connection)`."""
+    """`size` ranks, each running `target(seat, connection)`; with a `gate`, some of them on other nodes."""
 
     def __init__(
         self,
         size: int,
-        target: Callable[[Seat, Connection], None],
+        target: Target,
         *,
         dist_timeout_s: int = 3600,
         patience: Patience | None = None,
+        gate: Gate | None = None,
     ):
         self.size = size
         self.restarts = 0
         self._target = target
         self._dist_timeout_s = dist_timeout_s
         self._patience = patience or Patience()
-        self._ranks: list[_Rank] = []
+        self._gate = gate
+        self._ranks: list[_Rank | Remote] = []
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
         self._load: Load | None = None
         self._loaded = False  # whether the present ranks hold the model, and its adapters
         self.loras = LoraState()
+        self._bare = False  # whether the present ranks lack the adapters that are set
         self._closed = False
 
     @property
     def sentinels(self) -> list[int]:
         """One descriptor per rank, readable once that rank is gone."""
-        return [rank.process.sentinel for rank in self._ranks]
+        return [rank.sentinel for rank in self._ranks]
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, rank 0 first."""
-        return [rank.process.pid or 0 for rank in self._ranks]
+        """Process ids on this machine, rank 0 first."""
+        return [rank.process.pid or 0 for rank in self._ranks if isinstance(rank, _Rank)]
 
     def load(self, command: Load, emit: Emit = _ignore) -> ModelInfo:
         """Load a model, without adapters; a restarted group loads it again."""
@@ -122,14 +147,19 @@ class WorkerGroup:
         Raises:
             CancelledError: the token was set; before the command was sent, no rank ever hears of it.
             WorkerDied: the group was killed; the next call starts a new one.
+            NotReady: the adapters that are set could not be set again in a new group, and the output needs them.
             SgldError: what the ranks failed with.
         """
         self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
+        if isinstance(command, Generate) and not command.params.loras:
+            self._set_again()
+            if self._bare:
+                raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
         value = self._call(command, emit, token)
-        if isinstance(value, LoraState):
-            self.loras = value
+        if isinstance(command, SetLora | MergeLora | UnmergeLora):
+            self.loras, self._bare = value, False
         return value
 
     def revive(self) -> None:
@@ -141,9 +171,19 @@ class WorkerGroup:
             self.kill()
         if self._load is not None and not self._loaded:
             self._call(self._load, _ignore, None)
+            self._loaded, self._bare = True, True
+            self._set_again()
+
+    def _set_again(self) -> None:
+        """In a new group, the adapters that were set in the one before; without their files it stays bare."""
+        if not self._bare:
+            return
+        try:
             for command in self.loras.commands():
                 self._call(command, _ignore, None)
-            self._loaded = True
+            self._bare = False
+        except BadRequest as error:
+            log.error("the adapters that were set cannot be set again: %s", error)
 
     def close(self) -> None:
         """Start no ranks any more; safe to call from any thread."""
@@ -158,18 +198,18 @@ class WorkerGroup:
                 log.debug("worker %d had gone before it was stopped", rank.number)
         deadline = time.monotonic() + self._patience.to_stop
         for rank in self._ranks:
-            rank.process.join(max(0.0, deadline - time.monotonic()))
+            rank.join(max(0.0, deadline - time.monotonic()))
         self.kill()
+        if self._gate is not None:
+            self._gate.close()
 
     def kill(self) -> None:
         """End every rank now and leave nothing behind."""
         ranks, self._ranks, self._loaded = self._ranks, [], False
         for rank in ranks:
-            rank.process.kill()
+            rank.kill()
         for rank in ranks:
-            rank.process.join()
-            rank.connection.close()
-            rank.process.close()
+            rank.close()
         if self._rendezvous is not None:
             self._rendezvous.cleanup()
             self._rendezvous = None
@@ -177,29 +217,45 @@ class WorkerGroup:
     def _start(self) -> None:
         if self._closed:
             raise WorkerDied("the workers are stopped")
-        self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-") if self.size > 1 else None
-        store = Path(self._rendezvous.name) / "store" if self._rendezvous is not None else Path()
         try:
-            with _interrupts_blocked():
-                for number in range(self.size):
-                    self._ranks.append(self._spawn(Seat(number, self.size, store, self._dist_timeout_s)))
+            if self._gate is not None:
+                self._start_nodes(self._gate)
+                return
+            self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-") if self.size > 1 else None
+            store = Path(self._rendezvous.name) / "store" if self._rendezvous is not None else Path()
+            self._spawn([Seat(number, self.size, store, self._dist_timeout_s) for number in range(self.size)])
         except BaseException:
             self.kill()
             raise
 
-    def _spawn(self, seat: Seat) -> _Rank:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        name = f"sgld-rank{seat.rank}"
-        process = context.Process(target=self._target, args=(seat, theirs), name=name, daemon=True)
-        try:
-            process.start()
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return _Rank(seat.rank, process, ours)
+    def _start_nodes(self, gate: Gate) -> None:
+        """Once the ranks of all other nodes wait at the gate, give every rank its seat."""
+        self._ranks += gate.gather(lambda: self._closed)
+        host = gate.address[0]
+        with listen(host, 0) as listener:
+            store = host, listener.getsockname()[1]
+            rest = self._dist_timeout_s, gate.nnodes
+            try:
+                for remote in self._ranks:
+                    remote.connection.send(Seat(remote.number, self.size, store, *rest))
+            except OSError as error:
+                raise WorkerDied(f"another node has gone while the workers were started ({error.strerror})") from None
+            local = range(self.size // gate.nnodes)
+            self._spawn([Seat(n, self.size, store, *rest, listener if n == 0 else None) for n in local])
+        self._ranks.sort(key=lambda rank: rank.number)
+
+    def _spawn(self, seats: list[Seat]) -> None:
+        with interrupts_blocked():
+            for seat in seats:
+                ours, theirs = multiprocessing.Pipe()
+                try:
+                    process = spawn(self._target, seat, theirs)
+                except BaseException:
+                    ours.close()
+                    raise
+                finally:
+                    theirs.close()
+                self._ranks.append(_Rank(seat.rank, process, ours))
 
     def _call(self, command: Command, emit: Emit, token: CancelToken | None) -> Any:
         if not self._ranks:
@@ -218,7 +274,7 @@ class WorkerGroup:
             raise
 
     def _first_death(self) -> str:
-        return next(rank.died() for rank in self._ranks if wait([rank.process.sentinel], 0))
+        return next(rank.died() for rank in self._ranks if wait([rank.sentinel], 0))
 
 
 class _GroupLost(Exception):
@@ -232,7 +288,9 @@ class _GroupLost(Exception):
 class _Call:
     """One command under way: who has answered what, and how long the rest may still take."""
 
-    def __init__(self, ranks: list[_Rank], command: Command, emit: Emit, token: CancelToken | None, patience: Patience):
+    def __init__(
+        self, ranks: list[_Rank | Remote], command: Command, emit: Emit, token: CancelToken | None, patience: Patience
+    ):
         self._ranks = ranks
         self._command = command
         self._emit = emit
@@ -260,7 +318,7 @@ class _Call:
 
     def _wait(self) -> None:
         timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        sentinels = {rank.process.sentinel: rank for rank in self._pending.values()}
+        sentinels = {rank.sentinel: rank for rank in self._pending.values()}
         token: list[Any] = [self._token] if self._token is not None else []
         ready = wait([*self._pending, *sentinels, *token], timeout)
         if not ready:
@@ -275,13 +333,13 @@ class _Call:
             if isinstance(item, int) and sentinels[item].connection in self._pending:
                 self._drain(sentinels[item])
 
-    def _drain(self, rank: _Rank) -> None:
+    def _drain(self, rank: _Rank | Remote) -> None:
         while rank.connection in self._pending and rank.connection.poll():
             self._receive(rank)
         if rank.connection in self._pending:
             raise self._lost(rank)
 
-    def _receive(self, rank: _Rank) -> None:
+    def _receive(self, rank: _Rank | Remote) -> None:
         try:
             message = rank.connection.recv()
         except (EOFError, OSError):
@@ -299,7 +357,7 @@ class _Call:
             self._last_step_s, self._step_started = now - self._step_started, now
         self._emit(message)
 
-    def _attach(self, frames: SharedFrames, rank: _Rank) -> None:
+    def _attach(self, frames: SharedFrames, rank: _Rank | Remote) -> None:
         try:
             frames.receive(rank.connection)
         except (EOFError, OSError):
@@ -314,14 +372,17 @@ class _Call:
     def _allow(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
 
-    def _send(self, rank: _Rank, message: Command | Cancel) -> None:
+    def _send(self, rank: _Rank | Remote, message: Command | Cancel) -> None:
         try:
             rank.connection.send(message)
         except OSError:
             raise self._lost(rank) from None
 
-    def _lost(self, rank: _Rank) -> _GroupLost:
-        return _GroupLost(WorkerDied(f"{rank.died()} during the job"))
+    def _lost(self, rank: _Rank | Remote) -> _GroupLost:
+        reasons = [
+            f", after worker {n} failed ({a.message})" for n, a in self._answers.items() if isinstance(a, Failed)
+        ]
+        return _GroupLost(WorkerDied(f"{rank.died()} during the job{''.join(reasons)}"))
 
     def _out_of_patience(self) -> _GroupLost:
         silent = ", ".join(str(rank.number) for rank in self._pending.values())
@@ -339,8 +400,16 @@ class _Call:
         return from_code(failed.code, failed.message, failed.param)
 
 
+def spawn(target: Target, seat: Seat, connection: Connection) -> BaseProcess:
+    """A process that runs `target(seat, connection)`, with a copy of `connection`."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=target, args=(seat, connection), name=f"sgld-rank{seat.rank}", daemon=True)
+    process.start()
+    return process
+
+
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
+def interrupts_blocked() -> Iterator[None]:
     """Children inherit a mask without ^C: a terminal's interrupt is the parent's to handle."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

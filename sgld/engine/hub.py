@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from sgld.config import DEMO_MODEL, Settings, user_path
+from sgld.config import DEMO_MODEL, Settings, user_path, without_secrets
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 
@@ -26,7 +26,7 @@ def resolve_model(settings: Settings) -> Load:
         name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
         for name, reference in settings.component_paths.items()
     }
-    return Load(settings, folder, components)
+    return Load(without_secrets(settings), folder, components)
 
 
 def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]] = MODEL_FILES) -> Path:

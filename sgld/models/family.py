@@ -29,6 +29,7 @@ class Family(ABC):
 
     info: ModelInfo
     scheduler: dict[str, Any]  # scheduler_config.json
+    together = False  # whether ranks share the decoding: then all of them hear of a cancel before it goes on
     lora: Mapping[str, LoraLayers] = MappingProxyType({})  # by component
 
     @abstractmethod
@@ -64,3 +65,6 @@ class Family(ABC):
     @abstractmethod
     def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         """Latents to frames: u8 [N, H, W, 3] on the CPU; ranks other than 0 may answer with none."""
+
+    def rest(self) -> None:  # noqa: B027 - few families have anything to do
+        """Called after each output, made or not: weights that are offloaded may go."""

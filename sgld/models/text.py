@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sgld.errors import ModelError
+from sgld.errors import BadRequest, ModelError
 from sgld.nn.blocks import gelu_tanh
-from sgld.nn.weights import load_module, pick, read_json
+from sgld.nn.parallel import Axis
+from sgld.nn.weights import WHOLE, Keeper, Share, load_module, pick, read_json
 
 
 def clean(text: str) -> str:
@@ -53,21 +54,21 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Unscaled attention with a learned bias for each distance."""
+    """Unscaled attention with a learned bias for each distance. Each rank of `axis` has some of the heads."""
 
-    def __init__(self, c: UMT5Config):
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
-        inner = c.num_heads * c.d_kv
-        self.heads, self.max_distance = c.num_heads, c.relative_attention_max_distance
+        self.axis = axis
+        self.heads, self.max_distance = c.num_heads // axis.size, c.relative_attention_max_distance
+        inner = self.heads * c.d_kv
         self.q, self.k, self.v = (nn.Linear(c.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, c.d_model, bias=False)
-        self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
+        self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, self.heads)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, C]
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         weights = (q @ k.mT + self.bias(x.shape[1])).softmax(-1)  # [B, H, S, S]
-        y: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
-        return y
+        return self.axis.total(self.o((weights @ v).transpose(1, 2).flatten(2)))
 
     def bias(self, length: int) -> Tensor:
         """[H, S, S]"""
@@ -89,9 +90,9 @@ def distance_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tenso
 
 
 class AttentionLayer(nn.Module):
-    def __init__(self, c: UMT5Config):
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
-        self.SelfAttention = SelfAttention(c)
+        self.SelfAttention = SelfAttention(c, axis)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,20 +101,22 @@ class AttentionLayer(nn.Module):
 
 
 class GatedDense(nn.Module):
-    def __init__(self, c: UMT5Config):
+    """Each rank of `axis` has some of the hidden channels."""
+
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
-        self.wi_0, self.wi_1 = (nn.Linear(c.d_model, c.d_ff, bias=False) for _ in range(2))
-        self.wo = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.axis = axis
+        self.wi_0, self.wi_1 = (nn.Linear(c.d_model, c.d_ff // axis.size, bias=False) for _ in range(2))
+        self.wo = nn.Linear(c.d_ff // axis.size, c.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x))
-        return y
+        return self.axis.total(self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x)))
 
 
 class FeedForwardLayer(nn.Module):
-    def __init__(self, c: UMT5Config):
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
-        self.DenseReluDense = GatedDense(c)
+        self.DenseReluDense = GatedDense(c, axis)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +125,9 @@ class FeedForwardLayer(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: UMT5Config):
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
-        self.layer = nn.Sequential(AttentionLayer(c), FeedForwardLayer(c))
+        self.layer = nn.Sequential(AttentionLayer(c, axis), FeedForwardLayer(c, axis))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
@@ -132,9 +135,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, c: UMT5Config):
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
-        self.block = nn.Sequential(*(Block(c) for _ in range(c.num_layers)))
+        self.block = nn.Sequential(*(Block(c, axis) for _ in range(c.num_layers)))
         self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,13 +146,17 @@ class Stack(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """Tokens [B, S], without padding, to hidden states [B, S, C]."""
+    """Tokens [B, S], without padding, to hidden states [B, S, C].
 
-    def __init__(self, c: UMT5Config):
+    The ranks of `axis` share the heads and the hidden channels of every block (tensor parallelism, Shoeybi et al.
+    2019, https://arxiv.org/abs/1909.08053).
+    """
+
+    def __init__(self, c: UMT5Config, axis: Axis):
         super().__init__()
         self.heads = c.num_heads
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
-        self.encoder = Stack(c)
+        self.encoder = Stack(c, axis)
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.encoder(self.shared(tokens))
@@ -164,19 +171,32 @@ class PromptEncoder:
     encoder: UMT5Encoder
 
     @classmethod
-    def load(cls, tokenizer: Path, encoder: Path, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
-        """From the folders of the two components.
+    def load(
+        cls,
+        tokenizer: Path,
+        encoder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: Keeper | None = None,
+        axis: Axis | None = None,
+    ) -> PromptEncoder:
+        """From the folders of the two components; the weights go to `offload`, where there is one.
 
         Raises:
             ModelError: a missing or broken file, or another architecture.
+            BadRequest: the ranks of `axis` cannot share it evenly.
         """
         config = umt5_config(encoder / "config.json")
+        axis = axis or Axis()
+        check_shares(config, axis.size)
         module = load_module(
-            lambda: UMT5Encoder(config),
+            lambda: UMT5Encoder(config, axis),
             encoder,
             dtype,
             device,
             tied={"encoder.embed_tokens.weight": "shared.weight"},
+            offload=offload,
+            share=Share(axis, shared_dim) if axis.size > 1 else WHOLE,
         )
         return cls(load_tokenizer(tokenizer / "tokenizer.json"), module)
 
@@ -196,6 +216,26 @@ class PromptEncoder:
         tokens: list[int] = self.tokenizer.encode(text).ids
         self.tokenizer.no_truncation()
         return tokens
+
+
+def shared_dim(name: str) -> int | None:
+    """The dimension of a weight along which ranks share it."""
+    layer = name.rsplit(".", 2)[-2]
+    if layer in ("q", "k", "v", "wi_0", "wi_1"):
+        return 0
+    return 1 if layer in ("o", "wo", "relative_attention_bias") else None
+
+
+def check_shares(c: UMT5Config, ranks: int) -> None:
+    """Raise BadRequest unless that many ranks can share heads and hidden channels evenly."""
+    both = math.gcd(c.num_heads, c.d_ff)
+    if both % ranks:
+        allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
+        raise BadRequest(
+            f"tp_size: {ranks} workers cannot share the {c.num_heads} heads and {c.d_ff} hidden channels of the text "
+            f"encoder evenly; allowed: {allowed}",
+            "tp_size",
+        )
 
 
 def load_tokenizer(file: Path) -> Tokenizer:

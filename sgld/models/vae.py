@@ -17,9 +17,26 @@ from torch import Tensor, nn
 
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError
-from sgld.nn.weights import load_module, pick, read_json
+from sgld.nn.parallel import Axis
+from sgld.nn.weights import Keeper, load_module, pick, read_json
 
-Past = dict[nn.Module, Tensor]  # what each layer remembers of the chunks before
+
+class Past(dict[nn.Module, Tensor]):
+    """What each layer remembers of the chunks before, and the ranks that share the rows of pictures [T, C, H, W]."""
+
+    def __init__(self, rows: Axis | None = None):
+        super().__init__()
+        self.rows = rows or Axis()
+
+    def pad(self, x: Tensor, side: int) -> Tensor:
+        """Rows above and below, for a convolution that reaches `side` (0 or 1) pixels: those of other ranks."""
+        return self.rows.with_halo(x, 2) if side and self.rows.size > 1 else x
+
+    def padding(self, side: int) -> tuple[int, int]:
+        """What the convolution itself pads."""
+        return (0 if self.rows.size > 1 else side), side
+
+
 CHUNK_PIXELS = 2**19  # pixels decoded at once, at most, unless one latent frame has more
 
 
@@ -56,13 +73,14 @@ class CausalConv3d(nn.Module):
         self.back, self.side = in_time - 1, in_space // 2
 
     def forward(self, x: Tensor, past: Past) -> Tensor:  # [T, C, H, W]
+        x = past.pad(x, self.side)
         if self.back:
             before = past.get(self)
             x = torch.cat([x.new_zeros(self.back, *x.shape[1:]) if before is None else before, x])
             past[self] = x[-self.back :].clone()  # a view would keep the whole chunk
             x = torch.cat([x[i : len(x) - self.back + i] for i in range(self.back + 1)], 1)  # [T, taps*C, H, W]
         weight = self.weight.transpose(1, 2).flatten(1, 2)  # [out, taps*in, kh, kw]
-        return F.conv2d(x, weight, self.bias, padding=self.side)
+        return F.conv2d(x, weight, self.bias, padding=past.padding(self.side))
 
 
 class RMSNorm(nn.Module):
@@ -126,15 +144,16 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, in_time: bool):
         super().__init__()
-        double = nn.Upsample(scale_factor=2.0, mode="nearest-exact")
-        self.resample = nn.Sequential(double, nn.Conv2d(dim, dim_out, 3, padding=1))
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim_out, 3))
         self.time_conv = CausalConv3d(dim, 2 * dim, 3, 1) if in_time else None
 
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
         if self.time_conv is not None:
             x = torch.cat([x[:1], self.in_time(x[1:], past)]) if first else self.in_time(x, past)
-        y: Tensor = self.resample(x)
-        return y
+        double, conv = self.resample
+        assert isinstance(conv, nn.Conv2d)
+        x = past.pad(double(x), 1)
+        return F.conv2d(x, conv.weight, conv.bias, padding=past.padding(1))
 
     def in_time(self, x: Tensor, past: Past) -> Tensor:
         """[T, C, H, W] -> [2T, C, H, W]"""
@@ -190,11 +209,13 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, 3, 3)
 
-    def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
+    def forward(self, x: Tensor, past: Past, own: Past, first: bool) -> Tensor:
+        """The rows of `own`; the first layers see whole pictures, for attention joins all of their pixels."""
         x = self.mid_block(self.conv_in(x, past), past)
+        x = own.rows.share(x, 2)
         for block in self.up_blocks:
-            x = block(x, past, first)
-        y: Tensor = self.conv_out(F.silu(self.norm_out(x)), past)
+            x = block(x, own, first)
+        y: Tensor = self.conv_out(F.silu(self.norm_out(x)), own)
         return y
 
 
@@ -207,15 +228,15 @@ class WanDecoder(nn.Module):
         self.post_quant_conv = CausalConv3d(c.z_dim, c.z_dim, 1, 1)
         self.decoder = Decoder(c)
 
-    def forward(self, z: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
-        """`pulse` is called before each chunk."""
-        past: Past = {}
+    def forward(self, z: Tensor, pulse: Callable[[], None] = lambda: None, rows: Axis | None = None) -> Tensor:
+        """`pulse` is called before each chunk. With `rows`, each rank decodes its share of the rows."""
+        past, own = Past(), Past(rows)
         pixels = z[0, 0].numel() * self.config.scale_factor_spatial**2 * self.config.scale_factor_temporal
         chunks = torch.split(z, max(1, CHUNK_PIXELS // pixels))
         parts = []
         for i, chunk in enumerate(chunks):
             pulse()
-            parts.append(self.decoder(self.post_quant_conv(chunk, past), past, first=i == 0))
+            parts.append(self.decoder(self.post_quant_conv(chunk, past), past, own, first=i == 0))
         return self.unpatch(torch.cat(parts))
 
     def unpatch(self, x: Tensor) -> Tensor:
@@ -258,25 +279,45 @@ class Tiling:
 class Vae:
     """The decoder of a checkpoint, with the mean and deviation of its latents."""
 
-    def __init__(self, folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: Keeper | None = None,
+        rows: Axis | None = None,
+    ):
         if not settings.vae_config.load_decoder:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
         c = vae_config(folder / "config.json")
         self.config = c
         self.channels, self.spatial, self.temporal = c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal
-        self.module = load_module(lambda: WanDecoder(c), folder, dtype, device, unused=("encoder.", "quant_conv."))
+        unused = "encoder.", "quant_conv."
+        self.module = load_module(lambda: WanDecoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(-1, 1, 1).to(device, dtype) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
         tiled = settings.vae_tiling or settings.vae_config.use_tiling
         self.tiling = Tiling.of(settings.vae_config, self.spatial) if tiled else None
+        self.rows = rows or Axis()
 
     def decode(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
-        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU; `pulse` is called again and again."""
+        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU; `pulse` is called again and again.
+
+        Ranks that share the rows all call it, and the first of them has the frames.
+        """
         z = x[0].transpose(0, 1).to(self.mean, memory_format=torch.channels_last) / self.precision + self.mean
         tiled = self.tiling is not None and self.is_large(z, self.tiling)
-        video = self.in_tiles(z, self.tiling, pulse) if self.tiling and tiled else self.module(z, pulse)
-        video = video.float().mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()  # in place: this is the peak
-        return video.permute(0, 2, 3, 1).to(torch.uint8).cpu()
+        t = self.tiling if tiled else None
+        video = self.whole(z, pulse, levels) if t is None else levels(self.in_tiles(z, t, pulse))
+        return video.permute(0, 2, 3, 1).cpu()
+
+    def whole(
+        self, z: Tensor, pulse: Callable[[], None], finish: Callable[[Tensor], Tensor] = lambda video: video
+    ) -> Tensor:
+        """Pictures [N, 3, 8H, 8W] of latents, or of one tile; each rank sends its rows as `finish` makes them."""
+        rows = self.rows if z.shape[2] >= self.rows.size else Axis()
+        return rows.join(finish(self.module(z, pulse, rows)), 2, z.shape[2])
 
     @property
     def chunk_pixel_bytes(self) -> int:
@@ -299,7 +340,9 @@ class Vae:
         rows: list[list[Tensor]] = []
         for i in range(0, H, t.stride_height // s):
             columns = range(0, W, t.stride_width // s)
-            rows.append([self.module(z[..., i : i + t.height // s, j : j + t.width // s], pulse) for j in columns])
+            rows.append([self.whole(z[..., i : i + t.height // s, j : j + t.width // s], pulse) for j in columns])
+        if self.rows.index:
+            return rows[0][0]  # the first rank joins them
         joined = []
         for i, row in enumerate(rows):
             for j, tile in enumerate(row):
@@ -309,6 +352,11 @@ class Vae:
                     fade(row[j - 1], tile, t.width - t.stride_width, -1)
             joined.append(torch.cat([tile[..., : t.stride_height, : t.stride_width] for tile in row], -1))
         return torch.cat(joined, -2)[..., : H * s, : W * s]
+
+
+def levels(video: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as u8."""
+    return video.float().mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)  # this is the peak
 
 
 def fade(a: Tensor, b: Tensor, extent: int, dim: int) -> None:

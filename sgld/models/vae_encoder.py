@@ -28,7 +28,7 @@ from sgld.models.vae import (
     fade,
     vae_config,
 )
-from sgld.nn.weights import load_module, weight_files
+from sgld.nn.weights import Keeper, load_module, weight_files
 
 
 class HalvingConv(CausalConv3d):
@@ -127,7 +127,7 @@ class WanEncoder(nn.Module):
 
     def forward(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """`pulse` is called before each chunk; chunk by chunk they go to the weights' device."""
-        past: Past = {}
+        past = Past()
         frames = self.config.scale_factor_temporal
         many = max(1, CHUNK_PIXELS // (x[0, 0].numel() * frames))  # latent frames
         parts = []
@@ -150,10 +150,18 @@ class WanEncoder(nn.Module):
 class VaeEncoder:
     """The encoder of a checkpoint, with the mean and deviation of its latents."""
 
-    def __init__(self, folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: Keeper | None = None,
+    ):
         c = vae_config(folder / "config.json")
         self.spatial, self.temporal = c.scale_factor_spatial, c.scale_factor_temporal
-        self.module = load_module(lambda: WanEncoder(c), folder, dtype, device, unused=("decoder.", "post_quant_conv."))
+        unused = "decoder.", "post_quant_conv."
+        self.module = load_module(lambda: WanEncoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(device) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
         tiled = settings.vae_tiling or settings.vae_config.use_tiling

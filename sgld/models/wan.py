@@ -6,7 +6,7 @@ The attribute names of the transformer are the keys of the diffusers checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from sgld.config import Settings
+from sgld.config import TRANSFORMERS, Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Load
@@ -24,14 +24,15 @@ from sgld.models.family import Conditioning, Family
 from sgld.models.text import PromptEncoder
 from sgld.models.vae import CHUNK_PIXELS, Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
-from sgld.nn import attention
-from sgld.nn.attention import Attention
+from sgld.nn.attention import CROSS, SELF, Attention, Backend, Chooser
 from sgld.nn.blocks import Embedder, FeedForward, gelu_tanh, sinusoid
 from sgld.nn.lora import LoraLayers
 from sgld.nn.lora_formats import Renames
 from sgld.nn.norm import LayerNorm32
-from sgld.nn.parallel import Mesh
+from sgld.nn.parallel import Degrees, Mesh
+from sgld.nn.residency import Residency
 from sgld.nn.rope import rope_3d, rotate
+from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import load_module, pick, read_json
 from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
@@ -88,17 +89,17 @@ class TextKeys:
 class WanAttention(nn.Module):
     """Queries from the picture; keys and values from the picture or from the text."""
 
-    def __init__(self, c: WanConfig, attend: Attention):
+    def __init__(self, c: WanConfig, attend: Attention, among: SequenceAttention):
         super().__init__()
-        self.heads, self.attend = c.num_attention_heads, attend
+        self.heads, self.attend, self.among = c.num_attention_heads, attend, among
         self.to_q, self.to_k, self.to_v = (nn.Linear(c.dim, c.dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(c.dim, c.dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
 
-    def to_itself(self, x: Tensor, rope: Tensor) -> Tensor:
+    def to_itself(self, x: Tensor, rope: Tensor, tokens: int) -> Tensor:
         q = rotate(self.split(self.norm_q(self.to_q(x))), rope)
         k = rotate(self.split(self.norm_k(self.to_k(x))), rope)
-        return self.join(self.attend(q, k, self.split(self.to_v(x)), None))
+        return self.join(self.among(q, k, self.split(self.to_v(x)), tokens))
 
     def to_text(self, x: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         q = self.split(self.norm_q(self.to_q(x)))
@@ -118,18 +119,20 @@ class WanAttention(nn.Module):
 class WanBlock(nn.Module):
     """Attention to the picture, attention to the text, and a feed-forward layer, modulated by the time."""
 
-    def __init__(self, c: WanConfig, attend: Attention, attend_all: Attention):
+    def __init__(self, c: WanConfig, attend: Attention, among: SequenceAttention):
         super().__init__()
         self.norm1 = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
         self.norm2 = LayerNorm32(c.dim, c.eps) if c.cross_attn_norm else nn.Identity()
         self.norm3 = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
-        self.attn1, self.attn2 = WanAttention(c, attend_all), WanAttention(c, attend)
+        self.attn1, self.attn2 = WanAttention(c, attend, among), WanAttention(c, attend, among)
         self.ffn = FeedForward(c.dim, c.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(self, x: Tensor, mod: Tensor, rope: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mod: Tensor, rope: Tensor, tokens: int, keys: tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> Tensor:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + mod).chunk(6, 1)  # [1, 1, C]
-        y = self.attn1.to_itself(torch.addcmul(shift, self.norm1(x), 1 + scale).type_as(x), rope)
+        y = self.attn1.to_itself(torch.addcmul(shift, self.norm1(x), 1 + scale).type_as(x), rope, tokens)
         x = torch.addcmul(x.float(), y.float(), gate).type_as(x)
         x = x + self.attn2.to_text(self.norm2(x).type_as(x), keys, bias)
         y = self.ffn(torch.addcmul(ff_shift, self.norm3(x), 1 + ff_scale).type_as(x))
@@ -155,13 +158,15 @@ class ConditionEmbedder(nn.Module):
 class WanTransformer(nn.Module):
     """Velocity of latents x [B, C, T, H, W] at one time, told by the keys and values of B prompts."""
 
-    def __init__(self, c: WanConfig, mesh: Mesh, attend: Attention):
+    def __init__(self, c: WanConfig, mesh: Mesh, backend: Backend, cross: Backend | None = None):
         super().__init__()
         self.config, self.mesh = c, mesh
         self.patch_embedding = nn.Conv3d(c.in_channels, c.dim, c.patch_size, c.patch_size)
         self.condition_embedder = ConditionEmbedder(c)
-        attend_all = attention.ulysses(mesh, attend)
-        self.blocks = nn.ModuleList(WanBlock(c, attend, attend_all) for _ in range(c.num_layers))
+        among = SequenceAttention(mesh, backend)
+        attend = (cross or backend).attend
+        self.blocks = nn.ModuleList(WanBlock(c, attend, among) for _ in range(c.num_layers))
+        self.walk: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = iter  # from block to block
         self.norm_out = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, c.dim))
@@ -178,15 +183,16 @@ class WanTransformer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: TextKeys) -> Tensor:
         grid = self.grid(x)
-        rope = self.mesh.shard(rope_3d(grid, self.config.rope_dims, x.device), 0)  # [S/n, D/2]
+        split, tokens = self.mesh.tokens, math.prod(grid)
+        rope = split.shard(rope_3d(grid, self.config.rope_dims, x.device), 0)  # [S/n, D/2]
         emb, mod = self.condition_embedder.time(t.view(1).to(x.device))
-        h = self.mesh.shard(self.patch_embedding(x.to(self.dtype)).flatten(2).mT.contiguous(), 1)  # [B, S/n, C]
+        h = split.shard(self.patch_embedding(x.to(self.dtype)).flatten(2).mT.contiguous(), 1)  # [B, S/n, C]
         mod = mod.float()
         for block, keys in zip(self._blocks, text.layers, strict=True):
-            h = block(h, mod, rope, keys, text.bias)
+            h = block(h, mod, rope, tokens, keys, text.bias)
         shift, scale = (self.scale_shift_table + emb[:, None]).chunk(2, 1)
         h = self.proj_out(torch.addcmul(shift.float(), self.norm_out(h), 1 + scale.float()).type_as(h))
-        return self.unpatch(self.mesh.gather(h, 1), grid)
+        return self.unpatch(split.gather(h, 1, tokens), grid)
 
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Patches in time, height and width."""
@@ -199,15 +205,15 @@ class WanTransformer(nn.Module):
         return h.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     @property
-    def _blocks(self) -> list[WanBlock]:
-        return list(self.blocks)  # type: ignore[arg-type]
+    def _blocks(self) -> Iterator[WanBlock]:
+        return self.walk(self.blocks)  # type: ignore[return-value]
 
 
 # -------------------------------------------------------------------------------------------------- family
 
 TEXT_TOKENS = 512  # the pipeline pads text to max_sequence_length with zeros, and nothing masks them
 TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
-LORA_KEEP_BYTES = 2**30  # of merged weights, for each transformer
+LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
 BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
 
 BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
@@ -272,7 +278,7 @@ class Wan(Family):
     """WanPipeline checkpoints. Pictures are where denoising begins; no transformer here reads them."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self._mesh, self._platform = mesh, platform
+        self._platform = platform
         self._fold_padding = platform.biased_attention_is_fast
         index = read_json(load.folder / "model_index.json")
         refuse_variants(load.folder, index)
@@ -282,7 +288,12 @@ class Wan(Family):
         self.scheduler = read_json(folders["scheduler"] / "scheduler_config.json")
         self._train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
 
+        self._config = wan_config(folders["transformer"] / "config.json")
+        self._defaults = self._read_defaults(load.folder, "transformer_2" in names)
         s, device = load.settings, mesh.device
+        guided = self._defaults.get("guidance_scale", SamplingParams().guidance_scale) > 1
+        self._degrees = Degrees.of(s, self._config.num_attention_heads, guided)
+        self._mesh = mesh = mesh.split(self._degrees)
         if s.text_encoder_precisions is not None and len(s.text_encoder_precisions) != 1:
             given = len(s.text_encoder_precisions)
             raise BadRequest(
@@ -295,25 +306,41 @@ class Wan(Family):
             return part
 
         dit, text, vae = (_dtype(kind, s, platform) for kind in ("dit", "text", "vae"))
-        make = WanLoader(mesh, attention.choose(s.attention_backend), dit)
+        chooser = Chooser(s, platform)
+        chooser.check(("text_encoder", *(name for name in TRANSFORMERS if name in names), "vae"))
+        chooser.torch_only("text_encoder", "its attention adds a learned bias for each distance")
+        chooser.torch_only("vae", "its attention has a single head of many channels")
+        self._residency = keep = Residency.of(s, platform, names)
         self._text: PromptEncoder = loaded(
-            PromptEncoder.load(folders["tokenizer"], folders["text_encoder"], text, device)
+            PromptEncoder.load(
+                folders["tokenizer"],
+                folders["text_encoder"],
+                text,
+                device,
+                keep.keeper("text_encoder"),
+                mesh.axis(s.tp_size),
+            )
         )
-        high: WanTransformer = loaded(make(folders["transformer"]))
-        low: WanTransformer | None = loaded(make(folders["transformer_2"])) if "transformer_2" in names else None
+        make = WanLoader(mesh, chooser, dit, keep)
+        first, second = TRANSFORMERS
+        high: WanTransformer = loaded(make(first, folders[first]))
+        low: WanTransformer | None = loaded(make(second, folders[second])) if second in names else None
         self._experts = Experts(high, low)
+        kept = platform.free_memory() // (LORA_SHARE * mesh.local_world * len(TRANSFORMERS))
         self.lora = {
-            name: LoraLayers(expert, WAN_ORIGINAL, name, LORA_KEEP_BYTES)
-            for name, expert in zip(("transformer", "transformer_2"), (high, low), strict=True)
+            name: LoraLayers(expert, WAN_ORIGINAL, name, kept, keep.changer(name))
+            for name, expert in zip(TRANSFORMERS, (high, low), strict=True)
             if expert is not None
         }
-        self._vae: Vae = loaded(Vae(folders["vae"], s, vae, device))
+        self._vae: Vae = loaded(
+            Vae(folders["vae"], s, vae, device, keep.keeper("vae"), mesh.all if s.parallel_decode else None)
+        )
+        self.together = s.parallel_decode
         self._takes_pictures = s.vae_config.load_encoder and has_encoder(folders["vae"])
-        self._load_encoder = partial(VaeEncoder, folders["vae"], s, vae, device)
+        self._load_encoder = partial(VaeEncoder, folders["vae"], s, vae, device, keep.keeper("vae_encoder"))
         self._encoder: VaeEncoder | None = None
-        self._config = high.config
         self._check_widths()
-        mesh.gather(torch.zeros(1, device=device), 0)  # until all ranks have loaded, memory is not what it will be
+        mesh.meet()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe(load.folder, index["_class_name"], names)
 
     def _check_widths(self) -> None:
@@ -326,7 +353,7 @@ class Wan(Family):
             )
 
     def encode(self, params: SamplingParams) -> tuple[WanConditioning, list[str]]:
-        self._mesh.check_tokens(math.prod(self._grid(params)), self._config.num_attention_heads)
+        self._residency.need("text_encoder")
         length = params.max_sequence_length
         positive, note = self._text.encode(params.prompt, length)
         notes: list[str | None] = [note]
@@ -334,6 +361,8 @@ class Wan(Family):
         if params.guidance_scale > 1:
             negative, note = self._text.encode(params.negative_prompt or "", length)
             notes.append(note and f"negative {note}")
+        elif self._mesh.cfg.size == 2:
+            notes.append("enable_cfg_parallel: without guidance half of the workers repeat what the others do")
         ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
         boundary = None if ratio is None else ratio * self._train_steps
         counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
@@ -348,13 +377,18 @@ class Wan(Family):
     def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
         if self._encoder is None:  # most requests bring no picture
             self._encoder = self._load_encoder()
+        self._residency.need("vae_encoder")
         return self._encoder.encode(frames, pulse)
 
     def velocities(self, x: Tensor, t: Tensor, condition: WanConditioning) -> tuple[Tensor, Tensor | None]:
         expert = self._experts.at(t, condition.boundary)
+        self._residency.need(TRANSFORMERS[expert is self._experts.low])
         keys = self._read(expert, condition)
         if condition.negative is None:
             return expert(x, t, keys), None
+        if self._mesh.cfg.size == 2:
+            positive, negative = self._mesh.cfg.gather(expert(x, t, keys), 0).chunk(2)
+            return positive, negative
         if math.prod(expert.grid(x)) > BATCH_TOKENS:
             return expert(x, t, keys.row(0)), expert(x, t, keys.row(1))
         positive, negative = expert(x.expand(2, -1, -1, -1, -1), t, keys).chunk(2)
@@ -370,9 +404,15 @@ class Wan(Family):
         return self.decode(x0[:, :, :1], pulse)  # the decoder is causal: the first latent frame is the first frame
 
     def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        if self._mesh.rank:
-            return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        return self._vae.decode(x, pulse)
+        frames = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+        if self.together or self._mesh.rank == 0:
+            self._residency.need("vae")
+            decoded = self._vae.decode(x, pulse)
+            frames = frames if self._mesh.rank else decoded
+        return frames
+
+    def rest(self) -> None:
+        self._residency.rest()
 
     def _grid(self, params: SamplingParams) -> tuple[int, int, int]:
         """Patches of one output in time, height and width."""
@@ -385,7 +425,10 @@ class Wan(Family):
         """Keys and values of the text for that expert; computed at its first step and kept till another's."""
         if expert not in condition.keys:
             condition.keys.clear()
-            text, bias = pad([condition.positive, condition.negative], condition.length, self._fold_padding)
+            texts = [condition.positive, condition.negative]
+            if condition.negative is not None and self._mesh.cfg.size == 2:
+                texts = [texts[self._mesh.cfg.index]]
+            text, bias = pad(texts, condition.length, self._fold_padding)
             condition.keys[expert] = expert.read(text, bias)
         return condition.keys[expert]
 
@@ -397,13 +440,14 @@ class Wan(Family):
         return ModelInfo(
             name=name,
             kind="video",
-            defaults=self._defaults(folder),
+            defaults=self._defaults,
             size_multiple=self._vae.spatial * math.lcm(ph, pw),
             frame_multiple=self._vae.temporal * pt,
             components=components,
             max_pictures=int(self._takes_pictures),
             unsupported=lacks,
             lora_targets=tuple(self.lora),
+            degrees=attrs.asdict(self._degrees),
             tasks=TEXT_TASKS + (PICTURE_TASKS if self._takes_pictures else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
@@ -415,22 +459,30 @@ class Wan(Family):
         """
         c, tile = self._config, self._vae.tiling
         size = self._experts.high.proj_out.weight.element_size()
-        shared = 1 if self._platform.ranks_share_memory else self._mesh.world
-        block = (max(8 * c.dim, 5 * c.dim + 2 * c.ffn_dim) * size + 8 * c.dim * (size < 4)) // shared
+        block = max(8 * c.dim, 5 * c.dim + 2 * c.ffn_dim) * size + 8 * c.dim * (size < 4)
+        if self._platform.ranks_share_memory:
+            block *= self._mesh.cfg.size
+        else:
+            block //= self._mesh.tokens.size
         text = self._text.encoder
+        copies = self._mesh.local_world if self._platform.ranks_share_memory else 1
+        coming = {name: copies * self._residency.held_bytes(name) for name in ("text_encoder", *TRANSFORMERS, "vae")}
         return Memory(
             free=self._platform.free_memory(),
             base=2**25 + 4 * c.num_layers * TEXT_TOKENS * c.dim * size,
+            text_weights=coming["text_encoder"],
+            denoiser_weights=max(coming[name] for name in TRANSFORMERS),
+            decoder_weights=coming["vae"],
             text_pair=4 * text.heads * text.shared.weight.element_size(),
             token=block + 48 * c.in_channels * math.prod(c.patch_size),
-            paired_tokens=2 * BATCH_TOKENS,
+            paired_tokens=0 if self._mesh.cfg.size == 2 else 2 * BATCH_TOKENS,
             pixel=27,
             chunk_pixel=self._vae.chunk_pixel_bytes,
             chunk_pixels=CHUNK_PIXELS,
             tile_pixels=tile.height * tile.width if tile else None,
         )
 
-    def _defaults(self, folder: Path) -> dict[str, Any]:
+    def _read_defaults(self, folder: Path, two_experts: bool) -> dict[str, Any]:
         """The folder's generation_config.json, else those of the known size."""
         file = folder / "generation_config.json"
         if file.is_file():
@@ -440,7 +492,7 @@ class Wan(Family):
             except BadRequest as error:
                 raise ModelError(f"{file}: {error.message}") from None
             return given
-        if self._experts.low:
+        if two_experts:
             return WAN22_A14B | {"boundary_ratio": self._boundary}
         return WAN21_SMALL if self._config.num_layers <= 30 else WAN21_LARGE
 
@@ -482,19 +534,34 @@ class WanLoader:
     """Makes transformers."""
 
     mesh: Mesh
-    attend: Attention
+    chooser: Chooser
     dtype: torch.dtype
+    residency: Residency
 
-    def __call__(self, folder: Path) -> WanTransformer:
-        file = folder / "config.json"
-        config: WanConfig = pick(read_json(file), WanConfig, file)
-        if config.added_kv_proj_dim or config.image_dim or config.in_channels != config.out_channels:
-            raise NotBuilt(f"{file}: a transformer with picture input is not built yet in this version of sgld")
-        if config.qk_norm != "rms_norm_across_heads":
-            raise ModelError(f"{file}: qk_norm is {config.qk_norm!r}; only 'rms_norm_across_heads' is supported")
-        self.mesh.check_heads(config.num_attention_heads)
-        build = lambda: WanTransformer(config, self.mesh, self.attend)  # noqa: E731
-        return load_module(build, folder, self.dtype, self.mesh.device)
+    def __call__(self, name: str, folder: Path) -> WanTransformer:
+        config = wan_config(folder / "config.json")
+        head, ring = config.attention_head_dim, self.mesh.ring.size > 1
+        own = self.chooser.choose(name, SELF, self.dtype, head, ring)
+        cross = self.chooser.choose(name, CROSS, self.dtype, head)
+        build = lambda: WanTransformer(config, self.mesh, own, cross)  # noqa: E731
+        keeper = self.residency.keeper(name, layers="blocks")
+        module = load_module(build, folder, self.dtype, self.mesh.device, offload=keeper)
+        module.walk = self.residency.walker(name)
+        return module
+
+
+def wan_config(file: Path) -> WanConfig:
+    """The numbers of a transformer's config.json.
+
+    Raises:
+        ModelError, NotBuilt: another architecture.
+    """
+    config: WanConfig = pick(read_json(file), WanConfig, file)
+    if config.added_kv_proj_dim or config.image_dim or config.in_channels != config.out_channels:
+        raise NotBuilt(f"{file}: a transformer with picture input is not built yet in this version of sgld")
+    if config.qk_norm != "rms_norm_across_heads":
+        raise ModelError(f"{file}: qk_norm is {config.qk_norm!r}; only 'rms_norm_across_heads' is supported")
+    return config
 
 
 def refuse_variants(folder: Path, index: dict[str, Any]) -> None:

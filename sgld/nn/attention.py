@@ -1,16 +1,45 @@
-"""Attention over [B, S, H, D], by the kernel chosen once."""
+"""Attention over [B, S, H, D], by a kernel that is chosen once for each component.
+
+Only torch's own kernels run on a CPU. The others are written to what their packages document.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import attrs
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sgld.errors import NotBuilt
-from sgld.nn.parallel import Mesh
+from sgld.config import ATTENTION_ROLES, TRANSFORMERS, Settings
+from sgld.errors import BadRequest, NotBuilt, nearest
+from sgld.platform import Platform
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+AttentionLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@attrs.frozen
+class Backend:
+    """A kernel: attention, and, where it can tell them, also the log-sum-exps that join parts of the keys.
+
+    `attend_lse` takes q [B, S, H, D] and k, v [B, L, H, D], and gives the output [B, S, H, D] and the natural
+    logarithm of each query's sum of exponentials [B, S, H], float32.
+    """
+
+    name: str
+    attend: Attention
+    attend_lse: AttentionLse | None = None
+
+
+# --------------------------------------------------------------------------------------------------- kernels
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -19,26 +48,199 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
-def choose(name: str | None) -> Attention:
-    """The kernel that `attention_backend` names.
+def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sdpa` gives without a bias, [B, S, H, D], and its log-sum-exps [B, S, H], float32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.dtype == torch.float32:
+        y, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        lse = lse[..., : q.shape[2]]  # it is padded to a multiple of 32
+    else:
+        y, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return y.transpose(1, 2), lse.transpose(1, 2)
 
-    Raises:
-        NotBuilt: a kernel that does not stand yet.
-    """
-    if name in (None, "torch_sdpa"):
-        return sdpa
-    raise NotBuilt(
-        f"attention_backend: {name} is not built yet in this version of sgld; use torch_sdpa", "attention_backend"
-    )
+
+TORCH = Backend("torch_sdpa", sdpa, sdpa_with_lse)
 
 
-def ulysses(mesh: Mesh, attend: Attention) -> Attention:
-    """`attend` over the tokens of all ranks; in and out each rank holds its own tokens (see `nn.parallel`)."""
-    if mesh.world == 1:
-        return attend
+def _cudnn() -> Backend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(q, k, v, bias)
 
-    def attend_all(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = (mesh.tokens_to_heads(x) for x in (q, k, v))
-        return mesh.heads_to_tokens(attend(q, k, v, bias))
+    def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        return y.transpose(1, 2), lse.reshape(y.shape[:3]).transpose(1, 2)
 
-    return attend_all
+    return Backend("torch_cudnn_sdpa", attend, attend_lse)
+
+
+def _flash_2() -> Backend:
+    kernel = importlib.import_module("flash_attn").flash_attn_func
+    return Backend("fa2", _unbiased(kernel), _with_lse(kernel, return_attn_probs=True))
+
+
+def _flash_3() -> Backend:
+    kernel = importlib.import_module("flash_attn_interface").flash_attn_func
+    return Backend("fa3", _unbiased(kernel), _with_lse(kernel, return_attn_probs=True))
+
+
+def _flash_4() -> Backend:
+    return Backend("fa4", _unbiased(importlib.import_module("flash_attn.cute").flash_attn_func))
+
+
+def _sage() -> Backend:
+    kernel = importlib.import_module("sageattention").sageattn
+    attend = _unbiased(lambda q, k, v: kernel(q, k, v, tensor_layout="NHD"))
+    return Backend("sage_attn", attend, _with_lse(kernel, tensor_layout="NHD", return_lse=True))
+
+
+def _sage_3() -> Backend:
+    kernel = importlib.import_module("sageattn3").sageattn3_blackwell
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, v = q.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+        k = k.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # it is changed in place
+        y: Tensor = kernel(q, k, v)
+        return y.transpose(1, 2)
+
+    return Backend("sage_attn_3", _unbiased(attend))
+
+
+def _aiter() -> Backend:
+    kernel = importlib.import_module("aiter").flash_attn_func
+    return Backend("aiter", _unbiased(kernel), _with_lse(kernel, return_lse=True))
+
+
+def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> Attention:
+    """A kernel that knows no bias; some versions answer with a tuple whose first element is the output."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is None, "families fold padding into a bias only where torch_sdpa is all there is"
+        answer = kernel(q, k, v)
+        y: Tensor = answer[0] if isinstance(answer, tuple) else answer
+        return y
+
+    return attend
+
+
+def _with_lse(kernel: Callable[..., Any], **told: Any) -> AttentionLse:
+    """A kernel that answers with [B, S, H, D] and [B, H, S] when it is told so."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        y, lse = kernel(q, k, v, **told)[:2]
+        return y, lse.transpose(1, 2)
+
+    return attend
+
+
+# ---------------------------------------------------------------------------------------------------- choice
+
+
+@attrs.frozen
+class Entry:
+    """How a backend is made, and what it needs."""
+
+    make: Callable[[], Backend]
+    package: str = "torch"
+    gpu: str = ""  # pattern of `Platform.gpu`; empty: a CPU will do
+    needs: str = ""  # the same in words
+    max_head: int = 2**16
+    keys: tuple[str, ...] = ()  # of attention_backend_config
+    joins: bool = True  # whether it tells log-sum-exps, which a ring of workers needs
+
+    def obstacle(self, platform: Platform, dtype: torch.dtype, head: int) -> str | None:
+        """Why it cannot run, if it cannot."""
+        if self.gpu and not re.fullmatch(self.gpu, platform.gpu or ""):
+            return f"it needs {self.needs}; this worker computes on {platform.gpu or 'a CPU'}"
+        if not _installed(self.package):
+            return f"the package {self.package} is not installed"
+        if self.gpu and dtype == torch.float32:
+            return "it computes in fp16 or bf16; the component's precision is fp32"
+        if head > self.max_head:
+            return f"it takes heads of at most {self.max_head} channels; the component's have {head}"
+        return None
+
+
+def _installed(package: str) -> bool:
+    top, *inner = package.split(".")
+    return importlib.util.find_spec(top) is not None and (not inner or importlib.util.find_spec(package) is not None)
+
+
+BACKENDS: Mapping[str, Entry] = {
+    "torch_sdpa": Entry(lambda: TORCH),
+    "fa2": Entry(_flash_2, "flash_attn", r"sm(8|9|1\d)\d|rocm", "an NVIDIA GPU from Ampere on, or an AMD one", 256),
+    "fa3": Entry(_flash_3, "flash_attn_interface", "sm90", "an NVIDIA Hopper GPU", 256),
+    "fa4": Entry(_flash_4, "flash_attn.cute", r"sm(90|1\d\d)", "an NVIDIA GPU from Hopper on", 128, joins=False),
+    "torch_cudnn_sdpa": Entry(_cudnn, "torch", r"sm(8|9|1\d)\d", "an NVIDIA GPU from Ampere on", 128),
+    "sage_attn": Entry(_sage, "sageattention", "sm(80|86|89|90|120)", "an NVIDIA GPU of sm80, 86, 89, 90 or 120", 128),
+    "sage_attn_3": Entry(_sage_3, "sageattn3", r"sm1[02]\d", "an NVIDIA Blackwell GPU", 128, joins=False),
+    "aiter": Entry(_aiter, "aiter", "rocm", "an AMD GPU", 256),
+}
+FLASH = ("fa4", "fa3", "fa2")  # what `fa` stands for: the first that can run
+SELF, CROSS = ATTENTION_ROLES
+
+
+@attrs.frozen
+class Chooser:
+    """The backends of one model's components, as the settings ask."""
+
+    settings: Settings
+    platform: Platform
+
+    def check(self, components: tuple[str, ...]) -> None:
+        """Raise `BadRequest` for a component that is not one of these, whose attention can be chosen."""
+        for name in self.settings.component_attention_backends:
+            component, _, role = name.partition(".")
+            if component not in components or (role and (component not in TRANSFORMERS or role not in ATTENTION_ROLES)):
+                roles = [f"{c}.{r}" for c in components if c in TRANSFORMERS for r in ATTENTION_ROLES]
+                allowed = [*components, *roles]
+                raise BadRequest(
+                    f"component_attention_backends: {name!r} is none of {', '.join(allowed)}{nearest(name, allowed)}",
+                    "component_attention_backends",
+                )
+
+    def torch_only(self, component: str, why: str) -> None:
+        """Raise `BadRequest` where another backend is asked for a component that torch alone can compute."""
+        name = self.settings.component_attention_backends.get(component, "torch_sdpa")
+        if name != "torch_sdpa":
+            path = f"component_attention_backends.{component}"
+            raise BadRequest(f"{path}: {name} cannot be used: {why}; use torch_sdpa", path)
+
+    def choose(self, component: str, role: str, dtype: torch.dtype, head: int, ring: bool = False) -> Backend:
+        """The backend for a transformer's attention to itself, or across, with heads of so many channels.
+
+        The role's own, or the component's, or those of the first of several such components, or the one for all; else
+        flash attention where it can run, and torch's own where it cannot.
+
+        Raises:
+            BadRequest: it cannot run here, or does not read a key of `attention_backend_config`; says what can.
+            NotBuilt: it does not stand yet.
+        """
+        given = self.settings.component_attention_backends
+        first = component.removesuffix("_2")
+        asked = next((n for n in (f"{component}.{role}", component, f"{first}.{role}", first) if n in given), None)
+        param = f"component_attention_backends.{asked}" if asked else "attention_backend"
+        name = wanted = given[asked] if asked else self.settings.attention_backend
+        runs = [n for n, entry in BACKENDS.items() if entry.obstacle(self.platform, dtype, head) is None]
+        if name in (None, "fa"):
+            flash = [n for n in FLASH if n in runs and (BACKENDS[n].joins or not ring)]
+            name = next(iter(flash), FLASH[-1] if name else "torch_sdpa")
+        if name not in BACKENDS:
+            raise NotBuilt(f"{param}: {name} is not built yet in this version of sgld; use torch_sdpa", param)
+        if reason := BACKENDS[name].obstacle(self.platform, dtype, head):
+            raise BadRequest(f"{param}: {wanted} cannot run here: {reason}; these can: {', '.join(runs)}", param)
+        self._check_keys(name)
+        return BACKENDS[name].make()
+
+    def _check_keys(self, name: str) -> None:
+        keys = BACKENDS[name].keys
+        for key in self.settings.attention_backend_config or {}:
+            if key not in keys:
+                raise BadRequest(
+                    f"attention_backend_config: {key!r} is no setting of {name}; it has {', '.join(keys) or 'none'}",
+                    "attention_backend_config",
+                )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from sgld.nn.lora_formats import Adapter, Delta, Fitted, Renames, config_file, f
 
 Mode = Literal["auto", "merge", "dynamic"]
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)
+CACHED_NUMBERS = 2**17  # float32, that a core keeps at hand
 
 Layer = nn.Linear | _ConvNd  # what can be computed beside
 
@@ -52,13 +54,17 @@ class Part:
 # --------------------------------------------------------------------------------------------------- arithmetic
 
 
-def add_linear(total: Tensor, parts: Sequence[tuple[Delta, float]]) -> None:
-    """total += strength * (scale * up @ down + diff) of each, in float32; all pairs as one; `total` is contiguous."""
+def joined(parts: Sequence[tuple[Delta, float | Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """up [out, R] and down [R, in] of all pairs together, with their strengths, in the precision of `like`."""
     pairs = [(d.up, d.down, strength * d.scale) for d, strength in parts if d.up is not None and d.down is not None]
-    if pairs:
-        up = torch.cat([up.to(total).flatten(1) * factor for up, _, factor in pairs], 1)
-        down = torch.cat([down.to(total).flatten(1) for _, down, _ in pairs])
-        total.view(len(total), -1).addmm_(up, down)
+    up = torch.cat([up.to(like).flatten(1) * factor for up, _, factor in pairs], 1)
+    return up, torch.cat([down.to(like).flatten(1) for _, down, _ in pairs])
+
+
+def add_linear(total: Tensor, parts: Sequence[tuple[Delta, float]]) -> None:
+    """total += strength * (scale * up @ down + diff) of each, in float32; `total` is contiguous."""
+    if any(delta.up is not None for delta, _ in parts):
+        total.view(len(total), -1).addmm_(*joined(parts, total))
     for delta, strength in parts:
         if delta.diff is not None:
             total.add_(delta.diff.to(total), alpha=strength)
@@ -103,6 +109,38 @@ def bias_change(parts: Sequence[Part], device: torch.device) -> Tensor | None:
     return torch.stack(terms).sum(0) if terms else None
 
 
+def merged_weight(base: Tensor, parts: Sequence[Part], out: Tensor | None = None) -> Tensor:
+    """Base + what these adapters add, in `out` or in a new tensor on the base's device; rounded once.
+
+    On a CPU, pairs go a few rows at a time, which stay in its cache while they are float32.
+    """
+    out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+    if out.dtype == torch.float32 and out.is_contiguous():
+        add_changes(out.copy_(base), base, parts)
+        return out
+    plain = all(part.delta.diff is None and part.delta.magnitude is None for part in parts)
+    if not plain or out.device.type != "cpu":
+        total = _float32(base, out.device)
+        add_changes(total, base, parts)
+        return out.copy_(total)
+    up, down = joined([(part.delta, part.strength) for part in parts], torch.empty(0))
+    rows = max(1, CACHED_NUMBERS // down.shape[1])
+    total = torch.empty(rows, down.shape[1])
+    for start in range(0, len(up), rows):
+        some = up[start : start + rows]
+        summed = total[: len(some)].copy_(base[start : start + rows].flatten(1)).addmm_(some, down)
+        out[start : start + rows].flatten(1).copy_(summed)
+    return out
+
+
+def merged_bias(base: Tensor, parts: Sequence[Part], out: Tensor | None = None) -> Tensor:
+    """The same for a bias that these adapters change."""
+    out = torch.empty_like(base) if out is None else out
+    change = bias_change(parts, out.device)
+    assert change is not None
+    return out.copy_(change.add_(base.to(out.device)))
+
+
 # ------------------------------------------------------------------------------------------------------- dynamic
 
 
@@ -141,33 +179,29 @@ class Beside:
         add_changes(total, weight, parts)
         return self._cast(total)
 
-    def _factor(self, weight: Tensor, delta: Delta) -> Tensor | None:
-        """DoRA's factor of each output, float32 [out]."""
+    def _factor(self, weight: Tensor, delta: Delta) -> Tensor | float:
+        """DoRA's factor of each output, float32 [out, 1]."""
         if delta.magnitude is None:
-            return None
+            return 1.0
         changed = _float32(weight, self._device)
         add_linear(changed, [(delta, 1.0)])
-        return dora_factor(delta, changed).flatten()
+        return dora_factor(delta, changed).flatten(1)
 
-    def _gains(self, parts: Sequence[Part], factors: Sequence[Tensor | None]) -> Tensor | None:
-        gains = [
-            part.strength * (factor - 1) for part, factor in zip(parts, factors, strict=True) if factor is not None
-        ]
+    def _gains(self, parts: Sequence[Part], factors: Sequence[Tensor | float]) -> Tensor | None:
+        found = zip(parts, factors, strict=True)
+        gains = [part.strength * (factor - 1).flatten() for part, factor in found if isinstance(factor, Tensor)]
         return torch.stack(gains).sum(0) if gains else None
 
     def _joined(
-        self, layer: Layer, parts: Sequence[Part], factors: Sequence[Tensor | None]
+        self, layer: Layer, parts: Sequence[Part], factors: Sequence[Tensor | float]
     ) -> tuple[Tensor, Tensor] | None:
         """down [R, in, ...] and up [out, R] of all parts that have them."""
-        downs, ups = [], []
-        for part, factor in zip(parts, factors, strict=True):
-            d = part.delta
-            if d.down is not None and d.up is not None:
-                up = d.up.to(self._device, torch.float32).flatten(1) * (part.strength * d.scale)
-                ups.append(up if factor is None else factor[:, None] * up)
-                down = d.down.to(self._device, torch.float32)
-                downs.append(down.flatten(1) if isinstance(layer, nn.Linear) else down)
-        return (self._cast(torch.cat(downs)), self._cast(torch.cat(ups, 1))) if downs else None
+        if all(part.delta.up is None for part in parts):
+            return None
+        scaled = [(part.delta, part.strength * factor) for part, factor in zip(parts, factors, strict=True)]
+        up, down = joined(scaled, torch.empty(0, device=self._device))
+        down = down if isinstance(layer, nn.Linear) else down.view(-1, *layer.weight.shape[1:])
+        return self._cast(down), self._cast(up)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self._device, self._dtype)
@@ -206,20 +240,33 @@ def _spread(layer: Layer, y: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- a module
 
+Setting = tuple[tuple[Use, ...], Mode]
+Change = Callable[..., Tensor]  # (base, out=None) -> merged
+Offload = Callable[[Mapping[str, Change]], None]  # takes the changes of weights that come and go
+
 
 class LoraLayers:
-    """The adapters of one module. Merging happens in float32 and is rounded once.
+    """The adapters of one module. Merging starts from the base, happens in float32 and is rounded once.
 
-    The base of every weight that was ever touched stays in host memory, so that taking adapters away restores it bit
-    for bit. So do the merged weights of the last few settings, up to `keep_bytes`: coming back to one is a copy.
-    Fitting and applying read tensors, so they belong where computing happens, not on an event loop.
+    The base of every changed weight stays in host memory, so that taking adapters away restores it bit for bit. Where
+    the module itself lies there, base and merged weights take each other's place in the parameters and nothing is
+    copied; the merged weights of the last few settings are kept, in `keep_bytes`, which the active one may exceed.
+    On a GPU, weights are written in place. Of an offloaded module, `offload` takes what is to happen to each weight
+    when it comes. Fitting and applying read tensors: they belong where computing happens, not on an event loop.
     """
 
-    def __init__(self, module: nn.Module, original: Renames = (), component: str = "transformer", keep_bytes: int = 0):
-        self._module, self._original, self._component = module, original, component
-        self._keep_bytes = keep_bytes
+    def __init__(
+        self,
+        module: nn.Module,
+        original: Renames = (),
+        component: str = "transformer",
+        keep_bytes: int = 0,
+        offload: Offload | None = None,
+    ):
+        self.module = module
+        self._original, self._component, self._keep_bytes, self._offload = original, component, keep_bytes, offload
         self._base: dict[str, Tensor] = {}
-        self._kept: OrderedDict[tuple[Use, ...], dict[str, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Setting, dict[str, Tensor]] = OrderedDict()  # the active one is the last
         self._changed: set[str] = set()
         self._hooks: list[RemovableHandle] = []
         self._fitted: WeakKeyDictionary[Adapter, dict[tuple[bool, float | None], Fitted]] = WeakKeyDictionary()
@@ -227,20 +274,15 @@ class LoraLayers:
         self.mode: Mode = "merge"  # of the active ones: `merge` or `dynamic`
 
     @property
-    def base_bytes(self) -> int:
-        """Host memory that the bases take."""
-        return sum(base.nbytes for base in self._base.values())
-
-    @property
     def kept_bytes(self) -> int:
-        """Host memory that the merged weights of earlier settings take."""
+        """Memory of merged weights, the active ones included."""
         return sum(tensor.nbytes for kept in self._kept.values() for tensor in kept.values())
 
     def fit(self, adapter: Adapter, *, strict: bool = True, alpha: float | None = None) -> Fitted:
         """The adapter in terms of this module; nothing changes. Raises `BadRequest` as `lora_formats.fit` does."""
         known, key = self._fitted.setdefault(adapter, {}), (strict, alpha)
         if key not in known:
-            shapes = {name: tuple(p.shape) for name, p in self._module.named_parameters()}
+            shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
             known[key] = fit(adapter, shapes, self._original, self._component, strict=strict, alpha=alpha)
         return known[key]
 
@@ -261,13 +303,8 @@ class LoraLayers:
             return
         try:
             self._unhook()
-            if mode == "dynamic":
-                self._merge(self._hook(layers))
-            elif wanted in self._kept:
-                self._recall(wanted)
-            else:
-                self._merge(layers)
-                self._keep(wanted)
+            rest = self._hook(layers) if mode == "dynamic" else layers
+            self._hold((wanted, mode), rest)
         except BaseException:
             self.clear()
             raise
@@ -277,76 +314,76 @@ class LoraLayers:
     def clear(self) -> None:
         """Take all adapters away: every weight is what it was, bit for bit."""
         self._unhook()
-        self._restore(self._changed)
+        self._hold(((), "merge"), {})
         self.active = ()
 
     def release(self) -> None:
-        """Give up the host memory of bases whose weights are untouched now, and of earlier settings."""
-        self._kept.clear()
+        """Give up the merged weights of settings that are not active, and the bases of weights that are untouched."""
+        self._kept = OrderedDict(item for item in self._kept.items() if item[0] == (self.active, self.mode))
         self._base = {name: base for name, base in self._base.items() if name in self._changed}
 
     def _choose(self, layers: Mapping[str, list[Part]], mode: Mode) -> Mode:
         deltas = [part.delta for parts in layers.values() for part in parts]
-        odd = [d for d in deltas if self._module.get_parameter(d.weight).dtype not in MERGEABLE]
+        odd = [d for d in deltas if self.module.get_parameter(d.weight).dtype not in MERGEABLE]
         if not odd:
             return "merge" if mode == "auto" else mode
-        dtype = str(self._module.get_parameter(odd[0].weight).dtype).removeprefix("torch.")
+        dtype = str(self.module.get_parameter(odd[0].weight).dtype).removeprefix("torch.")
         if mode == "merge":
             raise NotBuilt(f"merge_mode: weights of type {dtype} cannot be merged; use dynamic", "merge_mode")
         if any(delta.magnitude is not None for delta in odd):
             raise NotBuilt(f"lora_path: DoRA on weights of type {dtype} is not built yet in this version of sgld")
         return "dynamic"
 
-    def _merge(self, layers: Mapping[str, list[Part]]) -> None:
-        """Write base + change into all these layers, and the base into those changed before."""
-        wanted = set()
-        for parts in layers.values():
-            delta = parts[0].delta
-            if any(part.delta.changes_weight for part in parts):
-                wanted.add(delta.weight)
-                self._write(self._touch(delta.weight), self._base[delta.weight], parts)
-            change = bias_change(parts, self._module.get_parameter(delta.weight).device)
-            if delta.bias is not None and change is not None:
-                wanted.add(delta.bias)
-                bias = self._touch(delta.bias)
-                bias.copy_(change.add_(self._base[delta.bias].to(bias.device)))
-        self._restore(self._changed - wanted)
-
-    def _keep(self, uses: tuple[Use, ...]) -> None:
-        if sum(self._module.get_parameter(name).nbytes for name in self._changed) > self._keep_bytes or not uses:
+    def _hold(self, setting: Setting, layers: Mapping[str, list[Part]]) -> None:
+        """Let these changes hold, and put the base wherever there is none."""
+        changes = _changes(layers)
+        if self._offload is not None:
+            self._offload(changes)
             return
-        self._kept[uses] = {name: self._module.get_parameter(name).to("cpu", copy=True) for name in self._changed}
-        while self.kept_bytes > self._keep_bytes:
-            self._kept.popitem(last=False)
+        merged = self._kept.pop(setting, None) or self._merge(changes)
+        if merged and all(tensor.device.type == "cpu" for tensor in merged.values()):
+            self._kept[setting] = merged
+        for name, tensor in merged.items():
+            self._put(name, tensor)
+        self._restore(self._changed - merged.keys())
 
-    def _recall(self, uses: tuple[Use, ...]) -> None:
-        self._kept.move_to_end(uses)
-        for name, merged in self._kept[uses].items():
-            self._touch(name).copy_(merged)
-        self._restore(self._changed - self._kept[uses].keys())
+    def _merge(self, changes: Mapping[str, Change]) -> dict[str, Tensor]:
+        spare = self._make_room(sum(self.module.get_parameter(name).nbytes for name in changes))
+        merged = {name: self._blank(name, spare) for name in changes}
+        for name, change in changes.items():
+            change(self._base[name], out=merged[name])
+        return merged
 
-    def _write(self, weight: Tensor, base: Tensor, parts: Sequence[Part]) -> None:
-        """weight = base + changes; in place where its own type is float32."""
-        if weight.dtype == torch.float32 and weight.is_contiguous():
-            add_changes(weight.copy_(base), base, parts)
-        else:
-            total = _float32(base, weight.device)
-            add_changes(total, base, parts)
-            weight.copy_(total)
+    def _make_room(self, nbytes: int) -> dict[str, Tensor]:
+        """Drop what was used least recently until so much more may be kept; answers with the tensors, for new use."""
+        spare: dict[str, Tensor] = {}
+        while self._kept and self.kept_bytes + nbytes > self._keep_bytes:
+            spare |= self._kept.popitem(last=False)[1]
+        return spare
 
-    def _touch(self, name: str) -> nn.Parameter:
-        """That parameter, once its base is kept and it counts as changed."""
-        parameter = self._module.get_parameter(name)
+    def _blank(self, name: str, spare: Mapping[str, Tensor]) -> Tensor:
+        """Where the merged parameter is to be written; its base is kept from now on."""
+        parameter = self.module.get_parameter(name)
+        on_cpu = parameter.device.type == "cpu"
         if name not in self._base:
-            on_gpu = parameter.device.type == "cuda"
-            base = torch.empty_like(parameter, device="cpu", requires_grad=False, pin_memory=on_gpu)
-            self._base[name] = base.copy_(parameter)
+            self._base[name] = parameter.data if on_cpu else parameter.to("cpu", copy=True).pin_memory()
+        if on_cpu:
+            return spare[name] if name in spare else torch.empty(parameter.shape, dtype=parameter.dtype)
         self._changed.add(name)
-        return parameter
+        return parameter.data
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """In place of the parameter's own storage, or into it where that is on another device."""
+        parameter = self.module.get_parameter(name)
+        if tensor.device == parameter.device:
+            parameter.data = tensor
+        else:
+            parameter.copy_(tensor)
+        self._changed.add(name)
 
     def _restore(self, names: set[str]) -> None:
         for name in list(names):
-            self._module.get_parameter(name).copy_(self._base[name])
+            self._put(name, self._base[name])
             self._changed.discard(name)
 
     def _hook(self, layers: Mapping[str, list[Part]]) -> dict[str, list[Part]]:
@@ -357,8 +394,9 @@ class LoraLayers:
         self._restore(self._changed)
         rest = {}
         for name, parts in layers.items():
-            layer = self._module.get_submodule(name) if parts[0].delta.weight != name else None
-            if isinstance(layer, Layer):
+            layer = self.module.get_submodule(name) if parts[0].delta.weight != name else None
+            weighed = any(part.delta.magnitude is not None for part in parts)
+            if isinstance(layer, Layer) and not (weighed and self._offload):
                 self._hooks.append(layer.register_forward_hook(Beside(layer, parts)))
             else:
                 rest[name] = parts
@@ -367,6 +405,18 @@ class LoraLayers:
     def _unhook(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+
+
+def _changes(layers: Mapping[str, list[Part]]) -> dict[str, Change]:
+    """From base to merged, by parameter."""
+    changes: dict[str, Change] = {}
+    for parts in layers.values():
+        delta = parts[0].delta
+        if any(part.delta.changes_weight for part in parts):
+            changes[delta.weight] = partial(merged_weight, parts=parts)
+        if delta.bias is not None and any(part.delta.changes_bias for part in parts):
+            changes[delta.bias] = partial(merged_bias, parts=parts)
+    return changes
 
 
 def _by_layer(uses: Sequence[Use]) -> dict[str, list[Part]]:
@@ -380,75 +430,42 @@ def _by_layer(uses: Sequence[Use]) -> dict[str, list[Part]]:
 # --------------------------------------------------------------------------------------------------------- cache
 
 
-Stamp = tuple[Path, tuple[tuple[int, int], ...]]  # the file, and (mtime in ns, size) of it and of its config
-
-
-@attrs.frozen
-class Source:
-    """Where an adapter lies: a file or a folder, and which file of it."""
-
-    path: Path
-    weight_name: str | None = None
-
-
 class AdapterCache:
-    """Adapters in host memory, the least recently used dropped first; nicknames outlive what is dropped.
+    """Adapters in host memory, the least recently used dropped first.
 
     An adapter at work keeps its tensors until it is replaced, whatever the limit.
     """
 
     def __init__(self, limit_bytes: int):
-        self.limit_bytes = limit_bytes
-        self.nicknames: dict[str, Source] = {}
-        self._adapters: OrderedDict[Source, tuple[Stamp, Adapter]] = OrderedDict()
+        self._limit_bytes = limit_bytes
+        self._adapters: OrderedDict[Path, tuple[Stamp, Adapter]] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Memory of the cached adapters."""
         return sum(adapter.nbytes for _, adapter in self._adapters.values())
 
-    def read(self, path: Path, weight_name: str | None = None, nickname: str | None = None) -> Adapter:
-        """That adapter, read unless an unchanged copy is here; `nickname` names it from now on. Blocks.
+    def read(self, path: Path) -> Adapter:
+        """The adapter of that file or folder, read unless an unchanged copy is here. Blocks.
 
         Raises:
-            BadRequest: as `read_adapter` does; the nickname is not given then.
+            BadRequest: as `read_adapter` does.
         """
-        source = Source(path, weight_name)
-        adapter = self._load(source)
-        if nickname is not None:
-            self.nicknames[nickname] = source
-        return adapter
-
-    def named(self, nickname: str) -> Adapter:
-        """The adapter that had this nickname last, read again where it was dropped or has changed. Blocks.
-
-        Raises:
-            BadRequest: nobody gave this nickname; or as `read_adapter` does.
-        """
-        if nickname not in self.nicknames:
-            known = ", ".join(sorted(self.nicknames)) or "none"
-            raise BadRequest(f"lora_nickname: no adapter {nickname!r}; known: {known}", "lora_nickname")
-        return self._load(self.nicknames[nickname])
-
-    def forget(self, nickname: str) -> None:
-        """Drop a nickname, and its adapter from memory unless another nickname means it too."""
-        source = self.nicknames.pop(nickname, None)
-        if source is not None and source not in self.nicknames.values():
-            self._adapters.pop(source, None)
-
-    def _load(self, source: Source) -> Adapter:
-        stamp = _stamp(source)
-        held = self._adapters.pop(source, None)
-        adapter = held[1] if held and held[0] == stamp else read_adapter(source.path, source.weight_name)
-        if adapter.nbytes <= self.limit_bytes:
-            self._adapters[source] = stamp, adapter
-        while self.nbytes > self.limit_bytes:
+        stamp = _stamp(path)
+        held = self._adapters.pop(path, None)
+        adapter = held[1] if held and held[0] == stamp else read_adapter(path)
+        if adapter.nbytes <= self._limit_bytes:
+            self._adapters[path] = stamp, adapter
+        while self.nbytes > self._limit_bytes:
             self._adapters.popitem(last=False)
         return adapter
 
 
-def _stamp(source: Source) -> Stamp:
+Stamp = tuple[Path, tuple[tuple[int, int], ...]]  # the file, and (mtime in ns, size) of it and of its config
+
+
+def _stamp(path: Path) -> Stamp:
     """Raises `BadRequest` when there is no such file."""
-    file = find_file(source.path, source.weight_name)
-    states = [entry.stat() for entry in (file, config_file(source.path, file)) if entry is not None]
+    file = find_file(path)
+    states = [entry.stat() for entry in (file, config_file(path, file)) if entry is not None]
     return file, tuple((state.st_mtime_ns, state.st_size) for state in states)

@@ -96,36 +96,26 @@ class Adapter:
         return self.layers.get("transformer", {})
 
 
-def read_adapter(path: Path, weight_name: str | None = None) -> Adapter:
-    """The adapter in a safetensors file, or in a folder with one such file or the one that `weight_name` names.
+def read_adapter(path: Path) -> Adapter:
+    """The adapter in a safetensors file, or in a folder with one such file.
 
     Raises:
         BadRequest: no such file, several to choose from, a pickle, a corrupt file, or one without any LoRA key.
         NotBuilt: a PEFT adapter of another kind than LoRA.
     """
-    file = find_file(path, weight_name)
+    file = find_file(path)
     tensors, metadata = _read(file)
     rules = _rules(file, config_file(path, file), metadata)
     return _sort(file, tensors, rules)
 
 
-def find_file(path: Path, weight_name: str | None = None) -> Path:
+def find_file(path: Path) -> Path:
     """The safetensors file that `read_adapter` reads."""
-    if not path.is_file() and not path.is_dir():
+    if path.is_dir():
+        return _only_file(path)
+    if not path.is_file():
         raise BadRequest(f"lora_path: {str(path)!r}: no such file or folder", "lora_path")
-    if path.is_file():
-        if weight_name is not None:
-            raise BadRequest(
-                f"lora_weight_name: {weight_name!r} given, but {path.name!r} is a file", "lora_weight_name"
-            )
-        return _safetensors(path)
-    if weight_name is not None:
-        if Path(weight_name).is_absolute() or ".." in Path(weight_name).parts:
-            raise BadRequest(f"lora_weight_name: {weight_name!r} leads out of the folder", "lora_weight_name")
-        if not (path / weight_name).is_file():
-            raise BadRequest(f"lora_weight_name: no file {weight_name!r} in {path.name!r}", "lora_weight_name")
-        return _safetensors(path / weight_name)
-    return _only_file(path)
+    return _safetensors(path)
 
 
 def config_file(path: Path, file: Path) -> Path | None:
@@ -140,20 +130,18 @@ def _only_file(folder: Path) -> Path:
     if len(found) == 1:
         return folder / found[0]
     if found:
-        listed = _listed(found)
-        raise BadRequest(f"lora_path: {folder.name!r} holds {listed}; name one in lora_weight_name", "lora_path")
+        raise _bad(folder, f"holds {_listed(found)}; name one of these files")
     for name in names:
         if name.endswith(_PICKLES):
             _safetensors(folder / name)
-    raise BadRequest(f"lora_path: {folder.name!r} holds no .safetensors file", "lora_path")
+    raise _bad(folder, "holds no .safetensors file")
 
 
 def _safetensors(file: Path) -> Path:
     if file.suffix in _PICKLES:
-        reason = "is a pickle, which may run code when it is read; convert it to .safetensors"
-        raise BadRequest(f"lora_path: {file.name!r} {reason}", "lora_path")
+        raise _bad(file, "is a pickle, which may run code when it is read; convert it to .safetensors")
     if file.suffix != ".safetensors":
-        raise BadRequest(f"lora_path: {file.name!r} is no .safetensors file", "lora_path")
+        raise _bad(file, "is no .safetensors file")
     return file
 
 
@@ -164,7 +152,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a dict
             return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise BadRequest(f"lora_path: {file.name!r} is corrupt or truncated: {error}", "lora_path") from None
+        raise _bad(file, f"is corrupt or truncated: {error}") from None
 
 
 def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapter:
@@ -183,7 +171,7 @@ def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapt
         parts = layers.setdefault(component, {}).setdefault(layer, {})
         if part in parts:
             raise _bad(file, f"both {parts[part].key!r} and {key!r} are the {part} of one layer")
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        if not _is_finite(tensor):
             raise _bad(file, f"{key!r} holds values that are no finite floating-point numbers")
         parts[part] = Stored(key, tensor)
     if len(slots - {None}) > 1:
@@ -191,6 +179,12 @@ def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapt
     if not layers:
         raise _bad(file, f"holds no LoRA key; it has {_listed(unknown) or 'none at all'}")
     return Adapter(file, layers, tuple(unknown), rules)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether these are floating-point numbers, without NaN and infinity."""
+    ends = tensor.float().aminmax() if tensor.numel() else ()
+    return tensor.is_floating_point() and all(end.isfinite() for end in ends)
 
 
 def _part(match: re.Match[str]) -> str | None:
@@ -320,15 +314,18 @@ class Delta:
         """Whether it is about more than the bias."""
         return any(part is not None for part in (self.down, self.diff, self.magnitude))
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it is about the bias too."""
+        return self.up_bias is not None or self.diff_b is not None
+
 
 @attrs.frozen(eq=False)
 class Fitted:
     """An adapter in terms of one model."""
 
-    file: Path
     layers: Mapping[str, Delta]  # by the model's own layer names
     skipped: tuple[str, ...]  # `key (reason)`; empty where the fit was strict
-    keys: int  # that the adapter has for this model, the skipped ones included
 
 
 class Misfit(Exception):
@@ -363,14 +360,12 @@ def fit(
             layers[own] = _delta(own, parts, shapes, adapter.rules, name, alpha)
         except Misfit as reason:
             faults += [f"{stored.key} ({reason})" for stored in parts.values()]
-    keys = sum(map(len, spelled.values())) + len(adapter.unknown)
     if faults and (strict or not layers):
-        raise _bad(
-            adapter.file, f"does not fit the model's {component}: {len(faults)} of {keys} keys: {_listed(faults)}"
-        )
+        share = f"{len(faults)} of {sum(map(len, spelled.values())) + len(adapter.unknown)} keys"
+        raise _bad(adapter.file, f"does not fit the model's {component}: {share}: {_listed(faults)}")
     if not layers:
         raise _bad(adapter.file, f"holds nothing for the model's {component}")
-    return Fitted(adapter.file, layers, tuple(faults), keys)
+    return Fitted(layers, tuple(faults))
 
 
 def _vocabulary(spelled: Iterable[str], shapes: Shapes, original: Renames) -> dict[str, str]:

@@ -1,24 +1,172 @@
-"""Mesh: the ranks of one group, and the collectives that split a picture's tokens among them.
+"""Mesh: the ranks of one group, and the ways in which they share one picture's work.
 
-The split is Ulysses (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509): each rank holds some of the tokens;
-around attention an all-to-all trades tokens for heads, so that each rank attends over all tokens with some heads.
+Each way is an `Axis`. Guidance branches (`cfg`) are split first, then a branch's tokens (`tokens`), which are the
+product of a ring and of Ulysses' heads: rank = (cfg * rings + ring) * heads + head.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sgld.config import Settings
 from sgld.errors import BadRequest
+from sgld.messages import Seat
 from sgld.platform import Platform
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+@attrs.frozen
+class Axis:
+    """This rank's place, `index`, among `ranks` that share some work. One alone never imports torch.distributed."""
+
+    ranks: tuple[int, ...] = (0,)
+    index: int = 0
+    group: ProcessGroup | None = None  # None: every rank there is
+
+    @property
+    def size(self) -> int:
+        """How many share."""
+        return len(self.ranks)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of `x` along `dim`; zeros fill up the last ones, so that all have the same size."""
+        if self.size == 1:
+            return x
+        each = -(-x.shape[dim] // self.size)
+        start = min(self.index * each, x.shape[dim])
+        part = x.narrow(dim, start, min(each, x.shape[dim] - start))
+        lack = each - part.shape[dim]
+        return F.pad(part, (0, 0) * (x.ndim - 1 - dim % x.ndim) + (0, lack)) if lack else part.contiguous()
+
+    def gather(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
+        """The parts of all ranks, joined along `dim` and cut to `length`."""
+        if self.size == 1:
+            return x
+        import torch.distributed as dist
+
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in self.ranks]
+        dist.all_gather(parts, x, group=self.group)
+        whole = torch.cat(parts, dim)
+        return whole if length is None else whole.narrow(dim, 0, length)
+
+    def share(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of `x` along `dim`, which are not all of the same size."""
+        return x.tensor_split(self.size, dim)[self.index]
+
+    def join(self, x: Tensor, dim: int, units: int) -> Tensor:
+        """On the first rank, the parts that `share` made of `units`, each grown by the same factor; else `x`."""
+        if self.size == 1:
+            return x
+        import torch.distributed as dist
+
+        sizes = [len(part) for part in torch.arange(units).tensor_split(self.size)]
+        grown = x.shape[dim] // sizes[self.index]
+        lack = (sizes[0] - sizes[self.index]) * grown  # the first parts are the largest
+        x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, lack)).contiguous()
+        parts = [torch.empty_like(x) for _ in sizes] if self.index == 0 else None
+        dist.gather(x, parts, group=self.group, group_dst=0)
+        if parts is None:
+            return x
+        return torch.cat([part.narrow(dim, 0, n * grown) for part, n in zip(parts, sizes, strict=True)], dim)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Part i of the first dimension goes to rank i; what came from rank i is part i of the answer."""
+        import torch.distributed as dist
+
+        y = torch.empty_like(x)
+        dist.all_to_all_single(y, x, group=self.group)
+        return y
+
+    def pass_on(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start to send `x` to the next rank; the function that comes back waits for the one before's."""
+        received = torch.empty_like(x)
+        wait = self._exchange([(x, 1)], [(received, -1)])
+
+        def arrived() -> Tensor:
+            wait()
+            return received
+
+        return arrived
+
+    def with_halo(self, x: Tensor, dim: int) -> Tensor:
+        """`x` between the neighbours' nearest rows along `dim`; zeros at both ends of the whole."""
+        first, last = (x.narrow(dim, at, 1).contiguous() for at in (0, x.shape[dim] - 1))
+        before, after = torch.zeros_like(first), torch.zeros_like(last)
+        sides = [(-1, first, before)] * (self.index > 0) + [(1, last, after)] * (self.index < self.size - 1)
+        self._exchange([(own, side) for side, own, _ in sides], [(theirs, side) for side, _, theirs in sides])()
+        return torch.cat([before, x, after], dim)
+
+    def _exchange(self, out: list[tuple[Tensor, int]], into: list[tuple[Tensor, int]]) -> Callable[[], None]:
+        """Start to send to, and to receive from, the ranks that many places on; the answer waits for all."""
+        import torch.distributed as dist
+
+        def peer(by: int) -> int:
+            return self.ranks[(self.index + by) % self.size]
+
+        work = [dist.P2POp(dist.isend, x, peer(by), self.group) for x, by in out]
+        work += [dist.P2POp(dist.irecv, x, peer(by), self.group) for x, by in into]
+        requests = dist.batch_isend_irecv(work)
+
+        def wait() -> None:
+            for request in requests:
+                request.wait()
+
+        return wait
+
+
+@attrs.frozen
+class Degrees:
+    """How many ranks share each kind of work."""
+
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings, heads: int, guided: bool) -> Degrees:
+        """Those that the settings ask for; what they leave open is chosen.
+
+        Guidance branches cost the least traffic, so a model that is `guided` by default splits them first, unless
+        the settings name a degree of the sequence. Then as many ranks share the attention heads as divide them,
+        and a ring takes the rest.
+
+        Raises:
+            BadRequest: more workers for the heads than divide them.
+        """
+        s = settings
+        named = s.sp_degree or s.ulysses_degree or s.ring_degree
+        split = guided and s.num_gpus % 2 == 0 and not named if s.enable_cfg_parallel is None else s.enable_cfg_parallel
+        cfg = 2 if split else 1
+        sequence = s.num_gpus // cfg
+        ulysses = s.ulysses_degree or (sequence // s.ring_degree if s.ring_degree else math.gcd(sequence, heads))
+        if heads % ulysses:
+            allowed = ", ".join(str(d) for d in range(1, sequence + 1) if sequence % d == 0 and heads % d == 0)
+            raise BadRequest(
+                f"ulysses_degree: {ulysses} workers cannot share {heads} attention heads evenly; allowed for "
+                f"{sequence} workers: {allowed}, and ring_degree takes the rest",
+                "ulysses_degree",
+            )
+        return cls(cfg, sequence // ulysses, ulysses)
 
 
 @attrs.frozen
@@ -29,6 +177,12 @@ class Mesh:
     world: int
     device: torch.device
     control: ProcessGroup | None = None  # gloo, for flags
+    cfg: Axis = Axis()
+    tokens: Axis = Axis()  # of one guidance branch
+    ring: Axis = Axis()
+    ulysses: Axis = Axis()
+    local_world: int = attrs.field(default=attrs.Factory(lambda mesh: mesh.world, takes_self=True))  # on this machine
+    _groups: dict[tuple[int, ...], ProcessGroup] = attrs.field(factory=dict, eq=False, repr=False)
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Mesh:
@@ -36,24 +190,28 @@ class Mesh:
         return cls(0, 1, torch.device(device))
 
     @classmethod
-    def join(cls, rank: int, world: int, store_file: Path, platform: Platform, timeout_s: float) -> Mesh:
-        """Meet the other ranks through a file that does not exist yet; no ports.
+    def join(cls, seat: Seat, platform: Platform) -> Mesh:
+        """Meet the other ranks, in a file that does not exist yet or at a port where rank 0 hosts torch's store.
 
-        gloo listens on the interface that GLOO_SOCKET_IFNAME names. A collective gives up after `timeout_s`.
+        gloo listens on the interface that GLOO_SOCKET_IFNAME names. A collective gives up after the seat's timeout.
         """
-        if world == 1:
-            return cls.solo(platform.device(rank))
+        device = platform.device(seat.local_rank)
+        if seat.world == 1:
+            return cls.solo(device)
         import torch.distributed as dist
 
-        dist.init_process_group(
-            platform.backend,
-            init_method=f"file://{store_file.absolute()}",
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        timeout = datetime.timedelta(seconds=seat.dist_timeout_s)
+        store: Any
+        if isinstance(seat.meeting, Path):
+            store = dist.FileStore(str(seat.meeting.absolute()), seat.world)  # type: ignore[attr-defined]
+        else:
+            listener = None if seat.listener is None else seat.listener.detach()
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                *seat.meeting, seat.world, seat.rank == 0, timeout, master_listen_fd=listener
+            )
+        dist.init_process_group(platform.backend, store=store, rank=seat.rank, world_size=seat.world, timeout=timeout)
         control = dist.group.WORLD if platform.backend == "gloo" else dist.new_group(backend="gloo")
-        return cls(rank, world, platform.device(rank), control)
+        return cls(seat.rank, seat.world, device, control, local_world=seat.local_world)
 
     def leave(self) -> None:
         """Close the connections to the other ranks."""
@@ -61,6 +219,39 @@ class Mesh:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+    @property
+    def all(self) -> Axis:
+        """Every rank."""
+        return Axis(tuple(range(self.world)), self.rank)
+
+    def split(self, degrees: Degrees) -> Mesh:
+        """The same ranks with their work shared out; every rank calls this alike."""
+        d = degrees
+        return attrs.evolve(
+            self,
+            cfg=self.axis(d.cfg, d.ring * d.ulysses),
+            tokens=self.axis(d.ring * d.ulysses),
+            ring=self.axis(d.ring, d.ulysses),
+            ulysses=self.axis(d.ulysses),
+        )
+
+    def axis(self, size: int, stride: int = 1) -> Axis:
+        """The axis of `size` ranks, `stride` apart, that this one is on; every rank calls this alike."""
+        if size in (1, self.world):
+            return Axis((self.rank,)) if size == 1 else self.all
+        import torch.distributed as dist
+
+        own = Axis()
+        for start in range(self.world):
+            if start // stride % size:
+                continue  # not the first of its axis
+            ranks = tuple(start + stride * i for i in range(size))
+            if ranks not in self._groups:
+                self._groups[ranks] = dist.new_group(list(ranks))
+            if self.rank in ranks:
+                own = Axis(ranks, ranks.index(self.rank), self._groups[ranks])
+        return own
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""
@@ -82,20 +273,9 @@ class Mesh:
         dist.all_reduce(byte, op=dist.ReduceOp.MAX, group=self.control)
         return bool(byte.item())
 
-    def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's equal part of `x` along `dim`."""
-        return x if self.world == 1 else x.chunk(self.world, dim)[self.rank].contiguous()
-
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """The parts of all ranks, joined along `dim`."""
-        if self.world == 1:
-            return x
-        import torch.distributed as dist
-
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(parts, x)
-        return torch.cat(parts, dim)
+    def meet(self) -> None:
+        """Wait until every rank has come this far."""
+        self.any(False)
 
     def share(self, x: Tensor) -> Tensor:
         """Rank 0's tensor, on every rank; the others give one of the same shape and type, which is overwritten."""
@@ -106,51 +286,3 @@ class Mesh:
         x = x.contiguous()
         dist.broadcast(x, src=0)
         return x
-
-    def tokens_to_heads(self, x: Tensor) -> Tensor:
-        """[B, S/n, H, D] -> [B, S, H/n, D]"""
-        B, s, H, D = x.shape
-        y = x.view(B, s, self.world, H // self.world, D).permute(2, 0, 1, 3, 4)  # [n, B, S/n, H/n, D]
-        return self._all_to_all(y).permute(1, 0, 2, 3, 4).reshape(B, self.world * s, H // self.world, D)
-
-    def heads_to_tokens(self, x: Tensor) -> Tensor:
-        """[B, S, H/n, D] -> [B, S/n, H, D]"""
-        B, S, h, D = x.shape
-        y = x.reshape(B, self.world, S // self.world, h, D).permute(1, 0, 2, 3, 4)  # [n, B, S/n, H/n, D]
-        return self._all_to_all(y).permute(1, 2, 0, 3, 4).reshape(B, S // self.world, self.world * h, D)
-
-    def _all_to_all(self, x: Tensor) -> Tensor:
-        """Part i of the first dimension goes to rank i."""
-        import torch.distributed as dist
-
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        dist.all_to_all_single(y, x)
-        return y
-
-    def check_heads(self, heads: int) -> None:
-        """Raise `BadRequest` unless the ranks can share the attention heads evenly."""
-        if heads % self.world:
-            raise BadRequest(
-                f"num_gpus: {heads} attention heads do not split over {self.world} workers; "
-                f"allowed here: {_listed(_divisors(heads))}",
-                "num_gpus",
-            )
-
-    def check_tokens(self, tokens: int, heads: int) -> None:
-        """Raise `BadRequest` unless the ranks can share the tokens of one output evenly."""
-        if tokens % self.world:
-            allowed = [n for n in _divisors(heads) if tokens % n == 0]
-            raise BadRequest(
-                f"num_gpus: {tokens} tokens of this size and length do not split over {self.world} workers; "
-                f"allowed for it: {_listed(allowed)}",
-                "num_gpus",
-            )
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -16,9 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from sgld.convert import fields_of, shown, type_name
 from sgld.errors import ModelError, nearest
+from sgld.nn.parallel import Axis
 
 M = TypeVar("M", bound=nn.Module)
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+MAPPED_TENSORS = 16  # that one mapping of a file serves: its pages count as ours until it is closed
 INERT = {"dropout", "in_channels", "clip_output"}  # keys of diffusers' components that change no output
 
 
@@ -107,6 +109,67 @@ class Uninitialized(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@attrs.frozen
+class Share:
+    """The part of a module that one rank of `axis` has: of some tensors an equal part along one dimension."""
+
+    axis: Axis
+    dims: Callable[[str], int | None]  # by name; None: the whole tensor
+
+    def shape(self, name: str, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of this rank's part."""
+        dim = self.dims(name)
+        return tuple(n // self.axis.size if i == dim else n for i, n in enumerate(whole))
+
+    def cut(self, name: str, whole: Any) -> Tensor:
+        """This rank's part of a slice of safetensors; nothing else is read."""
+        dim = self.dims(name)
+        each = 0 if dim is None else whole.get_shape()[dim] // self.axis.size
+        own = slice(self.axis.index * each, (self.axis.index + 1) * each)
+        part: Tensor = whole[(slice(None),) * (dim or 0) + (slice(None) if dim is None else own,)]
+        return part
+
+
+WHOLE = Share(Axis(), lambda _: None)
+
+
+@attrs.frozen
+class Stored:
+    """Where a module's tensors lie, checked, and what becomes of them: a type, and a device."""
+
+    files: Mapping[str, tuple[Path, str]]  # by the module's name: the file, and the name there
+    dtype: torch.dtype
+    device: torch.device
+    share: Share = WHOLE
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those tensors; on a CPU they are the mapped files themselves where these hold the type that is wanted.
+
+        Raises:
+            ModelError: a file is not what it was.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name][0], []).append(name)
+        for file, inside in by_file.items():
+            for i in range(0, len(inside), MAPPED_TENSORS):
+                with _open(file) as tensors:
+                    for name in inside[i : i + MAPPED_TENSORS]:
+                        try:
+                            tensor = self._get(tensors, name)
+                        except SafetensorError as error:
+                            raise ModelError(f"{file}: it has changed since it was checked: {error}") from None
+                        yield name, tensor.to(self.device, self.dtype)
+
+    def _get(self, file: Any, name: str) -> Tensor:
+        key = self.files[name][1]
+        whole: Tensor = file.get_tensor(key) if self.share is WHOLE else self.share.cut(name, file.get_slice(key))
+        return whole
+
+
+Keeper = Callable[[nn.Module, Stored], None]  # takes a module without weights, and where they are
+
+
 def load_module(
     build: Callable[[], M],
     folder: Path,
@@ -114,11 +177,14 @@ def load_module(
     device: torch.device,
     tied: Mapping[str, str] | None = None,
     unused: Iterable[str] = (),
+    offload: Keeper | None = None,
+    share: Share = WHOLE,
 ) -> M:
     """The module that `build` makes, with the weights of `folder`, ready for inference.
 
     `tied` names a tensor that may stand in the file under another name or twice; a file's tensors whose names
-    begin with one of `unused` are passed over.
+    begin with one of `unused` are passed over. With `offload` nothing is read but the headers: the module goes there
+    on the meta device, to be filled later. `build` makes a module of the size that `share` leaves of each tensor.
 
     Raises:
         ModelError: a file that is corrupt, or lacks tensors, or has more, or has other shapes.
@@ -128,30 +194,28 @@ def load_module(
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     files = weight_files(folder)
     found = _shapes(files, tied or {}, tuple(unused))
-    _check(files[0] if len(files) == 1 else folder, wanted, found)
-    module.load_state_dict(dict(_read(files, wanted, dtype, device, tied or {})), assign=True)
-    return module.eval().requires_grad_(False)
+    where = files[0] if len(files) == 1 else folder
+    _check(where, wanted, {name: share.shape(name, shape) for name, (_, _, shape) in found.items()})
+    stored = Stored({name: (file, key) for name, (file, key, _) in found.items()}, dtype, device, share)
+    module.eval().requires_grad_(False)
+    if offload is None:
+        module.load_state_dict(dict(stored.read(wanted)), assign=True)
+    else:
+        offload(module, stored)
+    return module
 
 
-def _shapes(files: list[Path], tied: Mapping[str, str], unused: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the headers."""
+def _shapes(
+    files: list[Path], tied: Mapping[str, str], unused: tuple[str, ...]
+) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """Files, names in them and shapes, from the headers."""
     shapes = {}
     for file in files:
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if not (unused and name.startswith(unused)):
-                    shapes[tied.get(name, name)] = tuple(tensors.get_slice(name).get_shape())
+                    shapes[tied.get(name, name)] = file, name, tuple(tensors.get_slice(name).get_shape())
     return shapes
-
-
-def _read(
-    files: list[Path], wanted: Mapping[str, Any], dtype: torch.dtype, device: torch.device, tied: Mapping[str, str]
-) -> Iterable[tuple[str, Tensor]]:
-    for file in files:
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if (key := tied.get(name, name)) in wanted:
-                    yield key, tensors.get_tensor(name).to(device, dtype)
 
 
 def _open(file: Path) -> Any:

@@ -14,12 +14,14 @@ from typing import Any
 from aiohttp import web
 
 from sgld.config import Settings, user_path
+from sgld.engine.adapters import Kept
 from sgld.engine.engine import Engine
+from sgld.errors import WorkerDied
 from sgld.messages import Event, Progress
 from sgld.params import resolve
-from sgld.server import images, info, lora, metrics, openapi, videos, webhooks
+from sgld.server import images, info, lora, metrics, openapi, uploads, videos, webhooks
 from sgld.server.auth import KEYS, Keys, authenticate, load_keys
-from sgld.server.errors import answer_errors
+from sgld.server.errors import answer_errors, name_request
 from sgld.server.fetch import Fetcher
 from sgld.server.journal import Journal
 from sgld.server.metrics import METRICS, Metrics
@@ -30,7 +32,7 @@ from sgld.server.webhooks import WEBHOOKS, Webhooks
 
 log = logging.getLogger(__name__)
 WARMUP_PROMPT = "warm-up"
-JOURNAL = Path(".sgld") / "journal.db"
+JOURNAL, ADAPTERS = Path(".sgld") / "journal.db", "adapters"
 
 
 def make_app(
@@ -50,7 +52,9 @@ def make_app(
     app[WEBHOOKS] = Webhooks(fetcher)
     model = settings.served_model_name or settings.model_path
     outputs = Outputs(_output_folder(settings), model, settings)
-    jobs = JobStore(engine, outputs, settings, app[METRICS], app[WEBHOOKS])
+    results = outputs.root if _keeps_journal(settings) else None
+    kept = uploads.folder(user_path(settings.input_save_path, "input_save_path"), results)
+    jobs = JobStore(engine, outputs, kept, settings, app[METRICS], app[WEBHOOKS])
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
@@ -63,6 +67,10 @@ def make_app(
     return app
 
 
+def _keeps_journal(settings: Settings) -> bool:
+    return bool(settings.output_path) and not settings.ephemeral
+
+
 def _output_folder(settings: Settings) -> Path:
     """The folder of results. With `output_path` empty nothing stays: a temporary one, removed at the end."""
     if settings.output_path:
@@ -73,7 +81,7 @@ def _output_folder(settings: Settings) -> Path:
 async def _running(app: web.Application) -> AsyncIterator[None]:
     """Open the journal, and at the end stop jobs, deliveries and workers in this order."""
     service, hooks = app[SERVICE], app[WEBHOOKS]
-    keeps = bool(service.settings.output_path) and not service.settings.ephemeral
+    keeps = _keeps_journal(service.settings)
     journal = await Journal.open(service.jobs.outputs.root / JOURNAL) if keeps else None
     async with contextlib.AsyncExitStack() as stack:
         if not service.settings.output_path:
@@ -81,6 +89,9 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             stack.push_async_callback(service.jobs.outputs.clear)
         if journal is not None:
             stack.push_async_callback(journal.close)
+            await _keep_adapters(service, journal)
+        else:
+            stack.push_async_callback(uploads.sweep, (), service.jobs.uploads)
         stack.push_async_callback(service.fetcher.close)
         await hooks.load(journal)
         stack.push_async_callback(hooks.close)
@@ -90,14 +101,24 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
+async def _keep_adapters(service: Service, journal: Journal) -> None:
+    """Let the adapters that are set outlive the server, as its jobs do."""
+    for kept in await journal.restore(ADAPTERS, lambda record: Kept.restore(record, service.settings)):
+        service.engine.kept = kept
+
+    async def keep(adapters: Kept) -> None:
+        await journal.put(ADAPTERS, ADAPTERS, adapters.record())
+
+    service.engine.keep = keep
+
+
 async def _release(app: web.Application) -> None:
     """Let go of jobs before connections are closed, so that who waits for one is answered."""
     await app[SERVICE].jobs.close()
 
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
-    """OpenAI's client shows this header in its errors."""
-    response.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
+    name_request(response)
 
 
 async def load(service: Service) -> None:
@@ -107,7 +128,11 @@ async def load(service: Service) -> None:
     if service.settings.warmup == "server":
         small = {"prompt": WARMUP_PROMPT, "seed": 0, "num_inference_steps": 1, "num_frames": 1}
         params, _ = resolve({**service.sampling, **small}, service.info)
-        await service.engine.generate("warmup", params, _log_progress)
+        try:
+            await service.engine.generate("warmup", params, _log_progress)
+        except WorkerDied as error:
+            log.warning("%s while it warmed up; it is tried once more", error)
+            await service.engine.generate("warmup", params, _log_progress)
     service.warm = True
     service.jobs.start()
     log.info("%s is ready after %.1f s", service.model_id, time.perf_counter() - started)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import anyio.to_thread
 import attrs
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from sgld import config
-from sgld.convert import fields_of, structure
+from sgld.convert import fields_of, knob_of, refuse_unbuilt, shown, structure
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
-from sgld.params import SamplingParams
+from sgld.params import LoraUse, SamplingParams
 from sgld.server.schema import OPENAI_QUALITIES
 
 T = TypeVar("T")
@@ -27,8 +29,13 @@ LOCAL_FILES = {
     "image_path": "local paths are refused; upload the picture, or give its address",
     "mask_path": "local paths are refused; upload the mask, or give its address",
 }
+MAX_DEPTH = 32
+"""Levels of lists and objects in a body, far below what would exhaust the interpreter's stack."""
+_ENCODINGS = ("identity", "gzip", "deflate", "br", "zstd")  # what aiohttp decodes; the last two where it can
 _EXTRAS = ("extra_body", "extra_json", "extra_params")
+_ADAPTERS, _IDENTITIES = ("lora", "loras"), ("nickname", "path")
 _OPENAI_FORMATS = {"jpg": "jpeg"}
+_TOO_DEEP = f"it has more than {MAX_DEPTH} levels"
 _MADE_OF = {"height": "size", "width": "size", "num_frames": "seconds"}
 
 
@@ -60,9 +67,14 @@ async def read_body(request: web.Request, fields: type, *, empty: bool = False) 
     """The body as plain values and files; a form's text is read as its field's type.
 
     Raises:
-        BadRequest: neither a JSON object nor a form, or a field that stands twice.
-        TooLarge: through aiohttp, a body of more bytes than the server takes.
+        BadRequest: neither a JSON object nor a form, a field that stands twice, or a query beside the body.
+        TooLarge: through aiohttp, a body of more bytes, or a form of more fields, than the server takes.
     """
+    for name in request.query:
+        raise UnknownField(f"unknown query parameter {shown(name)}; every field goes into the body", name)
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity")
+    if encoding.lower() not in _ENCODINGS:
+        raise BadRequest(f"Content-Encoding: {shown(encoding)} is not one of gzip, deflate", hdrs.CONTENT_ENCODING)
     if request.content_type == "multipart/form-data":
         values, files = await _read_form(request, fields)
     else:
@@ -88,13 +100,13 @@ def read_query(request: web.Request, cls: type[T]) -> T:
 async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
     try:
         text = await request.read()
-    except web.RequestPayloadError as error:
-        raise BadRequest(f"the body cannot be read: {error}") from None
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        raise BadRequest(f"the body cannot be read: {_reason(error)}") from None
     if empty and not text:
         return {}
     try:
-        values = await anyio.to_thread.run_sync(json.loads, text)
-    except (ValueError, RecursionError) as error:
+        values = await anyio.to_thread.run_sync(_parse, text)
+    except ValueError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise BadRequest("the body must be a JSON object")
@@ -104,8 +116,8 @@ async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
 async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any], list[Upload]]:
     try:
         form = await request.post()
-    except (ValueError, LookupError, RuntimeError, web.RequestPayloadError) as error:  # as aiohttp's parser raises them
-        raise BadRequest(f"the body is not a valid form: {error}") from None
+    except (ValueError, LookupError, RuntimeError, web.RequestPayloadError, HttpProcessingError) as error:
+        raise BadRequest(f"the body is not a valid form: {_reason(error)}") from None
     values: dict[str, Any] = {}
     files: list[Upload] = []
     for key, value in form.items():
@@ -119,18 +131,31 @@ async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any]
     return values, files
 
 
+def _reason(error: Exception) -> str:
+    """What aiohttp says of a body; errors that quote its bytes are told by their kind."""
+    if isinstance(error, HttpProcessingError):
+        return type(error).__name__
+    return " ".join(str(error).split()).removeprefix("400, message: ")
+
+
 def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
-    """Put `a`, `a[]`, `a[b]` or `a[b][c][]` where it belongs."""
+    """Put `a`, `a[]`, `a[b]`, `a[b][c][]` or `a[][b]` where it belongs."""
     match = _FORM_KEY.fullmatch(key)
     if match is None:
-        raise BadRequest(f"{key}: it is not a field name such as a, a[] or a[b]", key)
+        raise BadRequest(f"{shown(key)}: it is not a field name such as a, a[] or a[b]", key)
     name, *steps = [match[1], *re.findall(r"\[([^\[\]]*)\]", match[2])]
-    value = _form_value(name, text, fields)
+    if len(steps) >= MAX_DEPTH:
+        raise BadRequest(f"{shown(key)}: {len(steps)} levels are too many; at most {MAX_DEPTH - 1} are allowed", key)
+    value = _form_value(name, steps, text, fields)
     target: Any = values
     for step in steps:
-        target = target.setdefault(name, [] if step == "" else {}) if isinstance(target, dict) else None
+        kind = dict if step else list
+        if isinstance(target, dict):
+            target = target.setdefault(name, kind())
+        else:
+            target = _only_object(target, step, key) if step else None
         name = step
-        if not isinstance(target, dict if step else list):
+        if not isinstance(target, kind):
             raise BadRequest(f"{key}: it contradicts another field of that name", key)
     if isinstance(target, list):
         target.append(value)
@@ -140,8 +165,24 @@ def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
         target[name] = value
 
 
-def _form_value(name: str, text: str, fields: type) -> Any:
+def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
+    """The one object of a list that is written as `a[][name]`.
+
+    Of several, as OpenAI's client writes them, nobody could say which value belongs to which.
+    """
+    found: dict[str, Any] = next((item for item in items if isinstance(item, dict)), {})
+    if name in found or {name, *found} >= set(_IDENTITIES):
+        field = key.partition("[")[0]
+        raise BadRequest(f"{key}: a form cannot say which of them it is of; give each as JSON text in {field}[]", key)
+    if not found:
+        items.append(found)
+    return found
+
+
+def _form_value(name: str, steps: list[str], text: str, fields: type) -> Any:
     known = fields_of(fields).get(name) or fields_of(SamplingParams).get(config.ALIASES.get(name, name))
+    if name in _ADAPTERS and steps and steps[-1]:
+        known = fields_of(LoraUse).get(steps[-1])
     if known is None:
         return text
     if "dict" in str(known.type) and text.lstrip().startswith("{"):
@@ -151,9 +192,35 @@ def _form_value(name: str, text: str, fields: type) -> Any:
 
 def _json_text(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return _parse(text)
+    except ValueError as error:
         raise BadRequest(f"{name}: it is not valid JSON: {error}", name) from None
+
+
+def _parse(text: str | bytes) -> Any:
+    """JSON as plain values. Raises ValueError, and BadRequest for a key that stands twice in one object."""
+    try:
+        values = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level, depth = [values], 0
+    while level := [child for value in level for child in _children(value)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise BadRequest(f"{twice}: given several times; give it once", twice)
+    return values
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
@@ -177,27 +244,37 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     """
     api: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
+    sent: dict[str, str] = {}
     own, shared = fields_of(cls), fields_of(SamplingParams)
     for key, value in _adapters(body).items():
         name = config.ALIASES.get(key, key)
         if name in sampling:
-            raise BadRequest(f"{key}: {name} is given too; give one of them", key)
+            raise BadRequest(f"{key}: {sent[name]} is given too; give one of them", key)
         if key in own:
             api[key] = value
         elif name in LOCAL_FILES and value is not None:
             raise NotBuilt(f"{key}: {LOCAL_FILES[name]}", key)
         elif name in shared:
-            sampling[name] = value
+            sampling[name], sent[name] = value, key
         elif key in _FIXED:
             _check_fixed(key, value)
         elif name in config.SECTION_OF:
             raise NotBuilt(f"{key}: the server decides it, not a request", key)
         else:
-            raise UnknownField(f"unknown parameter {key!r}{nearest(key, [*own, *shared, *config.ALIASES])}", key)
+            raise UnknownField(f"unknown parameter {shown(key)}{nearest(key, _usable(own, shared))}", key)
     _respell(api)
     fields = structure(api, cls)
+    refuse_unbuilt(fields)
     sampling |= _size(api.get("size"), sampling)
     return fields, *_quality(sampling, fields)
+
+
+def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
+    """The names among these that a request may set, and their aliases."""
+    for fields in known:
+        for name, field in fields.items():
+            if name not in LOCAL_FILES and not knob_of(field).pending:
+                yield from (name, *knob_of(field).aliases)
 
 
 @contextmanager

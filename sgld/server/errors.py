@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -57,7 +58,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as refused:
         if refused.status < 400:
             raise
-        return _refusal(refused, request)
+        return refusal(refused, request)
     except Exception as error:
         if isinstance(error, ConnectionError | TimeoutError) and _has_gone(request):
             return web.Response(status=CLIENT_GONE)  # which nobody reads
@@ -75,12 +76,18 @@ def _has_gone(request: web.Request) -> bool:
     return request.transport is None or request.transport.is_closing()
 
 
-def _refusal(refused: web.HTTPException, request: web.Request) -> web.Response:
+def name_request(response: web.StreamResponse) -> None:
+    """OpenAI's client shows this header in its errors."""
+    response.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
+
+
+def refusal(refused: web.HTTPException, request: web.BaseRequest) -> web.Response:
     """aiohttp's own answer (no such route, wrong method, body too large) in our form."""
     reasons = {
         404: ("not_found", f"no route {request.method} {request.path}"),
         405: ("method_not_allowed", f"{request.path} does not take {request.method}"),
-        413: ("too_large", f"the body is larger than {request.client_max_size} bytes"),
+        413: ("too_large", refused.text or refused.reason),  # too many bytes, or too many fields of a form
+        417: ("expectation_failed", "Expect: only 100-continue is allowed"),
     }
     code, message = reasons.get(refused.status, ("http_error", refused.reason))
     headers = {"Allow": refused.headers["Allow"]} if "Allow" in refused.headers else {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
+import anyio
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
@@ -12,6 +14,9 @@ from sgld.errors import NotFound, OutputError
 from sgld.server.errors import error_body
 
 log = logging.getLogger(__name__)
+
+
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,99})-([0-9]{0,99})|-0*[1-9][0-9]{0,99})", re.IGNORECASE)
 
 
 class _Refused(Exception):
@@ -39,7 +44,7 @@ async def send_file(request: web.Request, path: Path, media_type: str) -> web.St
     """
     answer = _File(path, headers={hdrs.CONTENT_TYPE: media_type})
     try:
-        await answer.prepare(request)
+        await answer.prepare(await _readable(request, path))
     except _Refused as refused:
         return _refusal(request, refused.args[0], answer, path)
     except OSError:
@@ -47,6 +52,33 @@ async def send_file(request: web.Request, path: Path, media_type: str) -> web.St
             request.transport.abort()  # nothing can follow half a file
         raise
     return answer
+
+
+async def _readable(request: web.Request, path: Path) -> web.Request:
+    """The request, without a `Range` that brings the whole file (RFC 9110, sections 13.1.5 and 14.2).
+
+    Such are another unit, several ranges, what is no range, and one for another file than this one. aiohttp refuses
+    the first three, and knows no `If-Range` with an entity tag.
+    """
+    if hdrs.RANGE not in request.headers:
+        return request
+    ranges, condition = request.headers.getall(hdrs.RANGE), request.headers.get(hdrs.IF_RANGE)
+    match = _RANGE.fullmatch(ranges[0])
+    is_one = len(ranges) == 1 and match is not None and not (match[2] and int(match[1]) > int(match[2]))
+    if is_one and (condition is None or request.if_range is not None or condition == await _entity_tag(path)):
+        return request
+    headers = request.headers.copy()
+    del headers[hdrs.RANGE]
+    return request.clone(headers=headers)
+
+
+async def _entity_tag(path: Path) -> str | None:
+    """The `ETag` that aiohttp gives the file; None where there is none."""
+    try:
+        found = await anyio.Path(path).stat()
+    except OSError:
+        return None
+    return f'"{found.st_mtime_ns:x}-{found.st_size:x}"'
 
 
 def _refusal(request: web.Request, status: int, file: _File, path: Path) -> web.Response:

@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse, sse_response
 
 from sgld import media
+from sgld.convert import shown
 from sgld.errors import BadRequest, NotFound, SgldError
 from sgld.server import pictures
 from sgld.server.auth import IDENTITY
@@ -39,8 +40,8 @@ from sgld.server.urls import absolute
 
 log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
-KEEP_ALIVE_S = 10.0
-PICTURE_FIELDS = ("image", "url", "mask")
+KEEP_ALIVE_S = 5.0
+PICTURE_FIELDS = ("image", "images", "url", "mask")
 GENERATION_EVENTS, EDIT_EVENTS = (
     {f"{name}.partial_image": PartialImage, f"{name}.completed": CompletedImage, "error": Error}
     for name in ("image_generation", "image_edit")
@@ -161,7 +162,7 @@ async def _make(
             content,
             output_format=fields.output_format,
             previews=fields.partial_images if fields.stream else 0,
-            notes=notes + more,
+            notes=notes + _without_effect(fields, sampling) + more,
             inputs=kept.names,
         )
         job = await service.submit(job)
@@ -181,6 +182,18 @@ def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
         )
     if fields.partial_images and not fields.stream:
         raise BadRequest("partial_images: previews come in a stream; give stream true, or leave it out", "stream")
+
+
+def _without_effect(fields: ImageFields, sampling: dict[str, object]) -> list[str]:
+    """Warnings of settings that this kind of picture does not have."""
+    reasons = dict.fromkeys(("fps", "x264_preset", "adjust_frames", "num_frames_round_down"), "a picture has one frame")
+    if fields.output_format == "png":
+        reasons |= dict.fromkeys(("output_quality", "output_compression"), "a png loses nothing")
+    given = {name: sampling[name] for name in reasons if sampling.get(name) is not None}
+    notes = [f"{name}: {shown(value)} changes nothing: {reasons[name]}" for name, value in given.items()]
+    if fields.stream and fields.response_format == "url":
+        notes.append("response_format: 'url' changes nothing: the events of a stream bring base64")
+    return notes
 
 
 async def _answer(request: web.Request, job: Job, fields: ImageFields) -> web.Response:
@@ -212,10 +225,11 @@ async def _base64(service: Service, job: Job, index: int) -> str:
     return (await anyio.to_thread.run_sync(base64.b64encode, data)).decode()
 
 
-def usage(job: Job) -> Usage:
-    """Tokens of the prompt for each output, and of the latents that were denoised."""
+def usage(job: Job, outputs: int | None = None) -> Usage:
+    """Tokens of the prompt, and of the latents that were denoised: for so many of the equal outputs, or for all."""
     details = InputTokensDetails(text_tokens=job.prompt_tokens, image_tokens=0)
-    return Usage(job.prompt_tokens, details, job.output_tokens, job.prompt_tokens + job.output_tokens)
+    made = job.output_tokens if outputs is None else job.output_tokens * outputs // len(job.artifacts)
+    return Usage(job.prompt_tokens, details, made, job.prompt_tokens + made)
 
 
 async def _stream(request: web.Request, job: Job, fields: ImageFields, event: str) -> web.StreamResponse:
@@ -256,5 +270,5 @@ async def _tell(service: Service, stream: EventSourceResponse, job: Job, fields:
         raise job.error
     for index in range(len(job.artifacts)):
         picture = await _base64(service, job, index)
-        last = {"usage": body(usage(job)), "id": job.id, "seed": job.seeds[index], "output_index": index}
+        last = {"usage": body(usage(job, 1)), "id": job.id, "seed": job.seeds[index], "output_index": index}
         await send("completed", b64_json=picture, warnings=job.notes, **last)

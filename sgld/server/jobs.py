@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 import attrs
@@ -18,6 +19,7 @@ from sgld.params import LoraUse, SamplingParams
 from sgld.storage.local import indexed
 
 ENDED = ("completed", "failed", "deleted")
+PICTURES = ("thumbnail", "spritesheet")  # that are made from a video when they are asked for
 _LOG_EVENTS = 1000
 
 
@@ -185,17 +187,20 @@ class Job:
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Job:
-        """A job as the journal holds it. Raises SgldError for one of another version's fields."""
+        """A job as the journal holds it.
+
+        Raises:
+            SgldError: it has fields of another version, or no seeds.
+            KeyError, TypeError: it lacks a field, or one has another type.
+        """
         for cls_, given in ((cls, record), (SamplingParams, record["params"])):
             if unknown := sorted(given.keys() - attrs.fields_dict(cls_).keys()):
-                raise SgldError(
-                    f"the journal is of another version of sgld: its jobs have {unknown[0]!r}; give another "
-                    "--output-path, or --ephemeral to do without a journal",
-                    "output_path",
-                )
+                raise SgldError(f"it has {unknown[0]!r}, as another version of sgld writes it")
         with attrs.validators.disabled():  # they were valid when they were written
             loras = [LoraUse(**lora) for lora in record["params"].get("loras", [])]
             params = SamplingParams(**{**record["params"], "loras": loras})
+        if not isinstance(params.seed, list):
+            raise SgldError("it has no seeds")
         own = {
             "params": params,
             "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],
@@ -217,3 +222,12 @@ class Job:
     def file_names(self) -> list[str]:
         """The file of each output; a single one carries no number."""
         return [indexed(f"{self.id}.{self.output_format}", i, len(self.seeds)) for i in range(len(self.seeds))]
+
+    def picture_names(self) -> list[str]:
+        """The files of a video's small pictures, made or not."""
+        return [picture_name(self.file_names()[0], each) for each in PICTURES] if self.kind == "video" else []
+
+
+def picture_name(video: str, variant: str) -> str:
+    """The file of a small picture, beside its video."""
+    return f"{PurePath(video).stem}.{variant}.webp"

@@ -67,11 +67,11 @@ class Journal:
 
     async def put(self, kind: str, id: str, body: Mapping[str, Any]) -> None:
         """Add or replace one document; it is on the disk when this returns, and keeps its place in `all`."""
-        await self.put_many(kind, {id: body})
+        await self.put_many({(kind, id): body})
 
-    async def put_many(self, kind: str, bodies: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add or replace several documents: all of them or none."""
-        rows = [(kind, id, json.dumps(body)) for id, body in bodies.items()]  # now, for the caller may change them
+    async def put_many(self, documents: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+        """Add or replace several documents, by kind and id: all of them or none."""
+        rows = [(*key, json.dumps(body)) for key, body in documents.items()]  # now, for the caller may change them
         await self._run(self._write, _PUT, rows)
 
     async def delete(self, kind: str, ids: Iterable[str]) -> None:
@@ -79,8 +79,21 @@ class Journal:
         await self._run(self._write, "DELETE FROM document WHERE kind = ? AND id = ?", [(kind, id) for id in ids])
 
     async def all(self, kind: str) -> list[dict[str, Any]]:
-        """The documents of a kind, the first added first."""
+        """The documents of a kind, the first added first. Raises SgldError for one that is not a JSON object."""
         return await self._run(self._read, kind)
+
+    async def restore(self, kind: str, make: Callable[[dict[str, Any]], T]) -> list[T]:
+        """The documents of a kind as `make` reads them. Raises SgldError that names the one it cannot read."""
+        return [self._made(kind, make, record) for record in await self.all(kind)]
+
+    def _made(self, kind: str, make: Callable[[dict[str, Any]], T], record: dict[str, Any]) -> T:
+        try:
+            return make(record)
+        except KeyError as error:
+            reason = f"it has no {error}"
+        except (SgldError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error)
+        raise _unreadable(self.path, kind, record.get("id", kind), reason)
 
     async def close(self) -> None:
         """Let the writes under way end, and give the journal up; once."""
@@ -159,8 +172,8 @@ class Journal:
 
     def _read(self, kind: str) -> list[dict[str, Any]]:
         with _told(self.path):
-            rows = self._connection.execute("SELECT body FROM document WHERE kind = ? ORDER BY sequence", (kind,))
-            return [json.loads(body) for (body,) in rows]
+            rows = self._connection.execute("SELECT id, body FROM document WHERE kind = ? ORDER BY sequence", (kind,))
+            return [_parse(self.path, kind, id, body) for id, body in rows]
 
 
 @contextmanager
@@ -175,6 +188,24 @@ def _told(path: Path) -> Iterator[None]:
         if error.sqlite_errorcode not in _DAMAGED:
             raise
         raise _not_ours(path, str(error)) from error
+
+
+def _parse(path: Path, kind: str, id: str, body: str) -> dict[str, Any]:
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise _unreadable(path, kind, id, f"it is not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise _unreadable(path, kind, id, "it is not a JSON object")
+    return document
+
+
+def _unreadable(path: Path, kind: str, id: str, reason: str) -> SgldError:
+    return SgldError(
+        f"the journal {path} holds the {kind} {id!r}, which cannot be read: {reason}; move the journal away, give"
+        " another --output-path, or give --ephemeral to do without a journal",
+        "output_path",
+    )
 
 
 def _not_ours(path: Path, reason: str) -> SgldError:

@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 from aiohttp import web
 
-from sgld.convert import structure
+from sgld.convert import shown, structure
 from sgld.errors import BadRequest
 from sgld.messages import LoraPart, LoraState, MergeMode
 from sgld.params import LoraUse
@@ -95,7 +95,7 @@ def _active(service: Service, part: LoraPart) -> list[ActiveLora]:
         ActiveLora(
             nickname=name,
             nicknames=names,
-            path=known[name].reference if name in known else str(lora.path),
+            path=known[name].reference if name in known and str(known[name].path) == lora.path else str(lora.path),
             merged=part.applied == "merge",
             mode=str(part.applied),
             strength=lora.strength,
@@ -110,6 +110,8 @@ def _asked(fields: SetLoraFields) -> list[LoraUse]:
     names = [fields.lora_nickname] if isinstance(fields.lora_nickname, str) else fields.lora_nickname or []
     if not names or "" in names:
         raise BadRequest("lora_nickname: it names no adapter; give a name, or a list of names", "lora_nickname")
+    if len(set(names)) < len(names):
+        raise BadRequest(f"lora_nickname: {shown(names)}: each adapter needs a name of its own", "lora_nickname")
     if isinstance(fields.lora_path, str) and len(names) > 1:
         reason = f"a single path for {len(names)} nicknames; give a list with a path or null for each"
         raise BadRequest(f"lora_path: {reason}", "lora_path")

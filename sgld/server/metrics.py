@@ -50,6 +50,10 @@ class Metrics:
             "sgld_stage_seconds", "Seconds of each stage of an output: encode, denoise, decode, save.", ("stage",),
             buckets=STAGE_BUCKETS_S, registry=registry,
         )  # fmt: skip
+        self._upload_seconds = Histogram(
+            "sgld_upload_seconds", "Seconds to encode a result and put it where it is kept.", ("destination",),
+            buckets=STAGE_BUCKETS_S, registry=registry,
+        )  # fmt: skip
         self._step_seconds = Histogram(
             "sgld_step_seconds", "Seconds of a denoising step; steps per second are rate(_count) / rate(_sum).",
             buckets=STEP_BUCKETS_S, registry=registry,
@@ -88,8 +92,13 @@ class Metrics:
         self._peak_memory.set(timings.peak_memory_bytes)
 
     def stage(self, name: str, seconds: float) -> None:
-        """A stage that the loop measures itself, such as save."""
+        """One stage of an output."""
         self._stage_seconds.labels(name).observe(seconds)
+
+    def saved(self, destination: str, seconds: float) -> None:
+        """The stage that the loop measures itself; `destination` is a kind of place, such as local."""
+        self.stage("save", seconds)
+        self._upload_seconds.labels(destination).observe(seconds)
 
     def requested(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method, status).inc()

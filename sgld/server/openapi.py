@@ -18,6 +18,7 @@ import anyio.to_thread
 import attrs
 import jinja2
 from aiohttp import web
+from markupsafe import Markup, escape
 
 from sgld import __version__
 from sgld.convert import Knob, default_of, fields_of, knob_of, plain
@@ -83,7 +84,8 @@ def request_fields(cls: type, service: Service, *, form: bool = False) -> dict[s
 def _adapter_fields(service: Service, form: bool) -> dict[str, Schema]:
     """`loras` and `lora`: adapters by nickname, or as objects; a form brings objects as JSON text."""
     whole = {"type": "object", "properties": request_fields(LoraUse, service), "additionalProperties": False}
-    text = {"type": "string", "minLength": 1, "description": "nickname"}
+    told = "nickname, or an adapter as JSON text" if form else "nickname"
+    text = {"type": "string", "minLength": 1, "description": told}
     one = {"anyOf": [text] if form else [text, whole]}
     help = knob_of(fields_of(SamplingParams)["loras"]).help
     several = {"type": "array", "items": one, "maxItems": MAX_LORAS}
@@ -473,11 +475,16 @@ def page(written: Schema) -> tuple[str, str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"type": type_text, "limits": limits_text, "schema_name": _schema_name}
+    templates.filters |= {"type": type_text, "limits": limits_text, "schema_name": _schema_name, "prose": _prose}
     style = templates.get_template("docs.css").render()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     text = templates.get_template("docs.html").render(document=written, style=style, curl=curl)
     return text, digest
+
+
+def _prose(text: str) -> Markup:
+    """Text in which what stands between backticks is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _schema_name(schema: Schema) -> str:

@@ -1,11 +1,13 @@
-"""Results as files: written while the next job already runs, and small pictures made from them on demand."""
+"""Results as files: written while the next job already runs, and small pictures made from them on demand, once."""
 
 from __future__ import annotations
 
 import io
 import logging
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from sgld.config import Settings
 from sgld.errors import NotFound, OutputError
 from sgld.messages import Media
 from sgld.params import SamplingParams
-from sgld.server.jobs import Artifact
-from sgld.storage.local import LocalStorage
+from sgld.server.jobs import Artifact, picture_name
+from sgld.storage.local import PARTS, LocalStorage
 
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDE = 480
+ABANDONED_S = 3600.0
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 5, 4, 256
 _DECODERS = anyio.CapacityLimiter(2)
 _DAMAGED = (av.FFmpegError, LookupError, ValueError)  # LookupError: no video in it
@@ -98,14 +101,45 @@ class Outputs:
             except OSError as error:
                 log.error("cannot remove %s: %s", self.root / name, error.strerror)
 
-    async def thumbnail(self, artifact: Artifact) -> bytes:
-        """The first frame of a video as webp, at most 480 pixels a side. Raises NotFound, OutputError."""
-        return await anyio.to_thread.run_sync(self._picture, artifact, 1, THUMBNAIL_SIDE, limiter=_DECODERS)
+    async def sweep(self) -> None:
+        """Remove what a killed server was writing: unfinished files that nobody has written to for an hour."""
+        await anyio.to_thread.run_sync(self._sweep)
 
-    async def spritesheet(self, artifact: Artifact) -> bytes:
-        """Up to 20 frames, evenly spread and in reading order, as one webp. Raises NotFound, OutputError."""
-        count = min(artifact.frames, SHEET_COLUMNS * SHEET_ROWS)
-        return await anyio.to_thread.run_sync(self._picture, artifact, count, SHEET_SIDE, limiter=_DECODERS)
+    def _sweep(self) -> None:
+        for part in self.root.glob(PARTS):
+            with suppress(FileNotFoundError):  # another program has finished it
+                if time.time() - part.stat().st_mtime > ABANDONED_S:
+                    part.unlink()
+
+    async def keeps(self, artifacts: Iterable[Artifact]) -> bool:
+        """Whether all these files are still there."""
+        paths = [self.root / artifact.name for artifact in artifacts]
+        return await anyio.to_thread.run_sync(lambda: all(path.is_file() for path in paths))
+
+    async def picture(self, artifact: Artifact, variant: str) -> str:
+        """The name of a webp beside a video: made when it is first asked for, and when the video has changed since.
+
+        A thumbnail is the first frame, at most 480 pixels a side; a spritesheet up to 20 frames, evenly spread and in
+        reading order. Raises NotFound, OutputError.
+        """
+        name = picture_name(artifact.name, variant)
+        if not await anyio.to_thread.run_sync(self._fresh, name, artifact):
+            await anyio.to_thread.run_sync(self._keep_picture, name, artifact, variant, limiter=_DECODERS)
+        return name
+
+    def _fresh(self, name: str, artifact: Artifact) -> bool:
+        try:
+            return (self.root / name).stat().st_mtime_ns >= (self.root / artifact.name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+
+    def _keep_picture(self, name: str, artifact: Artifact, variant: str) -> None:
+        if self._fresh(name, artifact):  # who waited for the same one finds it
+            return
+        sheet = min(artifact.frames, SHEET_COLUMNS * SHEET_ROWS), SHEET_SIDE
+        data = self._picture(artifact, *((1, THUMBNAIL_SIDE) if variant == "thumbnail" else sheet))
+        with LocalStorage(self.root).create(name, overwrite=True) as part:
+            part.write_bytes(data)
 
     def _picture(self, artifact: Artifact, count: int, side: int) -> bytes:
         """So many frames as tiles of one picture."""

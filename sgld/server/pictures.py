@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 from collections.abc import AsyncIterator
@@ -14,13 +15,14 @@ import attrs
 
 from sgld import inputs
 from sgld.convert import shown
-from sgld.errors import BadRequest, NotBuilt, NotFound
+from sgld.errors import BadRequest, NotBuilt, NotFound, SgldError
 from sgld.params import SamplingParams
 from sgld.server import uploads
 from sgld.server.body import Body
 from sgld.server.fetch import Fetcher
 from sgld.storage.local import LocalStorage
 
+log = logging.getLogger(__name__)
 MAX_PICTURES = 16
 MASK = "mask"
 
@@ -105,13 +107,29 @@ async def kept(sources: list[Source], root: Path, fetcher: Fetcher) -> AsyncIter
 
 def _check(picture: str, mask: str | None) -> tuple[int, int]:
     """The picture's size. Raises BadRequest for a mask that does not go with it; no path of ours is told."""
-    size = inputs.size_of(picture)
-    if mask is not None:
-        try:
+    try:
+        size = inputs.size_of(picture)
+        if mask is not None:
             inputs.read_mask(mask, size)
-        except BadRequest as error:
-            raise BadRequest(error.message.replace(f"{inputs.MASK}: {mask!r}", f"{MASK}: it"), MASK) from None
+    except BadRequest as error:
+        raise without_paths(error, SamplingParams(image_path=[picture], mask_path=mask)) from None
     return size
+
+
+def without_paths(error: SgldError, params: SamplingParams) -> SgldError:
+    """What is wrong with a file of a request, without saying where this server has it; other errors as they are."""
+    files: dict[str, tuple[str, str | None]] = {}  # how its message begins -> how it is told instead, and the field
+    files |= {f"{inputs.PICTURE}: {path!r}": ("the picture", None) for path in params.image_path or []}
+    files |= {f"{inputs.MASK}: {params.mask_path!r}": (f"{MASK}: it", MASK)}
+    files |= {f"loras: {lora.path!r}": (f"loras: {lora.nickname!r}", "loras") for lora in params.loras}
+    for begin, (instead, param) in files.items():
+        if error.message.startswith(begin):
+            rest = error.message.removeprefix(begin)
+            if rest.startswith(": no such file"):
+                log.error("%s", error)
+                return NotFound(f"{instead} is gone from the server; send the request again", param)
+            return type(error)(instead + rest, param)
+    return error
 
 
 async def copy(params: SamplingParams, root: Path) -> tuple[SamplingParams, list[str]]:

@@ -69,6 +69,8 @@ class VideoFields(CommonFields):
     data_type: str = knob("video", "what this route makes", choices=("video",))
     seconds: int | None = knob(None, "length; times fps, rounded to a length the model can make", min=1, max=3600)
     reference_url: str | None = knob(None, "picture to start from: http, https or data: URL")
+    video_url: str | None = knob(None, "video to start from", pending="video input")
+    video_reference: str | None = knob(None, "video to start from", pending="video input")
     previews: int = knob(0, "preview events during the generation", min=0, max=3)
 
 
@@ -353,6 +355,7 @@ class ServerInfo:
     served_model_name: str
     tp_size: int
     num_gpus: int
+    degrees: Annotated[dict[str, int], Told("how many workers share what; empty until the model is loaded")]
     version: str
     state: Annotated[str, Told("of the workers")]
     started_at: Time
@@ -387,6 +390,7 @@ class Capabilities:
     size_multiple: Annotated[int, Told("height and width are multiples of this many pixels")]
     frame_multiple: Annotated[int, Told("num_frames is 1 more than a multiple of this")]
     components: Annotated[list[str], Told("parts of the model")]
+    lora_targets: Annotated[list[str], Told("those that take LoRA adapters")]
     defaults: Annotated[dict[str, Any], Told("what a request gets that does not say otherwise")]
     sampling: Annotated[dict[str, Any], Told("those of the defaults that the operator has set")]
     fields: Annotated[dict[str, Any], Told("JSON Schema of each sampling field of a request")]

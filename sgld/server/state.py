@@ -10,7 +10,7 @@ import anyio.to_thread
 import attrs
 from aiohttp import web
 
-from sgld.config import Settings, user_path
+from sgld.config import Settings
 from sgld.convert import default_of, fields_of
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotFound, NotReady
@@ -50,7 +50,7 @@ class Service:
     @property
     def uploads(self) -> Path:
         """The folder of pictures that requests brought."""
-        return user_path(self.settings.input_save_path, "input_save_path")
+        return self.jobs.uploads
 
     def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> tuple[SamplingParams, list[str]]:
         """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads.
@@ -118,7 +118,7 @@ class Service:
         key = request.headers.get("Idempotency-Key")
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
             raise BadRequest(f"Idempotency-Key: 1 to {MAX_KEY_CHARACTERS} characters are allowed", "Idempotency-Key")
-        digest = "" if key is None else f"{kind} {await anyio.to_thread.run_sync(body.digest)}"
+        digest = "" if key is None else f"{request.method} {request.path} {await anyio.to_thread.run_sync(body.digest)}"
         return Job(
             f"{kind}_{uuid.uuid4().hex}",
             kind,

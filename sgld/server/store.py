@@ -7,15 +7,17 @@ import base64
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 import attrs
 
 from sgld import media
-from sgld.config import Settings, user_path
+from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import (
     BadRequest,
@@ -29,7 +31,7 @@ from sgld.errors import (
 )
 from sgld.log import job_context
 from sgld.messages import Event, Media, Note, Preview, Progress
-from sgld.server import uploads
+from sgld.server import pictures, uploads
 from sgld.server.auth import Identity, may_see
 from sgld.server.catalog import EVERYBODY, Catalog
 from sgld.server.errors import INTERNAL
@@ -38,7 +40,7 @@ from sgld.server.journal import Journal
 from sgld.server.metrics import Metrics
 from sgld.server.outputs import Outputs
 from sgld.server.queue import FairQueue
-from sgld.server.webhooks import Webhooks
+from sgld.server.webhooks import DELIVERY, Delivery, Webhooks
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
@@ -78,15 +80,15 @@ class JobStore:
         self,
         engine: Engine,
         outputs: Outputs,
+        kept: Path,
         settings: Settings,
         metrics: Metrics,
         webhooks: Webhooks,
     ):
-        self.outputs = outputs
+        self.outputs, self.uploads = outputs, kept
         self.draining = False
         self._engine = engine
         self._settings = settings
-        self._uploads = user_path(settings.input_save_path, "input_save_path")
         self._metrics = metrics
         self._webhooks = webhooks
         self._journal: Journal | None = None
@@ -94,7 +96,8 @@ class JobStore:
         self._catalog = Catalog()
         self._repeats: dict[tuple[str, str], Job] = {}  # by owner and Idempotency-Key
         self._queue: FairQueue[Job] = FairQueue()
-        self._admitting = 0
+        self._admitting: dict[Job, asyncio.Event] = {}  # until they are in the journal
+        self._owed: set[Job] = set()  # the journal has not taken what became of them
         self._running: Job | None = None
         self._line: tuple[float, dict[Job, Place]] | None = None  # when it was reckoned, and the queue in order
         self._pace = Pace()
@@ -109,9 +112,9 @@ class JobStore:
     async def open(self, journal: Journal | None) -> None:
         """Read the journal: what had not ended waits again, once more. None: there is no journal."""
         self._journal = journal
-        records = await journal.all("job") if journal is not None else []
+        jobs = await journal.restore("job", Job.restore) if journal is not None else []
         waiting: list[Job] = []
-        for job in map(Job.restore, records):
+        for job in jobs:
             if job.kind == "image" and not job.ended:  # its client is gone
                 await self._erase([job])
                 continue
@@ -120,6 +123,7 @@ class JobStore:
                 continue
             if (error := self._lost(job)) is not None:
                 job.settle()
+                await self._discard(job, [])
                 await self._end(job, error)
             else:
                 job.change(status="queued", stage="queued", progress=0, step=0, total=0)
@@ -127,6 +131,9 @@ class JobStore:
                 waiting.append(job)
         for job in waiting:  # now that each has its place
             job.publish("queued", self.state(job))
+        if journal is not None:
+            await uploads.sweep({name for job in self._jobs.values() for name in job.inputs}, self.uploads)
+            await self.outputs.sweep()
         self._spawn(self._sweep())
 
     def _lost(self, job: Job) -> SgldError | None:
@@ -165,6 +172,7 @@ class JobStore:
                 job.task.cancel()
         while self._busy:  # the ends that others have decided
             await asyncio.wait(self._busy)
+        await self._pay()
         for task in self._tasks:
             task.cancel()
         while self._tasks:
@@ -180,22 +188,28 @@ class JobStore:
             QueueFull: as many wait as may.
             BadRequest: the key came before, with another request.
         """
-        if (before := self._repeated(job)) is not None:
-            return before
+        while (before := self._repeated(job)) is not None:
+            if (writing := self._admitting.get(before)) is not None:
+                await writing.wait()  # whether it is taken at all
+            elif before.status != "completed" or await self.outputs.keeps(before.artifacts):
+                return before
+            else:
+                self._release_key(before)  # its files have vanished: they are made anew
         if self.draining:
             raise NotReady("the server is stopping; try another one")
-        if len(self._queue) + self._admitting >= self._settings.max_queue:
+        if len(self._queue) + len(self._admitting) >= self._settings.max_queue:
             raise QueueFull(f"{self._settings.max_queue} jobs wait already; try again later", None, self._relief())
         self._remember(job)
-        self._admitting += 1
+        self._admitting[job] = asyncio.Event()
         try:
             await self._write(job)
         except BaseException:
-            self._forget(job)
-            self._spawn(self._erase([job]))
+            job.settle()
+            self._vanish(job)
+            self._spawn(self._drop(job))
             raise
         finally:
-            self._admitting -= 1
+            self._admitting.pop(job).set()
         if not job.settled:  # nobody was quick enough to cancel it
             self._enqueue(job)
             job.publish("queued", self.state(job))
@@ -209,9 +223,9 @@ class JobStore:
         return job
 
     def page(
-        self, kind: str, identity: Identity, *, after: Job | None, limit: int, newest_first: bool
+        self, kind: str, identity: Identity, *, after: str | None, limit: int, newest_first: bool
     ) -> tuple[list[Job], bool]:
-        """At most `limit` jobs by age, from behind `after` on, and whether more follow."""
+        """At most `limit` jobs by age, from behind the id `after` on, and whether more follow."""
         owner = EVERYBODY if identity.admin else identity.name
         return self._catalog.page(kind, owner, after=after, limit=limit, newest_first=newest_first)
 
@@ -225,7 +239,7 @@ class JobStore:
             job.waiters -= 1
             if not job.ended and not job.waiters:
                 self._release_key(job)  # who repeats the request gets a job of its own
-                self._labour(self._delete(job))
+                self._labour(self._leave(job))
 
     async def cancel(self, job: Job) -> None:
         """Cancel it, unless its end is decided already. Goes on when the caller is cancelled.
@@ -241,9 +255,9 @@ class JobStore:
 
     async def _cancel(self, job: Job) -> None:
         if job.settle():
-            if self._queue.remove(job):
-                self._line = None
-                self._tell_positions()
+            self._queue.remove(job)
+            self._line = None
+            self._tell_positions()
             if job.task is not None:
                 job.task.cancel()
             await self._end(job, Cancelled("the job was cancelled"))
@@ -254,10 +268,22 @@ class JobStore:
 
     async def _delete(self, job: Job) -> None:
         await self._cancel(job)
+        await self._strike([job])
+        self._vanish(job)
+        await self._remove_files([job])
+
+    async def _leave(self, job: Job) -> None:
+        """Delete a job whose client has gone; where that fails, it stays until it expires."""
+        try:
+            await self._delete(job)
+        except SgldError as error:
+            log.error("%s stays for now: %s", job.id, error)
+
+    def _vanish(self, job: Job) -> None:
+        """Forget a job, and tell who still follows it."""
         self._forget(job)
         job.status = "deleted"
         job.publish("deleted", self.state(job))
-        await self._erase([job])
 
     def state(self, job: Job) -> dict[str, Any]:
         """Where a job stands: what every event and every answer tells."""
@@ -279,20 +305,26 @@ class JobStore:
             return None
         if job.status == "in_progress":
             return self._remaining(job)
-        waits = self._remaining(self._running) if self._running is not None else 0.0
+        waits = self._remaining(self._running) if self._running is not None and self._next is None else 0.0
         place = self._places().get(job)
         own = self._pace.estimate(place.cost if place is not None else job.cost)
         return None if own is None or waits is None else waits + own
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
-        return len(self._queue)
+        """Jobs that no worker has begun."""
+        return len(self._queue) + (self._next is not None)
 
     @property
     def running(self) -> int:
         """Jobs with the workers: one or none."""
-        return int(self._running is not None)
+        return int(self._running is not None) - (self._next is not None)
+
+    @property
+    def _next(self) -> Job | None:
+        """The job whose turn it is, while no worker has begun it: they restart, or their adapters change."""
+        job = self._running
+        return job if job is not None and job.status == "queued" and not job.settled else None
 
     # Making
 
@@ -309,7 +341,7 @@ class JobStore:
             self._tell_positions()
 
     def _stand_idle(self, _: asyncio.Task[None]) -> None:
-        self._running = None
+        self._running = self._line = None
 
     async def _make(self, job: Job) -> None:
         """Every output of a job, then its end in a task of its own."""
@@ -317,12 +349,13 @@ class JobStore:
         previews: list[asyncio.Task[None]] = []
         with job_context(job.id):
             try:
-                await self._begin(job)
                 async with self._engine.steady():  # all its outputs are made with the same adapters
                     await self._generate(job, saves, previews)
             except asyncio.CancelledError:
-                self._labour(self._discard(job, saves))
-                raise
+                if job.settled:
+                    self._labour(self._discard(job, saves))
+                    raise
+                self._labour(self._finish(job, saves, previews, None))  # an output before it could not be saved
             except SgldError as error:
                 self._labour(self._finish(job, saves, previews, error))
             except Exception:  # every job ends in one of its states
@@ -331,11 +364,18 @@ class JobStore:
             else:
                 self._labour(self._finish(job, saves, previews, None))
 
-    async def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> None:
+        """A worker has told its first event of an unsettled job."""
         job.change(status="in_progress", started_at=time.time(), attempts=job.attempts + 1, output_tokens=0)
+        self._line = None
         if job.kind == "video":
-            await self._write(job)
+            self._labour(self._write_beginning(job))
         job.publish("progress", self.state(job))
+        self._tell_positions()
+
+    async def _write_beginning(self, job: Job) -> None:
+        if not job.settled:  # else the journal hears of its end, or of its waiting
+            await self._write_down(job)
 
     async def _generate(
         self, job: Job, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
@@ -356,13 +396,14 @@ class JobStore:
             job.prompt_tokens = result.tokens.prompt  # one prompt for all outputs
             job.output_tokens += result.tokens.latent
             saves.append(self._spawn(self._save(job, index, names[index], result)))
+            saves[-1].add_done_callback(partial(_stop_if_lost, job))
         self._pace.learn(job.cost, time.monotonic() - started)
 
     async def _save(self, job: Job, index: int, name: str, result: Media) -> Artifact:
         try:
             began = time.monotonic()
             artifact = await self.outputs.save(job.params.outputs()[index], result, name, job.output_format)
-            self._metrics.stage("save", time.monotonic() - began)
+            self._metrics.saved("local", time.monotonic() - began)
             return artifact
         finally:
             self._saving.release()
@@ -371,6 +412,8 @@ class JobStore:
         """A rank's event on the loop."""
         if job.settled:
             return
+        if job.status == "queued":
+            self._begin(job)
         if isinstance(event, Note):
             if event.text not in job.notes:  # each output tells it
                 job.notes.append(event.text)
@@ -413,6 +456,7 @@ class JobStore:
                 artifacts, error = [], error or SgldError(INTERNAL)
             if error is not None:
                 await self._discard(job, saves)
+                error = pictures.without_paths(error, job.params)
             if not job.settle():  # a cancel came first
                 await self._discard(job, saves)
                 return
@@ -432,14 +476,15 @@ class JobStore:
     async def _end(self, job: Job, error: SgldError | None) -> None:
         """Write a settled job's end down, then tell it."""
         changes = job.ending(error, self._settings.job_ttl)
-        await self._write_down(job, **changes)
+        video = job.kind == "video"
+        due = self._webhooks.due(job.owner, f"video.{changes['status']}", job.id) if video else []
+        await self._write_down(job, due, **changes)
         job.change(**changes)
         if error is not None:
             self._release_key(job)  # a repeated request may fare better
         self._count(job.kind, error)
         job.publish(job.status, self.state(job))
-        if job.kind == "video":
-            self._webhooks.notify(job.owner, f"video.{job.status}", job.id)
+        self._webhooks.send(due)
 
     def _count(self, kind: str, error: SgldError | None) -> None:
         if error is None:
@@ -451,28 +496,75 @@ class JobStore:
 
     # Keeping
 
-    async def _write(self, job: Job, **changes: Any) -> None:
+    async def _write(self, job: Job, due: Sequence[Delivery] = (), **changes: Any) -> None:
+        """A job, and what webhooks are owed for it: both or neither."""
         if self._journal is not None:
-            await self._journal.put("job", job.id, job.record(**changes))
+            deliveries = {(DELIVERY, each.id): attrs.asdict(each) for each in due}
+            await self._put({("job", job.id): job.record(**changes), **deliveries})
 
-    async def _write_down(self, job: Job, **changes: Any) -> None:
-        """Write what happens in any case: a journal that fails is logged."""
+    async def _put(self, documents: dict[tuple[str, str], dict[str, Any]]) -> None:
+        """Write them, and what the journal did not take before."""
+        assert self._journal is not None
+        owed = set(self._owed)
+        await self._journal.put_many({("job", job.id): job.record() for job in owed} | documents)
+        self._owed -= owed
+
+    async def _pay(self) -> None:
+        """Write again what the journal did not take."""
+        if self._owed:
+            try:
+                await self._put({})
+            except Exception:  # the next time may fare better
+                log.exception("the journal does not hear of %d jobs yet", len(self._owed))
+
+    async def _write_down(self, job: Job, due: Sequence[Delivery] = (), **changes: Any) -> None:
+        """Write what happens in any case: a journal that fails is logged, and hears of the job later."""
         try:
-            await self._write(job, **changes)
+            await self._write(job, due, **changes)
         except Exception:  # whatever is wrong with the disk, the job must end
-            log.exception("%s: the journal does not hear of its end", job.id)
+            log.exception("%s: the journal does not hear of it yet", job.id)
+            if not job.parked and job.id in self._jobs:
+                self._owed.add(job)
 
     async def _erase(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            await self.outputs.remove([artifact.name for artifact in job.artifacts])
-            if job.inputs:
-                await uploads.remove(job.inputs, self._uploads)
+        """Remove jobs from the disk: from the journal first, so that none is listed there without its files."""
+        await self._strike(jobs)
+        await self._remove_files(jobs)
+
+    async def _strike(self, jobs: list[Job]) -> None:
         if self._journal is not None and jobs:
             await self._journal.delete("job", [job.id for job in jobs])
+
+    async def _remove_files(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            await self.outputs.remove([*job.file_names(), *job.picture_names()])
+            if job.inputs:
+                await uploads.remove(job.inputs, self.uploads)
+
+    async def _drop(self, job: Job) -> None:
+        """Erase what was never taken, for a write whose caller has gone still happens."""
+        try:
+            await self._erase([job])
+        except SgldError as error:
+            log.error("%s may come back at the next start: %s", job.id, error)
+
+    async def picture(self, job: Job, variant: str) -> str:
+        """The file of a video's thumbnail or spritesheet, which goes with its job.
+
+        Raises:
+            NotFound: the job or its file is gone.
+            OutputError: the video is damaged, or the disk is full.
+        """
+        name = await self.outputs.picture(job.artifacts[0], variant)
+        if job.id not in self._jobs:
+            await self._remove_files([job])
+            raise NotFound(f"no {job.kind} {job.id!r}", "id")
+        return name
 
     async def _sweep(self) -> None:
         """Remove what has expired."""
         while True:
+            await self._pay()
             now = time.time()
             old = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
             try:
@@ -494,6 +586,7 @@ class JobStore:
     def _forget(self, job: Job) -> None:
         if self._jobs.pop(job.id, None) is not None:
             self._catalog.remove(job)
+        self._owed.discard(job)
         self._release_key(job)
 
     def _release_key(self, job: Job) -> None:
@@ -524,7 +617,8 @@ class JobStore:
         now = time.monotonic()
         if self._line is None or now - self._line[0] > AGED_S:
             places, cost = {}, 0.0
-            for position, job in enumerate(self._queue.order(now), 1):
+            begins = [self._next] if self._next is not None else []
+            for position, job in enumerate([*begins, *self._queue.order(now)], 1):
                 cost += job.cost
                 places[job] = Place(position, cost)
             self._line = now, places
@@ -553,6 +647,12 @@ class JobStore:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _stop_if_lost(job: Job, save: asyncio.Task[Artifact]) -> None:
+    """Make no more outputs of a job when one of them could not be saved."""
+    if not save.cancelled() and save.exception() is not None and job.task is not None:
+        job.task.cancel()
 
 
 def _encode(frame: Any, format: str, quality: int) -> str:

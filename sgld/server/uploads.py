@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import re
 import secrets
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import anyio
@@ -27,7 +29,7 @@ _OPENERS = ("PNG", "JPEG", "WEBP", "GIF")
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 _UPRIGHT = 1
-_NAME_CHARACTERS = 40
+_NAME_CHARACTERS, _FOLDER_CHARACTERS = 40, 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
 _DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of MAX_PIXELS
 
@@ -111,6 +113,32 @@ def _write(data: bytes, root: Path, name: str) -> None:
     except OutputError as error:
         log.error("an upload is lost: %s", error)
         raise OutputError("the upload cannot be stored; the server's log has the reason") from None
+
+
+def folder(parent: Path, results: Path | None) -> Path:
+    """Where the pictures of one server lie: apart from those of other servers, so that it may sweep them.
+
+    The next server with the same folder of results finds the same one; None: there will be no next one.
+    """
+    if results is None:
+        return parent / secrets.token_hex(_FOLDER_CHARACTERS // 2)
+    return parent / hashlib.sha256(str(results.absolute()).encode()).hexdigest()[:_FOLDER_CHARACTERS]
+
+
+async def sweep(named: Collection[str], root: Path) -> None:
+    """Delete all but the named files: what a server that was killed has left. An empty folder goes too."""
+    await anyio.to_thread.run_sync(_sweep, named, root)
+
+
+def _sweep(named: Collection[str], root: Path) -> None:
+    left = [path for path in root.iterdir() if path.name not in named] if root.is_dir() else []
+    for path in left:
+        try:
+            path.unlink()
+        except OSError as error:
+            log.error("cannot remove %s: %s", path, error.strerror)
+    with suppress(OSError):  # it is not there, or holds something
+        root.rmdir()
 
 
 async def remove(names: Iterable[str], root: Path) -> None:

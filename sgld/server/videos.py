@@ -11,7 +11,7 @@ from aiohttp_sse import sse_response
 
 from sgld import media
 from sgld.convert import knob, structure
-from sgld.errors import BadRequest, NotFound
+from sgld.errors import BadRequest
 from sgld.params import SamplingParams
 from sgld.server import pictures, uploads
 from sgld.server.auth import IDENTITY
@@ -19,7 +19,7 @@ from sgld.server.body import as_sent, read_body, read_query, require_prompt, spl
 from sgld.server.describe import FILE_STATUSES, MAKING_ERRORS, Described
 from sgld.server.files import send_file
 from sgld.server.images import KEEP_ALIVE_S, artifact_of
-from sgld.server.jobs import Job, event_text
+from sgld.server.jobs import PICTURES, Job, event_text
 from sgld.server.schema import (
     DeletedVideo,
     Problem,
@@ -54,7 +54,7 @@ class Remix:
 class Page:
     """The query of `GET /v1/videos`."""
 
-    after: str | None = knob(None, "id of the last job of the page before")
+    after: str | None = knob(None, "id of the last job of the page before; it may have been deleted since")
     limit: int = knob(20, "jobs on a page", min=1, max=100)
     order: str = knob("desc", "by age", choices=("asc", "desc"))
 
@@ -127,13 +127,8 @@ async def remix(request: web.Request) -> web.Response:
 async def list_jobs(request: web.Request) -> web.Response:
     """A page of jobs, the newest first unless asked otherwise."""
     page = read_query(request, Page)
-    store = request.app[SERVICE].jobs
-    try:
-        after = store.get("video", page.after, request[IDENTITY]) if page.after is not None else None
-    except NotFound as missing:
-        raise BadRequest(f"after: {missing.message}", "after") from None
-    jobs, more = store.page(
-        "video", request[IDENTITY], after=after, limit=page.limit, newest_first=page.order == "desc"
+    jobs, more = request.app[SERVICE].jobs.page(
+        "video", request[IDENTITY], after=page.after, limit=page.limit, newest_first=page.order == "desc"
     )
     shown = [_video(request, job) for job in jobs]
     first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
@@ -201,10 +196,9 @@ async def content(request: web.Request) -> web.StreamResponse:
     """The file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
     job, store = _find(request), request.app[SERVICE].jobs
     variant = read_query(request, VideoQuery).variant
-    artifact = artifact_of(job, "0" if variant in ("video", "thumbnail", "spritesheet") else variant)
-    if variant in ("thumbnail", "spritesheet"):
-        make = store.outputs.thumbnail if variant == "thumbnail" else store.outputs.spritesheet
-        return web.Response(body=await make(artifact), content_type="image/webp")
+    artifact = artifact_of(job, "0" if variant in ("video", *PICTURES) else variant)
+    if variant in PICTURES:
+        return await send_file(request, store.outputs.root / await store.picture(job, variant), "image/webp")
     return await send_file(request, store.outputs.root / artifact.name, artifact.media_type)
 
 

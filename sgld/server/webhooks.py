@@ -1,7 +1,7 @@
 """Webhooks: endpoints that are told, by a signed POST, when a video is completed or has failed.
 
-The signature is that of Standard Webhooks 1.0, which `openai.webhooks` verifies. Endpoints are kept in the journal;
-deliveries are not: what still waits for its next try when the server stops is never sent.
+The signature is that of Standard Webhooks 1.0, which `openai.webhooks` verifies. Endpoints are kept in the journal, and
+deliveries until their end: those that wait for another try when the server stops go on after its restart.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import attrs
 from aiohttp import web
 
-from sgld.config import from_text
 from sgld.convert import knob, plain, shown, structure
-from sgld.errors import BadRequest, NotFound, TooLarge
+from sgld.errors import BadRequest, NotFound
 from sgld.server.auth import OWNER
+from sgld.server.body import read_body, read_query
 from sgld.server.describe import BODY_ERRORS, Described
 from sgld.server.fetch import Fetcher
 from sgld.server.journal import Journal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+DELIVERY = "webhook_delivery"  # its kind in the journal
 EVENT_TYPES = ("video.completed", "video.failed")
 DELAYS_S = (1.0, 5.0, 25.0, 125.0)  # before the second try, the third, ...
 MAX_ENDPOINTS = 50  # of one owner
@@ -41,7 +42,7 @@ CLOSING_S = 5.0
 
 _KIND = "webhook_endpoint"
 _SECRET_PREFIX, _SECRET_BYTES = "whsec_", 24
-_BODY_BYTES, _NAME_CHARACTERS = 64 * 2**10, 200
+_NAME_CHARACTERS = 200
 
 
 # What crosses the wire
@@ -167,7 +168,7 @@ class Endpoint:
         hint = f"{_SECRET_PREFIX}...{self.secret[-4:]}"
         return {**{name: getattr(self, name) for name in names}, "signing_secret_hint": hint}
 
-    def signed(self, event_id: str, body: bytes) -> dict[str, str]:
+    def signed(self, event_id: str, body: str) -> dict[str, str]:
         """The headers of one delivery, now."""
         now = int(time.time())
         valid = [self.secret, self.old_secret] if now < self.old_secret_until else [self.secret]
@@ -175,8 +176,23 @@ class Endpoint:
             "Content-Type": "application/json",
             "webhook-id": event_id,
             "webhook-timestamp": str(now),
-            "webhook-signature": " ".join(sign(secret, event_id, now, body) for secret in valid if secret),
+            "webhook-signature": " ".join(sign(secret, event_id, now, body.encode()) for secret in valid if secret),
         }
+
+
+@attrs.frozen
+class Delivery:
+    """An event on its way to one endpoint."""
+
+    endpoint: str
+    event: str  # its id, and so the webhook-id of every try
+    body: str
+    tries: int = 0
+    due: float = 0.0  # Unix seconds of the next try
+
+    @property
+    def id(self) -> str:
+        return f"{self.event} {self.endpoint}"
 
 
 def sign(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
@@ -190,11 +206,11 @@ def _new_secret() -> str:
     return _SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
 
 
-def _event(type: str, object_id: str) -> tuple[str, bytes]:
+def _event(type: str, object_id: str) -> tuple[str, str]:
     """The id and the body of a new event."""
     id = f"evt_{uuid.uuid4().hex}"
     fields = {"id": id, "object": "event", "created_at": int(time.time()), "type": type, "data": {"id": object_id}}
-    return id, json.dumps(fields).encode()
+    return id, json.dumps(fields)
 
 
 class Webhooks:
@@ -202,7 +218,7 @@ class Webhooks:
 
     def __init__(self, fetcher: Fetcher, journal: Journal | None = None, delays_s: Sequence[float] = DELAYS_S) -> None:
         self._fetcher = fetcher
-        self._journal = journal  # None: endpoints are forgotten when the server stops
+        self._journal = journal  # None: all is forgotten when the server stops
         self._delays_s = delays_s
         self._endpoints: dict[str, Endpoint] = {}
         self._changing = asyncio.Lock()
@@ -210,11 +226,12 @@ class Webhooks:
         self._deliveries: set[asyncio.Task[None]] = set()
 
     async def load(self, journal: Journal | None = None) -> None:
-        """Read the endpoints that an earlier server kept in the journal, this one or the constructor's."""
+        """Go on with what an earlier server kept in the journal, this one or the constructor's."""
         self._journal = journal or self._journal
         if self._journal is not None:
-            kept = await self._journal.all(_KIND)
-            self._endpoints = {body["id"]: Endpoint(**body) for body in kept}
+            kept = await self._journal.restore(_KIND, lambda body: Endpoint(**body))
+            self._endpoints = {endpoint.id: endpoint for endpoint in kept}
+            self.send(await self._journal.restore(DELIVERY, lambda body: Delivery(**body)))
 
     async def close(self, patience_s: float = CLOSING_S) -> None:
         """Stop the retries, and give the deliveries on their way `patience_s` to arrive; call it after the last job."""
@@ -286,17 +303,19 @@ class Webhooks:
     async def test(self, owner: str, id: str, type: str) -> int:
         """Send a sample once and return the status that answers; BadRequest if none does."""
         endpoint = self.get(owner, id)
-        event_id, body = _event(type, f"video_sample_{uuid.uuid4().hex}")
-        return await self._fetcher.post(endpoint.url, body, endpoint.signed(event_id, body))
+        return await self._post(endpoint, *_event(type, f"video_sample_{uuid.uuid4().hex}"))
 
-    def notify(self, owner: str, type: str, object_id: str) -> None:
-        """Tell the owner's endpoints of an event, in tasks of their own; returns at once and raises nothing."""
-        event_id, body = _event(type, object_id)
-        for endpoint in self._of(owner):
-            if type in endpoint.event_types:
-                task = asyncio.create_task(self._deliver(endpoint.id, event_id, body))
-                self._deliveries.add(task)
-                task.add_done_callback(self._forget)
+    def due(self, owner: str, type: str, object_id: str) -> list[Delivery]:
+        """The deliveries of a new event to the owner's endpoints, for the caller to write down and then to `send`."""
+        event, body = _event(type, object_id)
+        return [Delivery(each.id, event, body) for each in self._of(owner) if type in each.event_types]
+
+    def send(self, deliveries: Iterable[Delivery]) -> None:
+        """Deliver them in tasks of their own; returns at once and raises nothing."""
+        for delivery in deliveries:
+            task = asyncio.create_task(self._deliver(delivery))
+            self._deliveries.add(task)
+            task.add_done_callback(self._forget)
 
     def _of(self, owner: str) -> list[Endpoint]:
         return [endpoint for endpoint in self._endpoints.values() if endpoint.owner == owner]
@@ -317,32 +336,41 @@ class Webhooks:
         self._endpoints[endpoint.id] = endpoint
         return endpoint
 
-    async def _deliver(self, id: str, event_id: str, body: bytes) -> None:
-        """Try until the endpoint takes the event, is deleted, or the tries are used up."""
-        tries = len(self._delays_s) + 1
-        for i in range(tries):
-            endpoint = self._endpoints.get(id)
-            if endpoint is None:
+    async def _deliver(self, delivery: Delivery) -> None:
+        """Try until the endpoint takes the event or is deleted, the tries are used up, or the server stops."""
+        id, event, tries = delivery.endpoint, delivery.event, len(self._delays_s) + 1
+        while not (delivery.tries and await self._closes_before(delivery.due)):
+            endpoint, n = self._endpoints.get(id), delivery.tries + 1
+            failure = await self._failure(endpoint, delivery) if endpoint is not None else None
+            if failure is not None:
+                log.warning("webhook %s: try %d of %d to deliver %s: %s", id, n, tries, event, failure)
+            if failure is None or n >= tries:
+                if failure is not None:
+                    log.error("webhook %s: %s is not delivered", id, event)
+                if self._journal is not None:
+                    await self._journal.delete(DELIVERY, [delivery.id])
                 return
-            failure = await self._failure(endpoint, event_id, body)
-            if failure is None:
-                return
-            log.warning("webhook %s: try %d of %d to deliver %s: %s", id, i + 1, tries, event_id, failure)
-            if i + 1 == tries or await self._closes_within(self._delays_s[i] * random.uniform(0.5, 1)):
-                log.error("webhook %s: %s is not delivered", id, event_id)
-                return
+            due = time.time() + self._delays_s[n - 1] * random.uniform(0.5, 1)
+            delivery = attrs.evolve(delivery, tries=n, due=due)
+            if self._journal is not None:
+                await self._journal.put(DELIVERY, delivery.id, attrs.asdict(delivery))
+        if self._journal is None:
+            log.error("webhook %s: %s is not delivered, for the server stops", id, event)
 
-    async def _failure(self, endpoint: Endpoint, event_id: str, body: bytes) -> str | None:
+    async def _failure(self, endpoint: Endpoint, delivery: Delivery) -> str | None:
         """Send once; why it failed, or None."""
         try:
-            status = await self._fetcher.post(endpoint.url, body, endpoint.signed(event_id, body))
+            status = await self._post(endpoint, delivery.event, delivery.body)
         except BadRequest as error:
             return error.message
         return None if 200 <= status < 300 else f"it answered {status}"
 
-    async def _closes_within(self, delay_s: float) -> bool:
+    async def _post(self, endpoint: Endpoint, event: str, body: str) -> int:
+        return await self._fetcher.post(endpoint.url, body.encode(), endpoint.signed(event, body))
+
+    async def _closes_before(self, moment: float) -> bool:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), delay_s)
+            await asyncio.wait_for(self._closing.wait(), max(0.0, moment - time.time()))
         return self._closing.is_set()
 
     def _forget(self, task: asyncio.Task[None]) -> None:
@@ -359,17 +387,8 @@ routes = web.RouteTableDef()
 
 
 async def _fields(request: web.Request, cls: type[T]) -> T:
-    """The JSON body; no body at all is an empty one."""
-    text = await request.read()
-    if len(text) > _BODY_BYTES:
-        raise TooLarge(f"the body has {len(text)} bytes; at most {_BODY_BYTES} are taken here")
-    try:
-        values = json.loads(text or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise BadRequest("the body must be a JSON object")
-    return structure(values, cls)
+    """The body; none at all is an empty one."""
+    return structure((await read_body(request, cls, empty=True)).values, cls)
 
 
 @routes.post("/v1/webhook_endpoints")
@@ -390,10 +409,7 @@ async def create(request: web.Request) -> web.Response:
 @Described(answer=WebhookEndpointList, query=ListFields, errors=(400, 404))
 async def list_all(request: web.Request) -> web.Response:
     """The caller's endpoints, the newest first."""
-    query: dict[str, Any] = dict(request.query)
-    if "limit" in query:
-        query["limit"] = from_text(query["limit"], int)
-    endpoints, more = request.app[WEBHOOKS].page(request[OWNER], structure(query, ListFields))
+    endpoints, more = request.app[WEBHOOKS].page(request[OWNER], read_query(request, ListFields))
     data = [endpoint.view() for endpoint in endpoints]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return web.json_response(plain(WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=more)))

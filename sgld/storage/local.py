@@ -17,6 +17,7 @@ from sgld.errors import BadRequest, OutputError
 from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS
 
 RAW_FORMAT = "npy"
+PARTS = ".sgld-*.part"  # files that are being written
 EXTENSIONS = (*VIDEO_FORMATS, *IMAGE_FORMATS, RAW_FORMAT)
 _OTHER_MEDIA = frozenset(
     {
@@ -154,7 +155,7 @@ class LocalStorage:
     @contextmanager
     def _part(self) -> Iterator[Path]:
         """An empty hidden file in the folder, gone at the end in any case."""
-        part = self.root / f".sgld-{secrets.token_hex(8)}.part"
+        part = self.root / PARTS.replace("*", secrets.token_hex(8))
         try:
             with _told(self.root):
                 self.root.mkdir(parents=True, exist_ok=True)

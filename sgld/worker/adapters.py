@@ -86,10 +86,22 @@ class Adapters:
             return []
         self._used = True
         with self._together():
-            settings = self._settings_of(loras, "auto") if loras else self._settings
+            settings = self._brought(loras) if loras else self._settings
             self._apply(settings)
         skipped = sum(setting.part.skipped for setting in settings.values()) if loras else 0
         return [f"loras: {skipped} keys fit no layer and were left out"] if skipped else []
+
+    def _brought(self, loras: Sequence[LoraUse]) -> dict[str, Setting]:
+        """Those of one output, whose faults are told by the name of its own field."""
+        try:
+            return self._settings_of(loras, "auto")
+        except BadRequest as error:
+            raise BadRequest(f"loras{error.message.removeprefix(str(error.param))}", "loras") from None
+
+    def release(self) -> None:
+        """Give up the memory of merged weights that are kept for later outputs."""
+        for layers in self._layers.values():
+            layers.release()
 
     def _settings_of(self, asked: Sequence[LoraUse], merge_mode: MergeMode) -> dict[str, Setting]:
         """Read and fitted, by component."""
@@ -97,19 +109,21 @@ class Adapters:
         for lora in asked:
             assert lora.path is not None
             adapter = self._cache.read(Path(lora.path))
+            counted = set(self._strangers(lora, adapter))  # keys that fit nowhere, each told of once
+            told = 0
             for name in self._components(lora, adapter):
                 fitted = self._layers[name].fit(adapter, strict=lora.strict, alpha=lora.alpha)
                 part = found[name].part if name in found else LoraPart((), merge_mode, merge_mode)
                 uses = found[name].uses if name in found else ()
                 loras = *part.loras, attrs.evolve(lora, target=name)
-                part = attrs.evolve(part, loras=loras, skipped=part.skipped + len(fitted.skipped))
+                counted.update(fitted.skipped)
+                part = attrs.evolve(part, loras=loras, skipped=part.skipped + len(counted) - told)
+                told = len(counted)
                 found[name] = Setting(part, (*uses, Use(fitted, lora.strength)))
         return found
 
-    def _components(self, lora: LoraUse, adapter: Adapter) -> list[str]:
-        """Those that it changes. Raises `BadRequest` where it has keys for one that this model has not."""
-        if lora.target != "all":
-            return [lora.target]
+    def _strangers(self, lora: LoraUse, adapter: Adapter) -> list[str]:
+        """Keys for parts that this model has not. Raises `BadRequest` where `lora` is strict."""
         others = [
             stored.key
             for name, layers in adapter.layers.items()
@@ -121,6 +135,12 @@ class Adapters:
             shown = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
             reason = f"holds {len(others)} keys for parts that this model has not: {shown}"
             raise BadRequest(f"lora_path: {adapter.file.name!r} {reason}", "lora_path")
+        return others
+
+    def _components(self, lora: LoraUse, adapter: Adapter) -> list[str]:
+        """Those that it changes. Raises `BadRequest` where there are none."""
+        if lora.target != "all":
+            return [lora.target]
         found = [name for name in self._layers if adapter.has(name)]
         if not found:
             raise BadRequest(f"lora_path: {adapter.file.name!r} holds nothing for this model", "lora_path")

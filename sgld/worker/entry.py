@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from sgld import config
@@ -41,10 +43,11 @@ from sgld.messages import (
     send,
 )
 from sgld.params import ModelInfo
+from sgld.worker.interface import interface_to
 
 
 def run_rank(seat: Seat, connection: Connection) -> None:
-    """Serve commands until `Stop`, or until the parent is gone."""
+    """Serve commands until `Stop`, or until the group is gone; only a rank that was told to stop exits with 0."""
     from sgld.models import load_family
 
     serve(seat, connection, load_family)
@@ -52,12 +55,12 @@ def run_rank(seat: Seat, connection: Connection) -> None:
 
 def serve(seat: Seat, connection: Connection, load_family: Callable[..., Any]) -> None:
     """`run_rank` with the loader given, so that tests can bring a family that fails on purpose."""
-    _prepare_process()
     try:
+        _prepare_process(seat)
         worker = Worker(seat, connection, load_family)
     except Exception as error:
         connection.send(_failed(error))
-        return
+        sys.exit(1)
     try:
         worker.run()
     finally:
@@ -72,8 +75,8 @@ class Worker:
         from sgld.platform import choose_platform
 
         self.platform = choose_platform()
-        self.platform.set_up(seat.rank, seat.world)
-        self.mesh = Mesh.join(seat.rank, seat.world, seat.store, self.platform, seat.dist_timeout_s)
+        self.platform.set_up(seat.local_rank, seat.local_world)
+        self.mesh = Mesh.join(seat, self.platform)
         self._connection = connection
         self._load_family = load_family
         self._family: Any = None
@@ -82,16 +85,16 @@ class Worker:
     def run(self) -> None:
         while (command := self._next()) is not None:
             answer = self._answer(command)
-            with suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone, and `_next` will say so
+            with suppress(BrokenPipeError, ConnectionResetError):  # the group is gone, and `_next` will say so
                 send(self._connection, answer)
 
     def _next(self) -> Command | None:
-        """The next command; None to end, when told to or when the parent is gone. A late `Cancel` is stale."""
+        """The next command; None when told to stop. A late `Cancel` is stale. Exits when the group is gone."""
         while True:
             try:
                 message = self._connection.recv()
-            except (EOFError, ConnectionResetError):
-                return None
+            except (EOFError, OSError):
+                sys.exit(1)
             if isinstance(message, Stop):
                 return None
             if not isinstance(message, Cancel):
@@ -134,6 +137,9 @@ class Worker:
 
         for warning in self._adapters.wear(command.params.loras):
             self._emit(Note(command.job_id, warning))
+        needs = self._family.info.memory_needs(command.params)
+        if max(needs.values(), default=0) > self.platform.free_memory():
+            self._adapters.release()
         hook = Hook(command.job_id, self.mesh, self._connection, self.platform.synchronize)
         frames = sample(self._family, command.params, hook, command.previews)
         if self.mesh.rank != 0:
@@ -174,14 +180,15 @@ def _one_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _prepare_process() -> None:
+def _prepare_process(seat: Seat) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config.set_default_environment(
-        GLOO_SOCKET_IFNAME="lo",  # workers of one machine talk over loopback alone
-        OMP_WAIT_POLICY="passive",  # threads that spin for work starve the parent and the other ranks
-    )
     os.dup2(2, 1)  # standard output belongs to the parent: its last line is a path
     threading.Thread(target=_exit_with_parent, name="sgld-parent-watch", daemon=True).start()
+    config.set_default_environment(OMP_WAIT_POLICY="passive")  # threads that spin for work starve the other processes
+    # workers of one machine talk over loopback alone
+    interface = "lo" if isinstance(seat.meeting, Path) else interface_to(*seat.meeting)
+    if interface is not None:
+        config.set_default_environment(GLOO_SOCKET_IFNAME=interface)
 
 
 def _exit_with_parent() -> None:

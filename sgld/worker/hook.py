@@ -101,13 +101,14 @@ class Hook:
             raise Stopped(self._where)
         return self._mesh.share(made)
 
-    def preview(self, index: int, decode: Callable[[Callable[[], None]], Tensor]) -> None:
+    def preview(self, index: int, decode: Callable[[Callable[[], None]], Tensor], together: bool = False) -> None:
         """Send the frame u8 [1, H, W, 3] of `decode(pulse)`, after a step that is not the last.
 
-        A cancel ends the decoding on rank 0 alone; the ranks agree on it at their next step, where its peers wait.
+        A cancel ends the decoding, on rank 0 alone or on all that decode `together`; the ranks agree on it at their
+        next step.
         """
         try:
-            frames = decode(self.pulse)
+            frames = decode(self.check if together else self.pulse)
         except Stopped:
             return
         if self._mesh.rank == 0:

@@ -23,6 +23,13 @@ def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0
     Raises:
         Stopped: all ranks agreed to stop, between two steps.
     """
+    try:
+        return _sample(family, params, hook, previews)
+    finally:
+        family.rest()
+
+
+def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -> Tensor:
     assert isinstance(params.seed, int)
     with hook.stage("encode"):
         condition, warnings = family.encode(params)
@@ -38,7 +45,7 @@ def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0
     with hook.stage("denoise", len(solver.timesteps)):
         x = denoise(family, params, hook, solver, condition, x, shown, canvas)
     with hook.stage("decode"):
-        frames = family.decode(x, hook.pulse)
+        frames = family.decode(x, hook.check if family.together else hook.pulse)
         return frames if canvas is None else canvas.composite(frames)
 
 
@@ -62,7 +69,7 @@ def denoise(
             if canvas is not None:
                 x = canvas.hold(x, float(solver.sigmas[i]))
         if estimate is not None:
-            hook.preview(previews.index(i), partial(show, family, canvas, estimate))
+            hook.preview(previews.index(i), partial(show, family, canvas, estimate), family.together)
     return x
 
 

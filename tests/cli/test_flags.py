@@ -95,6 +95,8 @@ def test_every_sampling_field_of_the_replaced_system_is_a_flag_and_a_key() -> No
          {"component_attention_backends": {"text_encoder": "torch_sdpa", "transformer": "fa"}}),
         (["--component-attention-backends.text_encoder", "torch_sdpa", "--component-attention-backends.vae", "fa"],
          {"component_attention_backends": {"text_encoder": "torch_sdpa", "vae": "fa"}}),
+        (["--component-attention-backends.transformer.self", "fa", "--component-attention-backends", "vae=torch_sdpa"],
+         {"component_attention_backends": {"transformer.self": "fa", "vae": "torch_sdpa"}}),
         (["--attention-backend-config", "a=1,b=true,c=x"], {"attention_backend_config": {"a": 1, "b": True, "c": "x"}}),
         (["--attention-backend-config", '{"a": [1]}'], {"attention_backend_config": {"a": [1]}}),
         (["--vae-config.tile-sample-min-height", "64", "--vae_config.load_encoder=false"],

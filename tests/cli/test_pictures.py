@@ -49,6 +49,8 @@ def test_relative_paths_home_and_the_pictures_shape(folder: Path) -> None:
         (("--image-path", "in"), "error: --image-path: '{folder}/in' cannot be read: Is a directory"),
         (("--image-path", "in/cat.png", "--mask-path", "none.png"),
          "error: --mask-path: '{folder}/none.png': no such file"),
+        (("--strength", "0.5"), "error: --strength: it needs a picture to start from"),
+        (("--mask-path", "in/cat.png"), "error: --mask-path: it needs a picture to start from"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_missing_is_told_before_a_worker_starts(words: tuple[str, ...], line: str, folder: Path) -> None:

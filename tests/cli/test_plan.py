@@ -53,25 +53,25 @@ NOT_BUILT = "not built yet in this version of sgld"
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--num-gpus", "4", "--ulysses-degree=2", "--ring-degree=2", "--text-encoder-cpu-offload", "--pin-cpu-memory"],
-         f"--ring-degree: {NOT_BUILT} (ring attention above 1); leave it out; nor are --text-encoder-cpu-offload"),
+        (["--enable-torch-compile", "--trust-remote-code"],
+         f"--trust-remote-code: {NOT_BUILT} (the diffusers backend); leave it out; nor are --enable-torch-compile"),
         (["--backend", "diffusers"],
          f"--backend: 'diffusers' is {NOT_BUILT} (diffusers pipelines); use auto or sglang"),
         (["--attention-backend", "_flash_3_hub"],
-         f"--attention-backend: '_flash_3_hub' is {NOT_BUILT} (further attention kernels); use torch_sdpa"),
+         f"--attention-backend: '_flash_3_hub' is {NOT_BUILT} (sparse attention, and the kernels of diffusers "
+         "pipelines); use torch_sdpa or fa or fa2 or fa3 or fa4 or torch_cudnn_sdpa or sage_attn or sage_attn_3 or "
+         "aiter"),
         (["--diffusers-attention-backend", "flash"], f"--diffusers-attention-backend: {NOT_BUILT}"),
         (["--cache-dit-config", "x.yaml"], f"--cache-dit-config: {NOT_BUILT}"),
-        (["--component-attention-backends.transformer", "fa"],
-         f"--component-attention-backends.transformer: {NOT_BUILT}"),
-        (["--attention-backend-config", "a=1"], f"--attention-backend-config: {NOT_BUILT}"),
-        (["--vae-config", '{"use_parallel_decode": true}'], f"--vae-config.use_parallel_decode: {NOT_BUILT}"),
+        (["--component-attention-backends.transformer.self", "vmoba_attn"],
+         f"--component-attention-backends.transformer.self: vmoba_attn is {NOT_BUILT} (sparse attention)"),
+        (["--vae-config", '{"use_temporal_tiling": true}'], f"--vae-config.use_temporal_tiling: {NOT_BUILT}"),
         (["--video-path", "a.mp4", "b.mp4"], f"--video-path: {NOT_BUILT} (video input); leave it out"),
         (["--generator-device", "cuda"], f"--generator-device: 'cuda' is {NOT_BUILT}"),
         (["--enable-frame-interpolation", "--frame-interpolation-exp", "1"],
          f"--enable-frame-interpolation: {NOT_BUILT}"),
         (["--transformer-weights-path", "x"], f"--transformer-weights-path: {NOT_BUILT}"),
         (["--trust-remote-code"], f"--trust-remote-code: {NOT_BUILT}"),
-        (["--tp-size", "2"], f"--tp-size: {NOT_BUILT}"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_says_so(words: list[str], line: str) -> None:
@@ -83,6 +83,8 @@ def test_what_is_not_built_says_so(words: list[str], line: str) -> None:
     [
         ["--backend", "sglang"],
         ["--backend", "auto", "--attention-backend", "torch_sdpa"],
+        ["--attention-backend", "fa", "--component-attention-backends", "text_encoder=torch_sdpa"],
+        ["--text-encoder-cpu-offload", "--dit-layerwise-offload", "--pin-cpu-memory"],
         ["--pin-cpu-memory", "--tp-size", "1", "--ring-degree", "1", "--sp-degree", "1"],
         ["--text-encoder-cpu-offload", "false", "--no-vae-sp", "--save-output"],
         ["--vae-tiling", "--vae-slicing", "--vae-config.load-encoder", "false"],
@@ -150,7 +152,7 @@ def test_flags_of_the_server_are_ignored_with_a_word(monkeypatch: pytest.MonkeyP
         (["--prompt", "a", "--perf-dump-path", "/proc/no/such.json"], "cannot write /proc/no: "),
         (["--prompt", "a", "--vae-config.tile-sample-min-width=3"], "--vae-config.tile-sample-min-width: 3 is out of"),
         (["--prompt", "a", "--component-paths", "vea=x"], "--component-paths: 'vea' is no component; did"),
-        (["--prompt", "a", "--num-gpus", "2", "--sp-size", "3"], "--sp-size: 3 is not num_gpus (2)"),
+        (["--prompt", "a", "--num-gpus", "2", "--sp-size", "3"], "--sp-size: 3 workers are not the 2 that share"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_the_model_is_loaded(

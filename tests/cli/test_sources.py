@@ -129,7 +129,7 @@ def test_an_error_names_the_place_of_the_value(file: Path) -> None:
     assert [*told, caught.value.message] == [
         f"{file}: num_inference_steps: 'many' is not a valid int",
         f"{file}: vae_config.tile_sample_min_width: 1 is out of range; allowed is at least 16",
-        f"{file}: sp-size: 3 is not num_gpus (1); leave it out",
+        f"{file}: sp-size: 3 workers are not the 1 that share a sequence (num_gpus 1); leave it out",
     ]
 
 

@@ -57,7 +57,7 @@ class FaultyFamily(Family):
         time.sleep(self.fault.get("step_s", 0.0))
         if self.fault.get("step") == self.step and self.fault.get("rank", self.mesh.rank) == self.mesh.rank:
             self._fail(self.fault["fault"])
-        self.mesh.gather(x, 0)  # a collective: peers wait here for a rank that failed alone
+        self.mesh.all.gather(x, 0)  # a collective: peers wait here for a rank that failed alone
         return torch.zeros_like(x), None
 
     def _fail(self, fault: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,10 +16,10 @@ import numpy as np
 import pytest
 
 from sgld.config import Settings
-from sgld.engine.adapters import at_start, resolve_adapter
+from sgld.engine.adapters import Kept, Known, at_start, resolve_adapter
 from sgld.engine.engine import Engine
-from sgld.errors import BadRequest, NotReady
-from sgld.messages import Frames, LoraState, Note
+from sgld.errors import BadRequest, NotReady, SgldError
+from sgld.messages import Frames, LoraPart, LoraState, Note
 from sgld.params import LoraUse, resolve
 from tests.adapters import write_adapter
 
@@ -133,6 +135,11 @@ async def test_what_does_not_fit_changes_nothing(studio: Studio, adapters: Files
     assert list(engine.adapters.known) == ["a"]
     partly = await picture(LoraUse(path=adapters["odd"], strict=False))
     assert differ(partly, before) and studio.notes == ["loras: 2 keys fit no layer and were left out"]
+    studio.notes.clear()
+    await picture(LoraUse(path=adapters["second"], strict=False))
+    assert studio.notes == ["loras: 2 keys fit no layer and were left out"], "those of a part that is not there count"
+    with pytest.raises(BadRequest, match="2 keys for parts that this model has not"):
+        await engine.set_lora([LoraUse("second", adapters["second"], target="transformer")])
     state = await engine.set_lora([LoraUse("odd", adapters["odd"], strict=False)])
     assert state.parts["transformer"].skipped == 2 and (await picture() == partly).all()
 
@@ -165,6 +172,44 @@ async def test_a_restarted_group_keeps_its_adapters(studio: Studio, adapters: Fi
     assert (await picture() == before).all(), "but are still known"
 
 
+async def test_a_restarted_group_without_its_adapters_says_so(adapters: Files, tmp_path: Path) -> None:
+    """No output is made without what was set, nothing else is refused, and the group is there again."""
+    brief = tmp_path / "brief.safetensors"
+    shutil.copyfile(adapters["a"], brief)
+    async with Engine(Settings()) as engine:
+        await engine.load(lambda event: None)
+        picture = Studio(engine).picture
+        plain = await picture()
+        await engine.set_lora([LoraUse("brief", str(brief))])
+        worn = await picture()
+        moved = brief.rename(tmp_path / "moved.safetensors")
+        await restart(engine)
+        with pytest.raises(NotReady, match="the adapters that are set are gone"):
+            await picture()
+        assert differ(await picture(LoraUse("b", adapters["b"])), worn)
+        await engine.list_loras()
+        moved.rename(brief)
+        assert np.array_equal(await picture(), worn)
+        brief.unlink()
+        await restart(engine)
+        await engine.unmerge_lora()
+        assert np.array_equal(await picture(), plain)
+
+
+async def test_a_worker_that_dies_while_it_loads_is_replaced() -> None:
+    async with Engine(Settings(num_gpus=2)) as engine:
+        killed: list[int] = []
+
+        def kill_once(event: Any) -> None:
+            if not killed:
+                killed.append(engine.group.pids[1])
+                os.kill(killed[0], signal.SIGKILL)
+
+        await engine.load(kill_once)
+        assert killed and engine.state == "ready" and engine.group.restarts == 1
+        assert (await Studio(engine).picture()).size
+
+
 @pytest.mark.timeout(200)
 async def test_adapters_of_the_settings(adapters: Files) -> None:
     settings = Settings(lora_path=[adapters["a"], adapters["b"]], lora_scale=[0.5])
@@ -178,6 +223,45 @@ async def test_adapters_of_the_settings(adapters: Files) -> None:
         with_both = await Studio(engine).picture()
         await engine.unmerge_lora()
         assert differ(with_both, await Studio(engine).picture())
+
+
+@pytest.mark.timeout(200)
+async def test_a_change_is_kept_though_its_caller_goes_away(adapters: Files) -> None:
+    kept: list[Kept] = []
+
+    async def keep(adapters: Kept) -> None:
+        kept.append(adapters)
+
+    async with Engine(Settings()) as engine:
+        engine.keep = keep
+        await engine.load(lambda event: None)
+        assert [each.state for each in kept] == [LoraState()]
+        setting = asyncio.create_task(engine.set_lora([LoraUse("a", adapters["a"])]))
+        while not engine._turn.locked():  # its command is not under way yet
+            await asyncio.sleep(0.001)
+        setting.cancel()
+        async with asyncio.timeout(60):
+            while len(kept) < 2:
+                await asyncio.sleep(0.01)
+        assert setting.cancelled() and list(engine.adapters.known) == ["a"]
+        assert kept[1].state == engine.group.loras and kept[1].state.parts["transformer"].applied == "merge"
+        assert Kept.restore(json.loads(json.dumps(kept[1].record())), engine.settings) == kept[1]
+
+
+def test_what_was_kept_goes_with_its_settings(caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings(lora_path=["x"], lora_scale=[0.5])
+    part = LoraPart((LoraUse("y", "/y", target="transformer"),), "auto", None, 2)
+    kept = Kept(
+        settings.model_path, at_start(settings), {"y": Known("o/y", Path("/y"))}, LoraState({"transformer": part})
+    )
+    record = json.loads(json.dumps(kept.record()))
+    assert Kept.restore(record, settings) == kept
+    for other in (Settings(), attrs.evolve(settings, lora_scale=[1.0]), attrs.evolve(settings, model_path="other")):
+        caplog.clear()
+        assert Kept.restore(record, other) is None and "are left out" in caplog.text
+    for wrong in ({**record, "more": 1}, {**record, "state": {"parts": {"transformer": {}}}}):
+        with pytest.raises(SgldError, match="another version of sgld"):
+            Kept.restore(wrong, settings)
 
 
 def test_at_start() -> None:

@@ -1,27 +1,68 @@
-"""Sequence parallelism: two ranks make the picture that one makes."""
+"""Several ranks make the picture that one makes, however they share the work."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from sgld.config import VaeConfig
 from sgld.errors import BadRequest
 from sgld.nn.parallel import Mesh
 from tests.models.conftest import generate, levels_apart, load
 from tests.nn.ranks import on_ranks
 
+TILES = {
+    "vae_tiling": True,
+    "vae_config": VaeConfig(
+        tile_sample_min_height=24, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=16
+    ),
+}
+REQUESTS: list[dict[str, Any]] = [
+    {},
+    {"height": 16, "width": 48, "num_frames": 5},  # 6 tokens and 2 latent rows do not divide over 3 or 4 ranks
+    {"guidance_scale": 1.0},
+]
+SPLITS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"enable_cfg_parallel": True}),
+    (2, {"ulysses_degree": 2}),
+    (2, {"ring_degree": 2, "tp_size": 2, "vae_sp": True}),
+    (3, {"ring_degree": 3, "vae_sp": True}),
+    (4, {"ulysses_degree": 2, "ring_degree": 2, "tp_size": 2, "vae_sp": True}),
+    (4, {"enable_cfg_parallel": True, "ulysses_degree": 2, "vae_sp": True} | TILES),
+]
 
-def _pictures(mesh: Mesh, folder: Path) -> tuple[Any, str]:
-    family = load(folder, mesh)
-    with pytest.raises(BadRequest) as caught:
-        generate(family, mesh, height=16, width=48, num_frames=1)
-    return generate(family, mesh).numpy(), str(caught.value)
+
+def _pictures(mesh: Mesh, folder: Path, settings: dict[str, Any]) -> list[Any]:
+    family = load(folder, mesh, num_gpus=mesh.world, **settings)
+    return [generate(family, mesh, **request).numpy() for request in REQUESTS]
 
 
-def test_two_ranks_make_the_picture_of_one(twins: Path, tmp_path: Path) -> None:
-    (frames, refusal), (nothing, _) = on_ranks(2, tmp_path / "store", _pictures, twins / "wan22-a14b")
-    alone = generate(load(twins / "wan22-a14b"))
-    assert levels_apart(torch.from_numpy(frames), alone) <= 1
-    assert nothing.size == 0
-    assert "3 tokens of this size and length do not split over 2 workers; allowed for it: 1" in refusal
+@pytest.fixture(scope="module")
+def alone(twins: Path) -> dict[bool, list[Tensor]]:
+    """What one rank makes of `REQUESTS`, without and with tiles."""
+    families = {bool(settings): load(twins / "wan22-a14b", **settings) for settings in ({}, TILES)}
+    return {tiled: [generate(family, **request) for request in REQUESTS] for tiled, family in families.items()}
+
+
+@pytest.mark.parametrize(("world", "settings"), SPLITS)
+def test_ranks_make_the_picture_of_one(
+    world: int, settings: dict[str, Any], twins: Path, alone: dict[bool, list[Tensor]], tmp_path: Path
+) -> None:
+    first, *others = on_ranks(world, tmp_path / "store", _pictures, twins / "wan22-a14b", settings)
+    for frames, expected in zip(first, alone["vae_tiling" in settings], strict=True):
+        assert levels_apart(torch.from_numpy(frames), expected) <= 1
+    assert all(frames.size == 0 for rank in others for frames in rank)
+    assert levels_apart(alone[False][0], alone[True][0]) > 1, "tiles make no difference, so this proves nothing of them"
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"num_gpus": 3, "ulysses_degree": 3}, "ulysses_degree: 3 workers cannot share 4 attention heads evenly; "
+     "allowed for 3 workers: 1"),
+    ({"num_gpus": 3, "tp_size": 3}, "tp_size: 3 workers cannot share the 4 heads and 64 hidden channels"),
+])  # fmt: skip
+def test_what_does_not_divide_is_an_error(settings: dict[str, Any], message: str, twins: Path) -> None:
+    mesh = Mesh(0, 3, torch.device("cpu"))
+    with pytest.raises(BadRequest, match=message):
+        load(twins / "wan21", mesh, **settings)

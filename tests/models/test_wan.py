@@ -12,17 +12,23 @@ import torch
 from torch import Tensor
 
 from sgld.config import Settings
-from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
+from sgld.errors import ModelError, NotBuilt, SgldError
 from sgld.messages import Load
 from sgld.models import load_family, wan
-from sgld.models.wan import Wan, WanLoader, pad
-from sgld.nn.attention import sdpa
+from sgld.models.wan import Wan, WanLoader, WanTransformer, pad
+from sgld.nn.attention import Chooser
 from sgld.nn.parallel import Mesh
+from sgld.nn.residency import Residency
 from sgld.nn.weights import read_json
 from sgld.platform import Cpu
 from tests.models.conftest import generate, levels_apart, load
 
 MODELS = ("wan21", "wan21-euler", "wan22-a14b")
+
+
+def transformer(folder: Path) -> WanTransformer:
+    """The one of that folder, in float32."""
+    return WanLoader(Mesh.solo(), Chooser(Settings(), Cpu()), torch.float32, Residency(Cpu(), True))("", folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -58,7 +64,7 @@ def test_transformer_equals_diffusers(twins: Path) -> None:
 
     folder = twins / "wan21" / "transformer"
     theirs = WanTransformer3DModel.from_pretrained(folder)
-    ours = WanLoader(Mesh.solo(), sdpa, torch.float32)(folder)
+    ours = transformer(folder)
     x, text = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 512, 32)
     with torch.inference_mode():
         expected = theirs(x, torch.full((2,), 873), text, return_dict=False)[0]
@@ -69,7 +75,7 @@ def test_transformer_equals_diffusers(twins: Path) -> None:
 @pytest.mark.parametrize("lengths", [(5, 2), (12, 12), (1, 11)])
 def test_one_biased_key_stands_for_all_padding(twins: Path, lengths: tuple[int, int]) -> None:
     """Prompts that leave much, no and little room for padding."""
-    ours = WanLoader(Mesh.solo(), sdpa, torch.float32)(twins / "wan21" / "transformer")
+    ours = transformer(twins / "wan21" / "transformer")
     texts: list[Tensor | None] = [torch.randn(1, n, 32) for n in lengths]
     x, t = torch.randn(2, 4, 3, 4, 6), torch.tensor(700)
     with torch.inference_mode():
@@ -173,11 +179,6 @@ def test_components_that_do_not_fit_each_other(twins: Path) -> None:
 def test_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no model_index"):
         load(tmp_path)
-
-
-def test_heads_that_do_not_split_are_refused(twins: Path) -> None:
-    with pytest.raises(BadRequest, match="4 attention heads do not split over 3 workers; allowed here: 1, 2, 4"):
-        load(twins / "wan21", Mesh(0, 3, torch.device("cpu")))
 
 
 def test_precision(twins: Path) -> None:

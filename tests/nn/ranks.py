@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sgld.messages import Seat
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
 
@@ -16,7 +17,7 @@ from sgld.platform import Cpu
 def _rank(rank: int, world: int, store: Path, work: Callable[..., Any], args: tuple[Any, ...], out: Connection) -> None:
     torch.set_num_threads(1)
     try:
-        mesh = Mesh.join(rank, world, store, Cpu(), 60)
+        mesh = Mesh.join(Seat(rank, world, store, 60), Cpu())
         out.send((True, work(mesh, *args)))
         mesh.leave()
     except Exception:

@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from sgld.errors import BadRequest, NotBuilt
 from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
-from sgld.nn.attention import sdpa
-from sgld.nn.lora import AdapterCache, LoraLayers, Mode, Use
+from sgld.nn import lora
+from sgld.nn.attention import TORCH
+from sgld.nn.lora import AdapterCache, Change, LoraLayers, Mode, Use
 from sgld.nn.lora_formats import Adapter, read_adapter
 from sgld.nn.parallel import Mesh
 from tools.tiny import TRANSFORMER
 
 X, TEXT, TIME = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 7, 32), torch.tensor(700)
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_out", "time_proj", "linear_1", "linear_2"]
+Q_BYTES = 4 * 48 * 48 * 2  # of all to_q: two blocks, two attentions, two bytes a number
 Twin = Any  # of diffusers
 Make = Callable[..., Adapter]
 
@@ -51,7 +53,7 @@ def make_twin(weights: dict[str, Tensor] | None = None) -> Twin:
 
 
 def make_ours(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> WanTransformer:
-    model = WanTransformer(WanConfig(**TRANSFORMER), Mesh.solo(), sdpa)
+    model = WanTransformer(WanConfig(**TRANSFORMER), Mesh.solo(), TORCH)
     model.load_state_dict(weights)
     return model.to(dtype).eval().requires_grad_(False)
 
@@ -123,6 +125,11 @@ def give(twin: Twin, adapter: Adapter, name: str) -> None:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def places(model: nn.Module) -> dict[str, int]:
+    """Where each parameter's numbers lie."""
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -265,26 +272,65 @@ def test_a_swap_is_what_a_fresh_model_gives(weights: dict[str, Tensor], trained:
     assert same_bits(snapshot(used), snapshot(fresh))
 
 
-def test_coming_back_to_a_setting_gives_the_same_bits(weights: dict[str, Tensor], trained: Make) -> None:
+def test_coming_back_to_a_setting_copies_nothing(weights: dict[str, Tensor], trained: Make) -> None:
     model = make_ours(weights, torch.bfloat16)
-    q = 4 * 48 * 48 * 2  # two blocks, two attentions, two bytes
-    layers = LoraLayers(model, keep_bytes=2 * q)
-    one, two, three = (Use(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two", "three"))
+    layers = LoraLayers(model, keep_bytes=2 * Q_BYTES)
+    one, two = (Use(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two"))
+    base = places(model)
     layers.apply([one])
-    first = snapshot(model)
+    first, there = snapshot(model), places(model)
+    assert {name for name in base if base[name] != there[name]} == {f"{n}.weight" for n in one.adapter.layers}
     layers.apply([two])
     assert not same_bits(snapshot(model), first)
     layers.apply([one])
-    assert same_bits(snapshot(model), first)
-    layers.apply([three])
-    assert layers.kept_bytes == 2 * q
-    layers.apply([Use(layers.fit(trained())), one])  # more than may be kept
-    assert layers.kept_bytes == 2 * q
-    layers.apply([one])
-    assert same_bits(snapshot(model), first)
+    assert same_bits(snapshot(model), first) and places(model) == there
     layers.clear()
+    assert places(model) == base
+
+
+def test_kept_settings_stay_in_their_limit(weights: dict[str, Tensor], trained: Make) -> None:
+    layers = LoraLayers(make_ours(weights, torch.bfloat16), keep_bytes=2 * Q_BYTES)
+    one, two, three = (Use(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two", "three"))
+    seen = {}
+    for use in (one, two, one, three):
+        layers.apply([use])
+        seen[use] = places(layers.module)
+    assert layers.kept_bytes == 2 * Q_BYTES
+    assert seen[three] == seen[two], "what was used least recently is written over"
+    large = [Use(layers.fit(trained())), one]
+    layers.apply(large)
+    assert layers.kept_bytes > 2 * Q_BYTES, "the active one is held whatever its size"
+    layers.apply([one])
+    assert layers.kept_bytes == Q_BYTES
+    layers.apply([two])
     layers.release()
-    assert layers.kept_bytes == layers.base_bytes == 0
+    assert layers.kept_bytes == Q_BYTES
+    layers.apply(large)
+    layers.clear()
+    assert layers.kept_bytes == 0
+
+
+def test_offloaded_weights_are_changed_when_they_come(weights: dict[str, Tensor], trained: Make) -> None:
+    """Whoever holds the stored weights gets what merging would make of each, and never has its own overwritten."""
+    merged, absent = make_ours(weights, torch.bfloat16), make_ours(weights, torch.bfloat16)
+    adapters, plain = [trained(use_dora=True), trained("three", lora_bias=True)], trained("two", ["to_q"])
+    told: list[Mapping[str, Change]] = []
+    layers, other = LoraLayers(merged), LoraLayers(absent, offload=told.append)
+    layers.apply([Use(layers.fit(adapter), 0.5) for adapter in adapters])
+    other.apply(
+        [Use(other.fit(adapter), 0.5) for adapter in adapters], "dynamic"
+    )  # DoRA needs the weights: it waits for them, too
+    before = snapshot(absent)
+    assert not same_bits(snapshot(merged), before)
+    result = {name: told[-1][name](tensor) if name in told[-1] else tensor for name, tensor in before.items()}
+    assert same_bits(result, snapshot(merged)) and same_bits(snapshot(absent), before)
+    unchanged = velocity(absent)
+    other.apply([Use(other.fit(plain))], "dynamic")
+    assert told[-1] == {} and not torch.equal(velocity(absent), unchanged)
+    other.apply([Use(other.fit(plain))], "merge")
+    assert set(told[-1]) == {f"{name}.weight" for name in other.fit(plain).layers}
+    other.clear()
+    assert told[-1] == {} and torch.equal(velocity(absent), unchanged)
 
 
 @pytest.mark.parametrize("mode", ["auto", "merge", "dynamic"])
@@ -302,35 +348,20 @@ def test_strength_zero_is_no_adapter(
     assert layers.active == ()
 
 
-def test_bases_are_kept_only_of_touched_weights(layers: LoraLayers, model: WanTransformer, trained: Make) -> None:
-    q = 4 * 48 * 48 * 4  # two blocks, two attentions, four bytes
-    layers.apply([Use(layers.fit(trained("one", ["to_q"])))])
-    assert layers.base_bytes == q
-    layers.apply([Use(layers.fit(trained("two", ["to_k"])))])
-    assert layers.base_bytes == 2 * q
-    layers.release()
-    assert layers.base_bytes == q
-    layers.clear()
-    layers.release()
-    assert layers.base_bytes == 0
-    layers.apply([Use(layers.fit(trained("one", ["to_q"])))], "dynamic")
-    assert layers.base_bytes == 0
-
-
 def test_a_failure_leaves_the_model_without_adapters(
     layers: LoraLayers, model: WanTransformer, trained: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, fitted = snapshot(model), layers.fit(trained())
     layers.apply([Use(fitted, 0.5)])
     calls = iter(range(9))
-    real = LoraLayers._touch
+    real = lora.merged_weight
 
-    def run_out(self: LoraLayers, name: str) -> nn.Parameter:
+    def run_out(base: Tensor, parts: Any, out: Tensor) -> Tensor:
         if next(calls) == 5:
             raise MemoryError
-        return real(self, name)
+        return real(base, parts, out)
 
-    monkeypatch.setattr(LoraLayers, "_touch", run_out)
+    monkeypatch.setattr(lora, "merged_weight", run_out)
     with pytest.raises(MemoryError):
         layers.apply([Use(fitted)])
     assert same_bits(snapshot(model), before)
@@ -491,14 +522,15 @@ def test_strengths_are_finite(layers: LoraLayers, trained: Make, strength: float
         Use(layers.fit(trained(targets=["to_q"])), strength)
 
 
-def test_the_same_again_writes_nothing(layers: LoraLayers, model: WanTransformer, trained: Make) -> None:
-    adapter = trained(targets=["to_q"])
-    layers.apply([Use(layers.fit(adapter), 0.5)])
-    written = {name: parameter._version for name, parameter in model.named_parameters()}
-    layers.apply([Use(layers.fit(adapter), 0.5)])
-    assert {name: parameter._version for name, parameter in model.named_parameters()} == written
-    layers.apply([Use(layers.fit(adapter), 0.6)])
-    assert {name: parameter._version for name, parameter in model.named_parameters()} != written
+def test_the_same_again_writes_nothing(weights: dict[str, Tensor], trained: Make) -> None:
+    told: list[Mapping[str, Change]] = []
+    layers = LoraLayers(make_ours(weights), offload=told.append)
+    fitted = layers.fit(trained(targets=["to_q"]))
+    layers.apply([Use(fitted, 0.5)])
+    layers.apply([Use(fitted, 0.5), Use(fitted, 0.0)])
+    assert len(told) == 1
+    layers.apply([Use(fitted, 0.6)])
+    assert len(told) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- cache
@@ -515,17 +547,16 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_unchanged_adapters_are_read_once(files: list[Path]) -> None:
     cache = AdapterCache(10_000)
-    first = cache.read(files[0], nickname="first")
+    first = cache.read(files[0])
     assert cache.read(files[0]) is first
-    assert cache.named("first") is first
     assert cache.nbytes == first.nbytes == 1600
 
 
 def test_changed_files_are_read_again(files: list[Path]) -> None:
     cache = AdapterCache(10_000)
-    first = cache.read(files[0], nickname="first")
+    first = cache.read(files[0])
     save_file({"y.lora_A.weight": torch.ones(2, 2), "y.lora_B.weight": torch.ones(2, 2)}, files[0])
-    again = cache.named("first")
+    again = cache.read(files[0])
     assert again is not first and set(again.part("transformer")) == {"y"}
     assert cache.nbytes == again.nbytes == 32
 
@@ -540,12 +571,12 @@ def test_a_changed_config_is_read_again(tmp_path: Path) -> None:
 
 def test_the_least_recently_used_goes_first(files: list[Path]) -> None:
     cache = AdapterCache(3_200)
-    a, b = cache.read(files[0], nickname="a"), cache.read(files[1], nickname="b")
+    a, b = cache.read(files[0]), cache.read(files[1])
     assert cache.read(files[0]) is a
     cache.read(files[2])
     assert cache.nbytes == 3_200
     assert cache.read(files[0]) is a
-    assert cache.named("b") is not b  # dropped, and read again
+    assert cache.read(files[1]) is not b  # dropped, and read again
 
 
 def test_an_adapter_over_the_limit_is_not_kept_and_drops_no_other(files: list[Path], tmp_path: Path) -> None:
@@ -555,25 +586,6 @@ def test_an_adapter_over_the_limit_is_not_kept_and_drops_no_other(files: list[Pa
     assert cache.read(tmp_path / "large.safetensors").nbytes == 4000
     assert cache.nbytes == 1600
     assert cache.read(files[0]) is a
-
-
-def test_nicknames(files: list[Path]) -> None:
-    cache = AdapterCache(10_000)
-    with pytest.raises(BadRequest, match="no adapter 'a'; known: none"):
-        cache.named("a")
-    cache.read(files[0], nickname="a")
-    cache.read(files[0], nickname="b")
-    with pytest.raises(BadRequest, match="no such file"):
-        cache.read(files[0].with_name("nowhere.safetensors"), nickname="a")
-    assert cache.named("a") is cache.named("b")
-    b = cache.read(files[1], nickname="a")
-    assert cache.named("a") is b
-    cache.forget("a")
-    assert cache.nbytes == 1600
-    with pytest.raises(BadRequest, match="no adapter 'a'; known: b"):
-        cache.named("a")
-    cache.forget("b")
-    assert cache.nbytes == 0
 
 
 def test_the_tensors_outlive_their_file(files: list[Path]) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sgld.errors import BadRequest, NotBuilt
 from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
-from sgld.nn.attention import sdpa
+from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import Delta, Fitted, Renames, fit, read_adapter
 from sgld.nn.parallel import Mesh
 from tools.tiny import TRANSFORMER
 
 with torch.device("meta"):
-    MODEL = WanTransformer(WanConfig(**TRANSFORMER), Mesh.solo(), sdpa)
+    MODEL = WanTransformer(WanConfig(**TRANSFORMER), Mesh.solo(), TORCH)
 SHAPES = {name: tuple(p.shape) for name, p in MODEL.named_parameters()}
 SELF = {"attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v"}
 CROSS = {"attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k", "attn2.to_v": "cross_attn.v"}
@@ -379,7 +379,6 @@ def test_faults(tmp_path: Path, changes: dict[str, Tensor | None], says: str) ->
     partial = fitted(file, strict=False)
     assert 1 <= len(partial.skipped) <= 5
     assert len(partial.layers) >= len(ORIGINAL) - 1
-    assert partial.keys - len(partial.skipped) >= 3 * (len(ORIGINAL) - 1)
 
 
 def test_faults_are_counted_and_only_some_listed(tmp_path: Path) -> None:
@@ -469,21 +468,10 @@ def test_bad_metadata(tmp_path: Path, metadata: dict[str, str], error: type[Exce
 def test_folders(tmp_path: Path) -> None:
     file = write(tmp_path, FORMATS["plain"](make_truth(BLOCKS)))
     assert read_adapter(tmp_path).file == file
-    second = file.rename(tmp_path / "b.safetensors")
+    file.rename(tmp_path / "b.safetensors")
     write(tmp_path, FORMATS["plain"](make_truth(BLOCKS)))
     with pytest.raises(BadRequest, match=r"holds adapter\.safetensors, b\.safetensors; name one"):
         read_adapter(tmp_path)
-    assert read_adapter(tmp_path, "b.safetensors").file == second
-    with pytest.raises(BadRequest, match="is a file"):
-        read_adapter(second, "b.safetensors")
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors"])
-def test_weight_name_stays_in_the_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / "in").mkdir()
-    save_file(FORMATS["plain"](make_truth(BLOCKS)), tmp_path / "x.safetensors")
-    with pytest.raises(BadRequest, match="leads out of the folder"):
-        read_adapter(tmp_path / "in", name)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.pth", "a.ckpt"])
@@ -500,8 +488,6 @@ def test_other_places(tmp_path: Path) -> None:
         read_adapter(tmp_path / "nowhere")
     with pytest.raises(BadRequest, match=r"holds no \.safetensors file"):
         read_adapter(tmp_path)
-    with pytest.raises(BadRequest, match=r"no file 'x\.safetensors'"):
-        read_adapter(tmp_path, "x.safetensors")
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(BadRequest, match=r"'a\.txt' is no \.safetensors file"):
         read_adapter(tmp_path / "a.txt")

@@ -93,9 +93,11 @@ def test_a_streamed_picture_comes_nearer(server: Server, client: openai.OpenAI) 
 def test_usage_counts_tokens(client: openai.OpenAI) -> None:
     short = client.images.generate(prompt=PROMPT, extra_body=one_frame()).usage
     long = client.images.generate(prompt=f"{PROMPT} and nothing else", n=2, extra_body=one_frame()).usage
-    *_, final = client.images.generate(prompt=PROMPT, stream=True, extra_body=one_frame())
-    assert isinstance(final, ImageGenCompletedEvent) and final.usage.total_tokens == short.total_tokens
-    for usage in (short, long, final.usage):
+    finals = list(client.images.generate(prompt=PROMPT, n=2, stream=True, extra_body=one_frame()))
+    assert len(finals) == 2, "each with what its own picture took"
+    for final in finals:
+        assert isinstance(final, ImageGenCompletedEvent) and final.usage.total_tokens == short.total_tokens
+    for usage in (short, long):
         assert usage is not None
         assert usage.input_tokens == usage.input_tokens_details.text_tokens + usage.input_tokens_details.image_tokens
         assert usage.total_tokens == usage.input_tokens + usage.output_tokens
@@ -150,6 +152,14 @@ def test_a_listing_is_read_to_its_end(client: openai.OpenAI) -> None:
     assert newest[:3] == made[::-1] and len(set(newest)) == len(newest)
     assert [video.id for video in client.videos.list(limit=1, order="asc")] == newest[::-1]
     assert list(client.videos.list(after=newest[-1])) == []
+
+
+def test_a_loop_that_deletes_what_it_lists_reaches_everything(client: openai.OpenAI) -> None:
+    ids = {client.videos.create_and_poll(prompt=PROMPT, extra_body=extra()).id for _ in range(5)}
+    for video in client.videos.list(limit=2):
+        client.videos.delete(video.id)
+        ids.discard(video.id)
+    assert not ids and not list(client.videos.list())
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -11,8 +12,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
 import psutil
@@ -159,6 +161,109 @@ def test_a_journal_of_another_model_is_not_made_with_this_one(start: Start) -> N
     assert failed.error is not None and failed.error.code == "model_error"
     assert "'painter'" in failed.error.message and "'sgld/demo'" in failed.error.message
     assert download(second, done)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file() and ".sgld" not in path.parent.name}
+
+
+def test_what_a_killed_server_left_is_removed(start: Start, tmp_path: Path) -> None:
+    """Uploads and half-written files that no job names, and outputs of a picture whose client has gone."""
+    uploads, out = tmp_path / "uploads", tmp_path / "out"
+    flags = ("--input-save-path", str(uploads))
+    first = start(*flags)
+
+    def wait_for_pictures() -> None:
+        with pytest.raises(openai.APIConnectionError):
+            first.client.images.generate(prompt=PROMPT, n=2, extra_body={"num_inference_steps": LONG})
+
+    client = threading.Thread(target=wait_for_pictures)
+    client.start()
+    while not list(out.glob("image_*_0.png")):
+        time.sleep(0.02)
+    picture = next(out.glob("image_*_0.png")).read_bytes()
+    waiting = first.client.videos.create(
+        prompt=PROMPT, input_reference=("mine.png", picture, "image/png"), extra_body={"num_frames": 5}
+    )
+    kill(first)
+    client.join()
+    (kept,) = files(uploads)
+    (folder,) = uploads.iterdir()
+    (uploads / "holiday.png").write_bytes(picture)  # not ours
+    for name in (f"{'0' * 32}-cut-off.png", ".sgld-0123.part"):
+        (folder / name).touch()
+    for name, age_s in ((".sgld-old.part", 7200), (".sgld-new.part", 0)):
+        (out / name).touch()
+        os.utime(out / name, (time.time() - age_s,) * 2)
+    assert len(list(out.glob("image_*"))) == 1, "the control: it was there"
+
+    second = start(*flags)
+    assert files(uploads) == {kept, "holiday.png"}
+    assert files(out) == {".sgld-new.part"}, "which another program may be writing"
+    assert until(second, waiting, ended).status == "completed"
+    second.client.videos.delete(waiting.id)
+    assert files(uploads) == {"holiday.png"}
+    assert second.stop() == 0
+
+    third = start("--ephemeral", *flags)
+    asked = {"prompt": PROMPT, "input_reference": ("mine.png", picture, "image/png")}
+    until(third, third.client.videos.create(**asked, extra_body={"num_frames": 5, "num_inference_steps": 2}), ended)  # type: ignore[call-overload]
+    assert len(files(uploads)) == 2
+    assert third.stop() == 0
+    assert {path.name for path in uploads.iterdir()} <= {"holiday.png", folder.name}, "it takes its own with it"
+    assert files(uploads) == {"holiday.png"}
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """A user's server: it takes no event before it is asked to."""
+
+    got: ClassVar[list[tuple[dict[str, str], bytes]]] = []
+    status = 500
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.got.append((dict(self.headers), body))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def receiver() -> Iterator[str]:
+    """The address of one."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/hook"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_webhook_that_waits_outlives_a_killed_server(start: Start, receiver: str) -> None:
+    first = start("--allow-private-urls")
+    endpoint = first.client.webhooks.create(name="mine", url=receiver, event_types=["video.completed"])
+    video = create(first)
+    while not Receiver.got:
+        time.sleep(0.01)
+    kill(first)
+    tried = len(Receiver.got)
+    Receiver.status = 200
+    second = start("--allow-private-urls")
+    deadline = time.monotonic() + 60
+    while len(Receiver.got) == tried:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    headers, body = Receiver.got[-1]
+    event = second.client.webhooks.unwrap(body, headers, secret=endpoint.signing_secret)
+    assert (event.type, event.data.id) == ("video.completed", video.id)  # type: ignore[union-attr, comparison-overlap]
+    assert {told["webhook-id"] for told, _ in Receiver.got} == {headers["webhook-id"]}
+    assert second.stop() == 0
+    start("--allow-private-urls")
+    assert len(Receiver.got) == tried + 1, "once taken, it is over"
 
 
 def test_an_ephemeral_server_forgets(start: Start, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from aiohttp.test_utils import TestServer
 from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
+from sgld.server import outputs
 from sgld.server.app import load, make_app
 from sgld.server.auth import Identity, Key, Keys, _digest
 from sgld.server.state import SERVICE
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
+from tests.server.test_journal import full_disk
 
 SLOW = {"step_s": 0.1}  # 0.4 s a job
 ALICE, BOB, ROOT = "alice-0123456789abcdef", "bob-0123456789abcdef", "root-0123456789abcdef"
@@ -153,7 +157,9 @@ async def test_listing_pages(start: Start) -> None:
     assert [video["id"] for video in rest["data"]] == ids[2::-1] and not rest["has_more"]
     _, oldest = await client.call("GET", "/v1/videos?order=asc&limit=1")
     assert oldest["data"][0]["id"] == ids[0]
-    for query, param in (("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=no", "after")):
+    _, unknown = await client.call("GET", "/v1/videos?after=no")
+    assert (unknown["data"], unknown["has_more"]) == ([], False)
+    for query, param in (("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order")):
         status, error = await client.call("GET", f"/v1/videos?{query}")
         assert (status, error["error"]["param"]) == (400, param)
     assert (await client.call("GET", "/v1/videos?limt=3"))[1]["error"]["code"] == "unknown_parameter"
@@ -161,7 +167,7 @@ async def test_listing_pages(start: Start) -> None:
 
 async def test_events_tell_the_whole_job_and_resume(start: Start) -> None:
     client = await start()
-    before = await client.create(SLOW)
+    before = await client.until(await client.create(SLOW), "in_progress")
     video = await client.create(SLOW)
     seen = [event async for event in client.events(f"/v1/videos/{video['id']}/events")]
     names = [name for name, _, _ in seen]
@@ -239,6 +245,142 @@ async def test_an_idempotency_key_makes_one_job(start: Start) -> None:
     assert status == 400
 
 
+async def test_an_idempotency_key_belongs_to_one_address(start: Start) -> None:
+    client = await start()
+    first, other = [await client.create(seed=seed) for seed in (1, 2)]
+    options = {"json": {"prompt": "{}"}, "headers": {"Idempotency-Key": "remix"}}
+    status, remix = await client.call("POST", f"/v1/videos/{first['id']}/remix", **options)
+    assert (status, remix["remixed_from_video_id"]) == (200, first["id"])
+    assert (await client.call("POST", f"/v1/videos/{first['id']}/remix", **options))[1]["id"] == remix["id"]
+    for path in (f"/v1/videos/{other['id']}/remix", "/v1/videos"):
+        status, error = await client.call("POST", path, **options)
+        assert (status, error["error"]["param"]) == (400, "Idempotency-Key"), path
+
+
+@contextmanager
+def busy(folder: Path) -> Iterator[None]:
+    """Another process holds the journal: writes wait."""
+    with closing(sqlite3.connect(folder / "out" / ".sgld" / "journal.db", isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos"])
+async def test_a_repeat_does_not_hang_on_a_request_that_was_given_up(start: Start, tmp_path: Path, path: str) -> None:
+    """The first client leaves before its job is in the journal; the second one's job is its own, and is made."""
+    client = await start()
+    store = client.app[SERVICE].jobs
+    options = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "given up"}}
+    async with asyncio.timeout(20):
+        with busy(tmp_path):
+            first = asyncio.create_task(client.call("POST", path, **options))
+            while not store._admitting:
+                await asyncio.sleep(0.01)
+            (given_up,) = store._admitting
+            second = asyncio.create_task(client.call("POST", path, **options))
+            await asyncio.sleep(0.1)
+            assert not second.done(), "it is not told of a job that is not yet kept"
+            first.cancel()
+            while given_up.id in store._jobs:
+                await asyncio.sleep(0.01)
+        status, answer = await second
+        assert status == 200 and answer["id"] != given_up.id and given_up.status == "deleted"
+        if path == "/v1/videos":
+            assert (await client.until(answer, "completed", "failed"))["status"] == "completed"
+        assert store._journal is not None
+        while [record["id"] for record in await store._journal.all("job")] != [answer["id"]]:
+            await asyncio.sleep(0.01)
+
+
+async def test_repeats_on_a_full_disk_are_all_refused(start: Start) -> None:
+    client = await start()
+    options = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "full"}}
+    with full_disk(1):
+        calls = [client.call("POST", "/v1/images/generations", **options) for _ in range(4)]
+        async with asyncio.timeout(20):
+            assert [status for status, _ in await asyncio.gather(*calls)] == [500] * 4
+    assert (await client.call("POST", "/v1/images/generations", **options))[0] == 200
+
+
+async def test_a_repeat_whose_picture_has_vanished_is_made_anew(start: Start, tmp_path: Path) -> None:
+    client = await start()
+    options = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "vanished"}}
+    path = "/v1/images/generations"
+    first, same = [(await client.call("POST", path, **options))[1]["id"] for _ in range(2)]
+    next((tmp_path / "out").glob("image_*")).unlink()
+    status, answer = await client.call("POST", path, **options)
+    assert first == same and status == 200 and answer["id"] != first
+
+
+async def test_a_job_is_queued_until_a_worker_begins_it(start: Start) -> None:
+    client = await start()
+    engine, store = client.app[SERVICE].engine, client.app[SERVICE].jobs
+    async with engine.steady():  # as a change of adapters does
+        held, unwanted, behind = [await client.create() for _ in range(3)]
+        await asyncio.sleep(0.2)
+        places = [(await client.call("GET", f"/v1/videos/{each['id']}"))[1] for each in (held, unwanted, behind)]
+        assert [(each["status"], each["queue_position"]) for each in places] == [("queued", i) for i in (1, 2, 3)]
+        assert (store.waiting, store.running) == (3, 0)
+        job = store._jobs[held["id"]]
+        assert (job.started_at, job.attempts) == (None, 0)
+        await client.call("POST", f"/v1/videos/{unwanted['id']}/cancel")
+        assert (await client.call("GET", f"/v1/videos/{behind['id']}"))[1]["queue_position"] == 2
+        status, answer = await client.call("POST", f"/v1/videos/{held['id']}/cancel")
+        assert (status, answer["error"]["code"]) == (200, "cancelled")
+        assert (await client.call("GET", f"/v1/videos/{behind['id']}"))[1]["queue_position"] == 1
+    assert (await client.until(behind, "completed", "failed"))["status"] == "completed"
+    assert (store._jobs[held["id"]].attempts, store._jobs[behind["id"]].attempts) == (0, 1)
+
+
+async def test_a_job_is_queued_while_the_workers_restart(start: Start) -> None:
+    client = await start()
+    engine = client.app[SERVICE].engine
+    engine.kill()
+    video, seen = await client.create(), []
+    while video["status"] not in ("completed", "failed"):
+        seen.append((engine.state, video["status"]))
+        _, video = await client.call("GET", f"/v1/videos/{video['id']}")
+    assert ("restarting", "queued") in seen and ("restarting", "in_progress") not in seen
+    assert video["status"] == "completed"
+
+
+async def test_an_output_that_cannot_be_saved_ends_its_job(start: Start) -> None:
+    """The second is broken off, and the journal hears of the end as soon as it can."""
+    client = await start()
+    store = client.app[SERVICE].jobs
+    video = await client.until(await client.create({"step_s": 0.3}, n=3), "in_progress")
+    with full_disk(1):
+        video = await client.until(video, "completed", "failed")
+    assert (video["status"], video["error"]["code"]) == ("failed", "output_error")
+    async with client.session.get(f"{client.url}/metrics") as answer:
+        assert 'sgld_stage_seconds_count{stage="denoise"} 1.0' in await answer.text()
+    assert store._journal is not None
+    assert [record["status"] for record in await store._journal.all("job")] == ["in_progress"], "the control"
+    await client.until(await client.create(), "completed")
+    assert (await store._journal.all("job"))[0]["status"] == "failed"
+
+
+async def test_a_delete_that_fails_removes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await start()
+    video = await client.until(await client.create(), "completed")
+    path = f"/v1/videos/{video['id']}"
+    with full_disk(1):
+        assert (await client.call("DELETE", path))[0] == 500
+    assert (await client.call("GET", f"{path}/content"))[0] == 200
+    assert [each["id"] for each in (await client.call("GET", "/v1/videos"))[1]["data"]] == [video["id"]]
+    assert (await client.call("DELETE", path))[0] == 200
+    assert list((tmp_path / "out").glob("video_*")) == []
+
+
+async def test_a_silent_stream_says_that_it_lives(start: Start) -> None:
+    """A comment comes within 10 s, for proxies that close what is silent."""
+    client = await start()
+    body = {"prompt": json.dumps(SLOW), "stream": True, "num_inference_steps": 1000}
+    async with asyncio.timeout(9), client.session.post(f"{client.url}/v1/images/generations", json=body) as answer:
+        assert (await answer.content.readline()).startswith(b":")
+
+
 async def test_two_calls_with_one_key_wait_for_one_picture(start: Start) -> None:
     """The first of them goes away; the second still gets the picture."""
     client = await start()
@@ -314,7 +456,8 @@ async def test_remix_keeps_everything_but_the_prompt(start: Start) -> None:
     assert (await client.until(remix, "completed"))["num_outputs"] == 2
 
 
-async def test_content_variants_and_ranges(start: Start) -> None:
+async def test_content_variants_and_ranges(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = outputs._tiles
     client = await start()
     video = await client.until(await client.create(n=2, seed=1), "completed")
     path = f"{client.url}/v1/videos/{video['id']}/content"
@@ -325,15 +468,28 @@ async def test_content_variants_and_ranges(start: Start) -> None:
         assert (answer.status, await answer.read()) == (206, whole[4:12])
     async with client.session.get(path, headers={"If-None-Match": tag}) as answer:
         assert answer.status == 304
+    decoded: list[int] = []
+    monkeypatch.setattr(outputs, "_tiles", lambda *given: decoded.append(1) or tiles(*given))
     for variant in ("thumbnail", "spritesheet"):
-        async with client.session.get(f"{path}?variant={variant}") as answer:
+        small = f"{path}?variant={variant}"
+        async with client.session.get(small) as answer:
             assert (answer.status, answer.content_type) == (200, "image/webp")
-            assert (await answer.read())[8:12] == b"WEBP"
+            picture, tag = await answer.read(), answer.headers["ETag"]
+            assert picture[8:12] == b"WEBP" and answer.headers["Accept-Ranges"] == "bytes"
+            assert answer.headers["Last-Modified"]
+        async with client.session.get(small, headers={"Range": "bytes=8-11"}) as answer:
+            assert (answer.status, await answer.read()) == (206, b"WEBP")
+        async with client.session.get(small, headers={"If-None-Match": tag}) as answer:
+            assert answer.status == 304
+    assert len(decoded) == 2, "each is made once"
     assert len(video["urls"]) == 2
     async with client.session.get(video["urls"][1]) as answer:
         assert answer.status == 200
     for variant in ("2", "-1", "../0", "audio"):
         assert (await client.call("GET", f"/v1/videos/{video['id']}/content?variant={variant}"))[0] == 404
+    assert len(list((tmp_path / "out").glob("video_*"))) == 4
+    await client.call("DELETE", f"/v1/videos/{video['id']}")
+    assert list((tmp_path / "out").glob("video_*")) == []
 
 
 async def test_images_stay_and_have_absolute_addresses(start: Start) -> None:
@@ -380,6 +536,7 @@ async def test_metrics_count_what_happened(start: Start) -> None:
     assert 'sgld_jobs_failed_total{code="out_of_memory",kind="video"} 1.0' in text
     assert 'route="/v1/videos/{id}"' in text
     assert 'sgld_stage_seconds_count{stage="denoise"} 1.0' in text
+    assert 'sgld_upload_seconds_count{destination="local"} 1.0' in text
 
 
 async def drop(client: Client, method: str, path: str) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from sgld.errors import OutputError, SgldError
+from sgld.params import SamplingParams
+from sgld.server.jobs import Job
 from sgld.server.journal import Journal
 
 WRITER = """
@@ -97,7 +99,7 @@ async def test_documents_come_back_in_the_order_of_their_first_put(journal: Jour
 
 
 async def test_a_document_deleted_and_put_again_is_a_new_one(journal: Journal) -> None:
-    await journal.put_many("job", {id: {"id": id} for id in "abc"})
+    await journal.put_many({("job", id): {"id": id} for id in "abc"})
     await journal.put("upload", "a", {})
     await journal.delete("job", ["a", "b", "never there"])
     await journal.put("job", "a", {"id": "a"})
@@ -128,7 +130,7 @@ async def test_a_put_holds_the_body_of_its_call(journal: Journal) -> None:
 async def test_put_many_writes_all_or_nothing(journal: Journal) -> None:
     await journal.put("job", "a", {"id": "a"})
     with full_disk(64_000), pytest.raises(OutputError):
-        await journal.put_many("job", {"a": {"id": "changed"}, "b": {"id": "x" * 1_000_000}})
+        await journal.put_many({("job", "a"): {"id": "changed"}, ("other", "b"): {"id": "x" * 1_000_000}})
     assert await journal.all("job") == [{"id": "a"}]
 
 
@@ -250,10 +252,35 @@ async def test_a_folder_in_the_place_of_the_journal(path: Path) -> None:
         await Journal.open(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("'{'", "it is not JSON"),
+        ("'[]'", "it is not a JSON object"),
+        ("json_remove(body, '$.artifacts')", "it has no 'artifacts'"),
+        ("json_remove(body, '$.owner')", "'owner'"),
+        ("json_remove(body, '$.params.seed')", "it has no seeds"),
+        ("json_set(body, '$.newer', 1)", "it has 'newer', as another version of sgld writes it"),
+        ("json_set(body, '$.artifacts', json('[{\"newer\": 1}]'))", "'newer'"),
+        ("json_set(body, '$.params', 1)", "'int'"),
+    ],
+)
+async def test_a_job_that_cannot_be_read_is_named(journal: Journal, change: str, told: str) -> None:
+    made = Job("video_1", "video", "", SamplingParams(seed=[1]), "mp4", 1.0)
+    await journal.put("job", made.id, made.record())
+    assert [job.record() for job in await journal.restore("job", Job.restore)] == [made.record()], "the control"
+    edit(journal.path, f"UPDATE document SET body = {change}")
+    with pytest.raises(SgldError) as caught:
+        await journal.restore("job", Job.restore)
+    message = str(caught.value)
+    assert message.startswith(f"the journal {journal.path} holds the job 'video_1', which cannot be read: ")
+    assert told in message and "move the journal away" in message and "--ephemeral" in message
+
+
 async def test_ten_thousand_documents(journal: Journal) -> None:
-    bodies = {str(i): {"id": i, "prompt": "a fox in the snow " * 110} for i in range(10_000)}
+    bodies = {("job", str(i)): {"id": i, "prompt": "a fox in the snow " * 110} for i in range(10_000)}
     started = time.perf_counter()
-    await journal.put_many("job", bodies)
+    await journal.put_many(bodies)
     written = time.perf_counter()
     found = await journal.all("job")
     loaded = time.perf_counter()

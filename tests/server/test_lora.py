@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from tests.adapters import write_adapter
 from tests.server.test_server import Server, picture
@@ -60,7 +64,7 @@ class Caller:
     def call(self, route: str, body: Any = None, *, typed: bool = True) -> tuple[int, Any]:
         headers = {"Authorization": f"Bearer {self._key}"} | ({"Content-Type": "application/json"} if typed else {})
         data = None if body is None else json.dumps(body).encode()
-        method = "GET" if route == "list_loras" else "POST"
+        method = "GET" if route in ("list_loras", "capabilities") else "POST"
         request = urllib.request.Request(f"{self._url}/v1/{route}", data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=100) as answer:
@@ -237,3 +241,139 @@ def test_a_request_with_a_wrong_adapter(
     with pytest.raises(openai.BadRequestError) as wrong:
         user.openai.images.generate(prompt=PROMPT, extra_body=body)
     assert wrong.value.param == param and words in wrong.value.message, wrong.value.message
+
+
+def test_a_file_that_has_gone_is_told_without_its_path(admin: Caller, user: Caller, folder: Path) -> None:
+    shutil.copyfile(folder / "a.safetensors", folder / "short-lived.safetensors")
+    admin.do("set_lora", {"lora_nickname": "brief", "lora_path": str(folder / "short-lived.safetensors")})
+    admin.do("unmerge_lora_weights")
+    (folder / "short-lived.safetensors").unlink()
+    with pytest.raises(openai.NotFoundError) as gone:
+        user.picture(lora="brief")
+    assert gone.value.body["message"] == "loras: 'brief' is gone from the server; send the request again"  # type: ignore[index]
+    assert gone.value.param == "loras"
+
+
+# Forms
+
+
+def test_adapters_in_a_form(admin: Caller) -> None:
+    """As the stock client writes them: nicknames, objects, JSON text; the types are those of JSON."""
+    red = io.BytesIO()
+    Image.new("RGB", (96, 96), "red").save(red, "png")
+
+    def edit(**given: Any) -> np.ndarray:
+        fields = {"seed": 3, "num_inference_steps": 4, "strength": 1, **given}
+        made = admin.openai.images.edit(image=("red.png", red.getvalue()), prompt=PROMPT, extra_body=fields)
+        assert made.data is not None
+        return picture(made.data[0].b64_json)
+
+    plain, a = edit(), edit(lora="a")
+    assert differ(plain, a)
+    half = edit(lora={"nickname": "a", "strength": 0.5, "strict": False})
+    assert differ(half, plain) and differ(half, a)
+    assert (edit(loras=["a"]) == a).all()
+    assert (edit(loras=[{"nickname": "a", "strength": 0.5}]) == half).all()
+    assert (edit(lora=json.dumps({"nickname": "a", "strength": 0.5})) == half).all()
+    both = edit(loras=["b", {"nickname": "a", "strength": 0.5}])
+    assert differ(both, half)
+    assert (edit(loras=["b", json.dumps({"nickname": "a", "strength": 0.5})]) == both).all()
+    wrong: list[tuple[Any, str, str]] = [
+        ([{"nickname": "a"}, {"nickname": "b"}], "loras[][nickname]", "give each as JSON text in loras[]"),
+        ([{"nickname": "a"}, {"path": "o/n"}], "loras[][path]", "give each as JSON text in loras[]"),
+        ([{"nickname": "a", "strength": "much"}], "loras.strength", "'much' is not a valid number"),
+        (["{"], "loras", "not valid JSON"),
+        (["nobody"], "loras", "no adapter is called 'nobody'"),
+    ]
+    for given, param, words in wrong:
+        with pytest.raises(openai.BadRequestError) as refused:
+            edit(loras=given)
+        assert refused.value.param == param and words in refused.value.message, refused.value.message
+
+
+def test_capabilities_name_the_targets(admin: Caller) -> None:
+    assert admin.do("capabilities")["lora_targets"] == ["transformer"]
+
+
+# A restart
+
+
+def kill(server: Server) -> None:
+    server.process.kill()
+    server.process.wait(10)
+    server.client.close()
+
+
+def finished(server: Server, id: str) -> bytes:
+    """The file of a video, once it is completed."""
+    deadline = time.monotonic() + 100
+    while (video := server.client.videos.retrieve(id)).status not in ("completed", "failed"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert video.status == "completed", video.error
+    return server.client.videos.download_content(id).content
+
+
+def test_what_is_set_outlives_a_killed_server(folder: Path, tmp_path: Path) -> None:
+    """A queued job is made as if the server had never died; other adapters on the command line win."""
+    asked: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 3, "seed": 5}
+    flags = ["--warmup", "off", "--lora-path", str(folder / "c.safetensors"), "--lora-nickname", "third"]
+    servers = []
+
+    def start(*flags: str) -> tuple[Server, Caller]:
+        servers.append(Server(tmp_path / "out", *flags))
+        servers[-1].wait_until_healthy()
+        return servers[-1], Caller(servers[-1], "unused")
+
+    try:
+        server, caller = start(*flags)
+        make = server.client.videos.create
+        third = finished(server, make(prompt=PROMPT, extra_body=asked).id)
+        caller.do("set_lora", {"lora_nickname": "a", "lora_path": str(folder / "a.safetensors"), "strength": 0.5})
+        with_a = finished(server, make(prompt=PROMPT, extra_body=asked).id)
+        assert with_a != third, "the control: the adapter is seen"
+        held = caller.do("list_loras")
+        make(prompt=PROMPT, extra_body={"num_inference_steps": 1000})
+        waiting = make(prompt=PROMPT, extra_body=asked).id
+        kill(server)
+
+        server, caller = start(*flags)
+        assert caller.do("list_loras") == held
+        for video in server.client.videos.list():
+            if video.status == "in_progress":
+                server.client.videos.delete(video.id)
+        assert finished(server, waiting) == with_a
+        caller.do("unmerge_lora_weights")
+        plain = caller.picture()
+        kill(server)
+
+        server, caller = start(*flags)
+        assert caller.do("list_loras") == {**held, "active": {}}, "what was taken away does not come back"
+        assert (caller.picture() == plain).all()
+        caller.do("merge_lora_weights", {"strength": 0.5})
+        assert caller.do("list_loras") == held
+        kill(server)
+
+        server, caller = start("--warmup", "off", "--lora-path", str(folder / "b.safetensors"))
+        assert [lora["nickname"] for lora in caller.do("list_loras")["active"]["transformer"]] == ["default"]
+        assert "are left out" in server.log.read_text()
+    finally:
+        for server in servers:
+            if server.process.poll() is None:
+                kill(server)
+
+
+def test_a_server_does_not_start_without_what_was_set(folder: Path, tmp_path: Path) -> None:
+    """Rather than make jobs silently without it; and it says what to do."""
+    mine = tmp_path / "mine.safetensors"
+    shutil.copyfile(folder / "a.safetensors", mine)
+    server = Server(tmp_path / "out", "--warmup", "off")
+    server.wait_until_healthy()
+    Caller(server, "unused").do("set_lora", {"lora_nickname": "mine", "lora_path": str(mine)})
+    kill(server)
+    mine.unlink()
+    server = Server(tmp_path / "out", "--warmup", "off")
+    assert server.process.wait(100) == 1
+    server.client.close()
+    (line,) = [line for line in server.log.read_text().splitlines() if line.startswith("error: ")]
+    assert "cannot be set again: lora_path: " in line and "mine.safetensors" in line and "--lora-path" in line

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,11 @@ FILE = ("red.png", RED, "image/png")
 ADDRESS = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
 
 
+def stored(uploads: Path) -> set[Path]:
+    """The files in the server's own part of the folder."""
+    return {path for path in uploads.rglob("*") if path.is_file()}
+
+
 def extra(**fields: Any) -> dict[str, Any]:
     return {"num_inference_steps": 5, "strength": 0.4, "seed": 1, **fields}
 
@@ -93,8 +100,8 @@ def test_edits(server: Server, uploads: Path) -> None:
     assert (first(edit(image=[FILE], prompt=PROMPT, extra_body=extra())) == made).all()
     status, answer = call(server, "/v1/images/edits", {"image": ADDRESS, "prompt": PROMPT, **extra()})
     assert status == 200 and (picture(answer["data"][0]["b64_json"]) == made).all(), answer
-    assert len(list(uploads.iterdir())) == 3
-    assert any(name.name.endswith("-red.png") for name in uploads.iterdir())
+    assert len(stored(uploads)) == 3
+    assert any(name.name.endswith("-red.png") for name in stored(uploads))
 
 
 def test_a_mask(server: Server) -> None:
@@ -124,7 +131,7 @@ def test_a_variation_needs_no_prompt_and_takes_the_pictures_shape(server: Server
 
 
 def test_a_video_from_a_picture(server: Server, uploads: Path, tmp_path: Path) -> None:
-    videos, before = server.client.videos, set(uploads.iterdir())
+    videos, before = server.client.videos, stored(uploads)
     fields = extra(num_frames=5)
     video = videos.create_and_poll(prompt=PROMPT, input_reference=FILE, extra_body=fields)
     assert video.status == "completed", video.error
@@ -134,13 +141,13 @@ def test_a_video_from_a_picture(server: Server, uploads: Path, tmp_path: Path) -
         (tmp_path / "clip.mp4").write_bytes(videos.download_content(one.id).read())
         clips.append(media.decode(tmp_path / "clip.mp4")[0])
     assert (clips[0] == clips[1]).all(), "a file and a data: URL are the same"
-    assert len(set(uploads.iterdir()) - before) == 2
+    assert len(stored(uploads) - before) == 2
     remixed = videos.remix(video.id, prompt="a green square on a blue background")
     videos.delete(video.id)
     assert videos.poll(remixed.id).status == "completed", "it has its own copy of the picture"
     for one in (again, remixed):
         videos.delete(one.id)
-    assert set(uploads.iterdir()) == before
+    assert stored(uploads) == before
 
 
 def refused(*call: Callable[[], Any]) -> list[openai.APIStatusError]:
@@ -153,7 +160,7 @@ def refused(*call: Callable[[], Any]) -> list[openai.APIStatusError]:
 
 
 def test_refusals_leave_nothing(server: Server, uploads: Path) -> None:
-    before, edit, create = set(uploads.iterdir()), server.client.images.edit, server.client.videos.create
+    before, edit, create = stored(uploads), server.client.images.edit, server.client.videos.create
     cases: list[tuple[str, int, str, dict[str, Any]]] = [
         ("no picture", 400, "is no picture that is taken", {"image": ("a.png", b"text", "image/png")}),
         ("torn", 400, "truncated or damaged", {"image": ("a.png", RED[:200], "image/png")}),
@@ -174,7 +181,35 @@ def test_refusals_leave_nothing(server: Server, uploads: Path) -> None:
         assert error.status_code in (400, 403), error.message
     (error,) = refused(lambda: server.client.images.generate(prompt=PROMPT, extra_body={"strength": 0.5}))
     assert "strength: it needs a picture" in error.message
-    assert set(uploads.iterdir()) == before
+    assert stored(uploads) == before
+
+
+def test_a_picture_that_vanishes_is_told_without_its_path(server: Server, uploads: Path) -> None:
+    """Between admission and generation, of a video and of an edit; and so is a mask that the cut leaves empty."""
+    create, before = server.client.videos.create, stored(uploads)
+    long = create(prompt=PROMPT, extra_body={"num_inference_steps": 1000})
+    video = create(prompt=PROMPT, input_reference=FILE, extra_body=extra(num_frames=5))
+    with ThreadPoolExecutor(1) as pool:
+        edit = pool.submit(refused, lambda: server.client.images.edit(image=FILE, prompt=PROMPT, extra_body=extra()))
+        while len(stored(uploads) - before) < 2 or server.get("/server_info")[1]["queue_depth"] < 2:
+            time.sleep(0.02)
+        for path in stored(uploads) - before:
+            path.unlink()
+        server.client.videos.delete(long.id)
+        (error,) = edit.result()
+    told = "the picture is gone from the server; send the request again"
+    assert (error.status_code, error.code, error.body["message"]) == (404, "not_found", told)  # type: ignore[index]
+    failed = server.client.videos.poll(video.id)
+    assert failed.status == "failed" and failed.error is not None
+    assert (failed.error.code, failed.error.message) == ("not_found", told)
+    edge = Image.new("L", (200, 100))
+    edge.paste(255, (0, 0, 10, 100))
+    asked: dict[str, Any] = {"prompt": PROMPT, "size": "96x96", "extra_body": extra()}
+    wide = png(drawing().resize((200, 100)))
+    (error,) = refused(lambda: server.client.images.edit(image=wide, mask=png(edge), **asked))
+    assert (error.status_code, error.param) == (400, "mask")
+    assert "mask: it leaves nothing to paint once it is cut to 96x96 pixels" in error.message
+    assert str(uploads) in server.log.read_text(), "the operator is told which file it was"
 
 
 def test_another_picture_under_the_same_key_is_refused(server: Server) -> None:
@@ -192,6 +227,7 @@ async def test_a_model_of_text_alone_takes_none(start: Start, tmp_path: Path) ->
     client = await start(input_save_path=str(tmp_path / "uploads"))
     for path, body in (
         ("/v1/images/edits", {"prompt": "{}", "image": ADDRESS}),
+        ("/v1/images/edits", {"prompt": "{}", "images": [{"image_url": ADDRESS}]}),  # as OpenAI documents its JSON
         ("/v1/images/variations", {"image": ADDRESS}),
         ("/v1/videos", {"prompt": "{}", "reference_url": ADDRESS}),
         ("/v1/videos", {"prompt": "{}", "input_reference": {"image_url": ADDRESS}}),

@@ -100,6 +100,13 @@ NAMES: list[tuple[str, dict[str, Any], str]] = [
     (VIDEOS, {"seconds": 3600}, "seconds: 3600: num_frames 28800 is out of range"),
     (VIDEOS, {"num_frames": 28800}, "num_frames: 28800 is out of range"),
     (VIDEOS, {"n": 3, "seed": [1, 2]}, "seed: 2 seeds for 3 outputs"),
+    (VIDEOS, {"n": 2, "num_outputs_per_prompt": 2}, "num_outputs_per_prompt: n is given too"),
+    (VIDEOS, {"num_outputs_per_prompt": 2, "n": 2}, "n: num_outputs_per_prompt is given too"),
+    (VIDEOS, {"video_url": "https://example.com/a.mp4"}, "video_url: not built yet"),
+    (VIDEOS, {"video_reference": "https://example.com/a.mp4"}, "video_reference: not built yet"),
+    (VIDEOS, {"enhance_prompt": True}, "enhance_prompt: not built yet"),
+    (IMAGES, {"enhance_prompt": True}, "enhance_prompt: not built yet"),
+    (IMAGES, {"skip_softmax_params": {"threshold": 1}}, "skip_softmax_params: not built yet"),
 ]
 
 
@@ -109,6 +116,93 @@ async def test_errors_name_the_field_that_was_sent(start: Start) -> None:
         status, error, _ = await refusal(client, "POST", path, json={"prompt": "{}", **fields})
         assert (status, error["param"]) == (400, says.partition(":")[0])
         assert error["message"].startswith(says)
+
+
+async def test_no_name_is_suggested_that_would_be_refused(start: Start) -> None:
+    """`image_path`, `video_path` and `enable_teacache` are known, and refused."""
+    client = await start()
+    for name in ("image_pth", "video_paths", "enable_teacach"):
+        _, error, _ = await refusal(client, "POST", IMAGES, json={"prompt": "{}", name: "x"})
+        assert error["message"] == f"unknown parameter {name!r}"
+    _, error, _ = await refusal(client, "POST", IMAGES, json={"prompt": "{}", "num_ouputs": 2})
+    assert error["message"].endswith("did you mean num_outputs?")
+
+
+# Bodies
+
+
+def form(*parts: tuple[str, str]) -> bytes:
+    """A form of parts, each its headers and its content, with boundary x."""
+    return "".join(f"--x\r\n{headers}\r\n\r\n{content}\r\n" for headers, content in parts).encode() + b"--x--\r\n"
+
+
+FIELD = 'Content-Disposition: form-data; name="{}"'
+PROMPT = (FIELD.format("prompt"), "{}")
+FORMS = {
+    "a header without a colon": form((f"{PROMPT[0]}\r\nno header", "{}")),
+    "a long header": form((f"{PROMPT[0]}\r\nX: {'a' * 9000}", "{}")),
+    "NUL in a header": form((f"{PROMPT[0]}\r\nX: a\0", "{}")),
+    "a name of brackets": form((FIELD.format("a" + "[" * 15000), "x")),
+    "a name of many levels": form(PROMPT, (FIELD.format("user" + "[a]" * 1500), "x")),
+    "a strange charset": form((FIELD.format("_charset_"), "none-such"), PROMPT),
+}
+
+
+async def test_a_form_that_cannot_be_read(start: Start) -> None:
+    client = await start()
+    for name, data in FORMS.items():
+        options = {"data": data, "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
+        status, error, _ = await refusal(client, "POST", VIDEOS, **options)
+        assert status == 400 and len(error["message"]) < 250, name
+        assert error["message"].startswith("'user[a][a]" if "levels" in name else "the body is not a valid form: ")
+
+
+async def test_json_that_cannot_be_read(start: Start) -> None:
+    """980 levels can be parsed, and exhaust the stack of what comes next."""
+    client = await start()
+    json_type = {"Content-Type": "application/json"}
+    nested = ("[" * 980 + "]" * 980, '{"a":' * 99999 + "1" + "}" * 99999)
+    for text, says in (
+        *(
+            (f'{{"prompt": "x", "user": {value}}}', "the body is not valid JSON: it has more than 32")
+            for value in nested
+        ),
+        ('{"prompt": "{}", "seed": 1, "seed": 2}', "seed: given several times; give it once"),
+        ('{"prompt": "{}", "extra_body": {"seed": 1, "seed": 2}}', "seed: given several times; give it once"),
+    ):
+        status, error, _ = await refusal(client, "POST", VIDEOS, data=text, headers=json_type)
+        assert status == 400 and error["message"].startswith(says)
+
+
+async def test_what_stands_beside_the_body(start: Start) -> None:
+    client = await start()
+    status, error, _ = await refusal(client, "POST", f"{VIDEOS}?seed=7", json={"prompt": "{}"})
+    assert (status, error["code"], error["param"]) == (400, "unknown_parameter", "seed")
+    for coding in ("compress", "gzip, gzip"):
+        options = {"data": b'{"prompt": "{}"}', "headers": {"Content-Encoding": coding}}
+        status, error, _ = await refusal(client, "POST", VIDEOS, **options)
+        assert (status, error["param"]) == (400, "Content-Encoding")
+
+
+async def test_too_many_fields(start: Start) -> None:
+    client = await start()
+    options = {"data": form(*[PROMPT] * 1001), "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
+    status, error, _ = await refusal(client, "POST", VIDEOS, **options)
+    assert (status, error["code"]) == (413, "too_large")
+    assert error["message"] == "Maximum number of form fields 1000 exceeded."
+
+
+# Warnings
+
+
+async def test_what_has_no_effect_is_told(start: Start) -> None:
+    client = await start()
+    fields = {"fps": 9, "x264_preset": "slow", "output_compression": 40}
+    warnings = (await image(client, **fields))["warnings"]
+    assert [text.partition(":")[0] for text in warnings] == list(fields)
+    warnings = (await image(client, **fields, output_format="webp"))["warnings"]
+    assert [text.partition(":")[0] for text in warnings] == ["fps", "x264_preset"]
+    assert (await image(client, enhance_prompt=False))["warnings"] == []
 
 
 # Remix
@@ -183,6 +277,39 @@ async def test_ranges_and_conditions_that_fail(start: Start, folder: Path) -> No
         assert (answer.status, len(await answer.read())) == (206, 1)
 
 
+async def test_a_range_that_brings_the_whole_file(start: Start, folder: Path) -> None:
+    client = await start()
+    url = f"{client.url}/v1/images/{(await image(client))['id']}/content"
+    whole = files(folder, "image")[0].read_bytes()
+
+    async def read(*ranges: str, **more: str) -> tuple[int, bytes]:
+        headers = [*(("Range", text) for text in ranges), *((name.replace("_", "-"), more[name]) for name in more)]
+        async with client.session.get(url, headers=headers) as answer:
+            return answer.status, await answer.read()
+
+    async with client.session.get(url) as answer:
+        tag = answer.headers["ETag"]
+    assert await read("bytes=0-4", If_Range=tag) == await read("BYTES=0-4") == (206, whole[:5])
+    assert await read("bytes=-5") == (206, whole[-5:])
+    assert await read("bytes=0-4", If_Range='"another"') == (200, whole)
+    assert await read("bytes=0-4", If_Range=f"W/{tag}") == (200, whole)
+    assert await read("bytes=0-4", If_Range="Sun, 06 Nov 1994 08:49:37 GMT") == (200, whole)
+    for text in (
+        "frames=0-4",
+        "bytes=0-1,3-4",
+        "bytes=4-0",
+        "bytes=-",
+        "bytes=-0",
+        "bytes=a-b",
+        "bytes",
+        f"bytes={'9' * 5000}-",
+    ):
+        assert await read(text) == (200, whole), text
+    assert await read("bytes=0-1", "bytes=3-4") == (200, whole)
+    for text in (f"bytes={len(whole)}-", f"bytes={'9' * 30}-"):
+        assert (await read(text))[0] == 416, text
+
+
 async def test_a_query_is_read_strictly(start: Start) -> None:
     client = await start()
     made = {"images": await image(client), "videos": await client.until(await client.create(), "completed")}
@@ -250,8 +377,8 @@ async def test_small_pictures_decode_what_they_show(start: Start, folder: Path) 
     video = await client.until(await client.create(num_frames=41), "completed")
     service = client.app[SERVICE]
     artifact = service.jobs._jobs[video["id"]].artifacts[0]
-    sheet = await service.jobs.outputs.spritesheet(artifact)
-    assert Image.open(io.BytesIO(sheet)).size == (5 * 16, 4 * 16)
+    sheet = folder / await service.jobs.outputs.picture(artifact, "spritesheet")
+    assert Image.open(io.BytesIO(sheet.read_bytes())).size == (5 * 16, 4 * 16)
     seen: list[int] = []
     for wanted in ([0], [0, 3, 5]):
         tiles = list(outputs._tiles(folder / artifact.name, wanted, 8))
@@ -285,8 +412,10 @@ async def test_two_decoders_at_most(start: Start, monkeypatch: pytest.MonkeyPatc
     assert (most, busy) == (2, 0)
 
 
-async def test_a_stream_ends_with_its_error(start: Start, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same request again, whose file has gone: the headers have left when that is seen."""
+async def test_a_stream_ends_with_its_error(
+    start: Start, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same request again, whose file goes at the last moment: the headers have left when that is seen."""
     client = await start()
     body = {"prompt": "{}", "seed": 1, "stream": True}
     options = {"json": body, "headers": {"Idempotency-Key": "picture"}}
@@ -294,6 +423,11 @@ async def test_a_stream_ends_with_its_error(start: Start, folder: Path, caplog: 
         assert '"type": "image_generation.completed"' in await answer.text()
     file = files(folder, "image")[0]
     file.unlink()
+
+    async def seen(*_: object) -> bool:
+        return True
+
+    monkeypatch.setattr(outputs.Outputs, "keeps", seen)
     async with client.session.post(client.url + IMAGES, **options) as answer:
         assert (answer.status, answer.content_type) == (200, "text/event-stream")
         name, data, last = (await answer.text()).removesuffix("\n\n").replace("\n\n", "\n").split("\n")

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from sgld.errors import BadRequest, OutputError, SgldError, TooLarge
 from sgld.server import uploads
-from sgld.server.uploads import MAX_PIXELS, Picture, keep, read_picture, remove, safe_name
+from sgld.server.uploads import MAX_PIXELS, Picture, folder, keep, read_picture, remove, safe_name, sweep
 
 WIDTH, HEIGHT = 12, 8
 
@@ -292,3 +292,24 @@ async def test_nothing_outside_the_root_is_removed(tmp_path: Path, name: str) ->
     with pytest.raises(BadRequest):
         await remove([name], root)
     assert (tmp_path / "x").exists()
+
+
+def test_servers_with_other_results_have_other_folders(tmp_path: Path) -> None:
+    mine, again, other = [folder(tmp_path, tmp_path / name) for name in ("a", "a", "b")]
+    assert mine == again != other and mine.parent == tmp_path
+    assert folder(tmp_path, None) != folder(tmp_path, None), "without a journal there is no next server"
+
+
+async def test_a_sweep_spares_what_jobs_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "root"
+    await sweep((), root)
+    picture = await read_picture(packed(scene(), "png"), "x.png", "image")
+    kept, left = [await keep(picture, root) for _ in range(2)]
+    (root / ".sgld-0.part").touch()
+    (root / "stubborn").mkdir()
+    await sweep({kept, "gone.png"}, root)
+    assert listed(root) == sorted([kept, "stubborn"]) and left not in listed(root)
+    assert "cannot remove" in caplog.text and "stubborn" in caplog.text
+    (root / "stubborn").rmdir()
+    await sweep((), root)
+    assert not root.exists()

@@ -24,7 +24,16 @@ from sgld.server.auth import KEYS, Identity, Key, Keys, authenticate
 from sgld.server.errors import answer_errors
 from sgld.server.fetch import Fetcher
 from sgld.server.journal import Journal
-from sgld.server.webhooks import DELAYS_S, EVENT_TYPES, MAX_ENDPOINTS, WEBHOOKS, EndpointFields, Webhooks, routes
+from sgld.server.webhooks import (
+    DELAYS_S,
+    DELIVERY,
+    EVENT_TYPES,
+    MAX_ENDPOINTS,
+    WEBHOOKS,
+    EndpointFields,
+    Webhooks,
+    routes,
+)
 
 ALICE, BOB = "alice-secret-key-1", "bob-secret-key-22"
 COMPLETED, FAILED = EVENT_TYPES
@@ -100,6 +109,11 @@ async def world() -> AsyncIterator[World]:
         await theirs.close()
 
 
+def tell(webhooks: Webhooks, owner: str, type: str, object_id: str) -> None:
+    """As a job's end does it, less the journal."""
+    webhooks.send(webhooks.due(owner, type, object_id))
+
+
 async def refused(call: Awaitable[Any], status: int = 400) -> dict[str, Any]:
     with pytest.raises(openai.APIStatusError) as error:
         await call
@@ -165,7 +179,7 @@ async def test_a_key_sees_only_its_own(world: World) -> None:
             assert told["message"] == absent["message"].replace("we_none", hers.id)
         assert [endpoint.name async for endpoint in bob.webhooks.list()] == ["his"]
         assert [endpoint.name async for endpoint in alice.webhooks.list()] == ["hers"]
-        world.webhooks.notify("bob", COMPLETED, "video_1")
+        tell(world.webhooks, "bob", COMPLETED, "video_1")
         assert (await world.receiver.next()).path == "/hook/bob"
         assert (await alice.webhooks.retrieve(hers.id)).name == "hers"
     async with world.client("nobody-knows-this-key") as stranger:
@@ -212,7 +226,7 @@ async def test_wrong_values_are_named(world: World, body: dict[str, Any], param:
 async def test_a_body_that_is_no_object(world: World, text: bytes) -> None:
     async with world.client() as client:
         await refused(client.post("/webhook_endpoints", content=text, cast_to=object))
-        told = await refused(client.post("/webhook_endpoints", content=b" " * 70_000, cast_to=object), 413)
+        told = await refused(client.post("/webhook_endpoints", content=b" " * 2**21, cast_to=object), 413)
         assert told["code"] == "too_large"
 
 
@@ -234,7 +248,7 @@ async def test_delivery_obeys_allow_private_too(world: World, caplog: pytest.Log
         made = await world.webhooks.create("", EndpointFields("x", world.hook, [COMPLETED]))
         careful = Webhooks(strict, delays_s=())
         careful._endpoints[made.id] = made
-        careful.notify("", COMPLETED, "video_1")
+        tell(careful, "", COMPLETED, "video_1")
         await careful.close()
         with pytest.raises(BadRequest):
             await careful.test("", made.id, COMPLETED)
@@ -245,7 +259,7 @@ async def test_the_client_accepts_the_signature(world: World) -> None:
     async with world.client() as client:
         made = await client.webhooks.create(name="x", url=world.hook, event_types=[COMPLETED])
         other = await client.webhooks.create(name="y", url=f"{world.hook}/other", event_types=[FAILED])
-        world.webhooks.notify("alice", COMPLETED, "video_17")
+        tell(world.webhooks, "alice", COMPLETED, "video_17")
         got = await world.receiver.next()
 
         client.webhooks.verify_signature(got.body, got.headers, secret=made.signing_secret)
@@ -271,7 +285,7 @@ async def test_rotation_ends_the_old_secret_or_keeps_it_a_day(world: World, monk
         made = await client.webhooks.create(name="x", url=world.hook, event_types=[COMPLETED])
 
         async def accepted() -> list[bool]:
-            world.webhooks.notify("alice", COMPLETED, "video_1")
+            tell(world.webhooks, "alice", COMPLETED, "video_1")
             got = await world.receiver.next()
             fits = []
             for secret in secrets:
@@ -300,7 +314,7 @@ async def test_a_delivery_is_tried_again(world: World, failures: list[int]) -> N
     """The same event each time, signed anew; redirects are not followed."""
     world.receiver.statuses = [*failures, 200]
     endpoint = await world.webhooks.create("me", EndpointFields("x", world.hook, [FAILED]))
-    world.webhooks.notify("me", FAILED, "video_1")
+    tell(world.webhooks, "me", FAILED, "video_1")
     got = [await world.receiver.next() for _ in range(len(failures) + 1)]
     while world.webhooks._deliveries:
         await asyncio.sleep(0.01)
@@ -315,7 +329,7 @@ async def test_five_tries_and_no_more(world: World, caplog: pytest.LogCaptureFix
     world.receiver.statuses = [500] * 9
     endpoint = await world.webhooks.create("me", EndpointFields("x", f"{world.hook}/T0K3N", [FAILED]))
     caplog.set_level(logging.DEBUG, "sgld")
-    world.webhooks.notify("me", FAILED, "video_1")
+    tell(world.webhooks, "me", FAILED, "video_1")
     while world.webhooks._deliveries:
         await asyncio.sleep(0.01)
     assert world.receiver.got.qsize() == 5
@@ -334,7 +348,7 @@ def test_the_back_off_is_exponential_and_outlives_a_restart_of_the_receiver() ->
 
 async def test_nobody_listens(world: World, unused_tcp_port: int, caplog: pytest.LogCaptureFixture) -> None:
     await world.webhooks.create("me", EndpointFields("x", f"http://127.0.0.1:{unused_tcp_port}/", [FAILED]))
-    world.webhooks.notify("me", FAILED, "video_1")
+    tell(world.webhooks, "me", FAILED, "video_1")
     while world.webhooks._deliveries:
         await asyncio.sleep(0.01)
     assert "try 5 of 5" in caplog.text and "cannot be reached" in caplog.text
@@ -345,7 +359,7 @@ async def test_a_job_does_not_wait_for_a_slow_receiver(world: World) -> None:
     for i in range(3):
         await world.webhooks.create("me", EndpointFields(str(i), f"{world.hook}/{i}", [COMPLETED]))
     started = time.perf_counter()
-    world.webhooks.notify("me", COMPLETED, "video_1")
+    tell(world.webhooks, "me", COMPLETED, "video_1")
     assert time.perf_counter() - started < 0.1
     assert {(await world.receiver.next()).path for _ in range(3)} == {"/hook/0", "/hook/1", "/hook/2"}
     world.receiver.hold.set()
@@ -354,7 +368,7 @@ async def test_a_job_does_not_wait_for_a_slow_receiver(world: World) -> None:
 async def test_a_deleted_endpoint_gets_no_further_tries(world: World) -> None:
     world.receiver.hold, world.receiver.statuses = asyncio.Event(), [500]
     endpoint = await world.webhooks.create("me", EndpointFields("x", world.hook, [COMPLETED]))
-    world.webhooks.notify("me", COMPLETED, "video_1")
+    tell(world.webhooks, "me", COMPLETED, "video_1")
     await world.receiver.next()
     await world.webhooks.delete("me", endpoint.id)
     world.receiver.hold.set()
@@ -369,11 +383,11 @@ async def test_closing_lets_deliveries_arrive_and_drops_retries(world: World, ca
         for path in ("waiting", "slow"):
             await webhooks.create(path, EndpointFields("x", f"{world.hook}/{path}", [COMPLETED]))
         world.receiver.statuses = [500]
-        webhooks.notify("waiting", COMPLETED, "video_1")
+        tell(webhooks, "waiting", COMPLETED, "video_1")
         await world.receiver.next()
         while "try 1 of 2" not in caplog.text:
             await asyncio.sleep(0.01)
-        webhooks.notify("slow", COMPLETED, "video_2")
+        tell(webhooks, "slow", COMPLETED, "video_2")
         async with asyncio.timeout(5):
             await webhooks.close()
         assert (await world.receiver.next()).path == "/hook/slow"
@@ -382,7 +396,7 @@ async def test_closing_lets_deliveries_arrive_and_drops_retries(world: World, ca
         stuck = Webhooks(fetcher)
         world.receiver.hold = asyncio.Event()
         await stuck.create("", EndpointFields("x", world.hook, [COMPLETED]))
-        stuck.notify("", COMPLETED, "video_3")
+        tell(stuck, "", COMPLETED, "video_3")
         await world.receiver.next()
         await stuck.close(0.1)
         assert "1 webhook deliveries were broken off" in caplog.text
@@ -422,6 +436,84 @@ async def test_an_owner_has_a_limit(world: World) -> None:
     await world.webhooks.create("you", fields)
 
 
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+async def test_a_delivery_that_waits_goes_on_after_a_restart(world: World, tmp_path: Path, end: str) -> None:
+    """With its webhook-id, its body and the tries it has left."""
+    path = tmp_path / "journal.db"
+    world.receiver.statuses = [500, 500, 500]
+    async with Fetcher(True) as fetcher:
+        journal = await Journal.open(path)
+        first = Webhooks(fetcher, journal, delays_s=(0.01, 600.0, 0.01))
+        await first.create("me", EndpointFields("x", world.hook, [FAILED]))
+        due = first.due("me", FAILED, "video_1")
+        await journal.put_many({(DELIVERY, each.id): attrs.asdict(each) for each in due})
+        first.send(due)
+        tries = [await world.receiver.next(), await world.receiver.next()]
+        while (await journal.all(DELIVERY))[0]["tries"] < 2:
+            await asyncio.sleep(0.01)
+        if end == "stopped":
+            await first.close()
+        for task in first._deliveries:
+            task.cancel()
+        await journal.close()
+
+        journal = await Journal.open(path)
+        (left,) = await journal.all(DELIVERY)
+        assert left["tries"] == 2 and left["due"] > time.time() + 100, "it is not due yet"
+        await journal.put(DELIVERY, due[0].id, {**left, "due": time.time() + 0.05})
+        second = Webhooks(fetcher, delays_s=(0.01, 600.0, 0.01))
+        await second.load(journal)
+        tries += [await world.receiver.next(), await world.receiver.next()]
+        while second._deliveries:
+            await asyncio.sleep(0.01)
+        assert world.receiver.got.empty(), "it was taken at the fourth try"
+        assert len({(each.body, each.headers["webhook-id"]) for each in tries}) == 1
+        assert await journal.all(DELIVERY) == []
+        await journal.close()
+
+
+async def test_a_try_that_a_kill_cuts_off_is_made_again(world: World, tmp_path: Path) -> None:
+    world.receiver.hold = asyncio.Event()
+    async with Fetcher(True) as fetcher:
+        journal = await Journal.open(tmp_path / "journal.db")
+        first = Webhooks(fetcher, journal)
+        await first.create("me", EndpointFields("x", world.hook, [FAILED]))
+        due = first.due("me", FAILED, "video_1")
+        await journal.put_many({(DELIVERY, each.id): attrs.asdict(each) for each in due})
+        first.send(due)
+        cut = await world.receiver.next()
+        await first.close(0)
+        second = Webhooks(fetcher)
+        await second.load(journal)
+        again = await world.receiver.next()
+        assert (again.body, again.headers["webhook-id"]) == (cut.body, cut.headers["webhook-id"])
+        world.receiver.hold.set()
+        await second.close()
+        assert await journal.all(DELIVERY) == []
+        await journal.close()
+
+
+async def test_what_comes_to_an_end_leaves_the_journal(world: World, tmp_path: Path) -> None:
+    """Taken, used up, or its endpoint deleted: nothing is sent again after a restart."""
+    async with Fetcher(True) as fetcher:
+        journal = await Journal.open(tmp_path / "journal.db")
+        webhooks = Webhooks(fetcher, journal, delays_s=(0.01,))
+        for owner, statuses in (("taken", []), ("used up", [500, 500]), ("deleted", [500])):
+            endpoint = await webhooks.create(owner, EndpointFields("x", world.hook, [COMPLETED]))
+            world.receiver.statuses = statuses
+            due = webhooks.due(owner, COMPLETED, "video_1")
+            await journal.put_many({(DELIVERY, each.id): attrs.asdict(each) for each in due})
+            assert len(await journal.all(DELIVERY)) == 1
+            webhooks.send(due)
+            await world.receiver.next()
+            if owner == "deleted":
+                await webhooks.delete(owner, endpoint.id)
+            while webhooks._deliveries:
+                await asyncio.sleep(0.01)
+            assert await journal.all(DELIVERY) == [], owner
+        await journal.close()
+
+
 async def test_endpoints_survive_in_the_journal(world: World, tmp_path: Path) -> None:
     async with Fetcher(True) as fetcher:
         journal = await Journal.open(tmp_path / "journal.db")
@@ -436,7 +528,7 @@ async def test_endpoints_survive_in_the_journal(world: World, tmp_path: Path) ->
         second = Webhooks(fetcher)
         await second.load(journal)
         assert second._of("me") == [a, c]
-        second.notify("me", FAILED, "video_1")
+        tell(second, "me", FAILED, "video_1")
         await second.close()
         assert world.receiver.got.qsize() == 2
         await second.delete("me", a.id)

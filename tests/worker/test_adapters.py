@@ -86,6 +86,16 @@ def test_an_output_wears_its_own(adapters: Adapters, models: Models, tmp_path: P
     assert weights(models) == [1, 1]
 
 
+def test_what_is_kept_for_later_outputs_is_given_up(models: Models, tmp_path: Path) -> None:
+    layers = {name: LoraLayers(models[name], (), name, 1000) for name in NAMES}
+    adapters = Adapters(layers, Mesh.solo())
+    for value in (1, 2, 3):
+        adapters.wear([write(tmp_path, str(value), transformer=value)])
+    assert [part.kept_bytes for part in layers.values()] == [3 * 16] * 2
+    adapters.release()
+    assert [part.kept_bytes for part in layers.values()] == [16] * 2 and weights(models) == [3, 3]
+
+
 def test_nothing_to_merge(adapters: Adapters) -> None:
     adapters.unmerge(UnmergeLora())
     with pytest.raises(BadRequest, match="no adapter was set for 'all'"):

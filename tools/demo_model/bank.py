@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     return latents
 
 
-def draw_twins(rng: random.Random, frames: int, image: bool) -> tuple[list[Scene], Tensor]:
+def draw_twins(
+    rng: random.Random, frames: int, image: bool, effects: Collection[str] = ()
+) -> tuple[list[Scene], Tensor]:
     """Two scenes that differ in nothing but the shape, and their pictures [2, 3, T, H, W]."""
     scene = sample_scene(rng, image=image)
     others = [replace(scene, shape=shape) for shape in SHAPES if shape != scene.shape]
@@ -32,17 +35,19 @@ def draw_twins(rng: random.Random, frames: int, image: bool) -> tuple[list[Scene
     state, pictures = rng.getstate(), []
     for twin in scenes:
         rng.setstate(state)
-        pictures.append(torch.from_numpy(render_batch([twin], frames, SIZE, rng)))
+        pictures.append(torch.from_numpy(render_batch([twin], frames, SIZE, rng, effects=effects)))
     return scenes, torch.cat(pictures)
 
 
-def encode_scenes(run: Run, vae: AutoencoderKLWan, count: int, image: bool) -> tuple[list[Scene], Tensor]:
+def encode_scenes(
+    run: Run, vae: AutoencoderKLWan, count: int, image: bool, effects: Collection[str] = ()
+) -> tuple[list[Scene], Tensor]:
     """This worker's share of `count` scenes, twin beside twin, and their latents."""
     scenes: list[Scene] = []
     latents, name = [], "images" if image else "clips"
     for chunk in range(count // CHUNK // run.workers):
         rng = run.own_rng(f"bank-{name}", chunk)
-        twins = [draw_twins(rng, 1 if image else FULL_LENGTH, image) for _ in range(CHUNK // 2)]
+        twins = [draw_twins(rng, 1 if image else FULL_LENGTH, image, effects) for _ in range(CHUNK // 2)]
         latents.append(encode(vae, torch.cat([pictures for _, pictures in twins])))
         scenes += [scene for pair, _ in twins for scene in pair]
         if chunk % 32 == 31:

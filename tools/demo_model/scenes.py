@@ -6,7 +6,7 @@ Needs numpy alone, so that the judge and its tests can import it without torch.
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -28,6 +28,15 @@ PALETTE: Final[dict[str, tuple[int, int, int]]] = {
 COLORS: Final = tuple(PALETTE)
 SHAPES: Final = ("circle", "square", "triangle", "star")
 MOTIONS: Final = ("still", "left", "right", "up", "down", "growing", "shrinking")
+
+_PAIRS = (("red", "orange"), ("yellow", "white"), ("blue", "purple"), ("green", "black"))
+TONES: Final = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
+"""Every colour's partner in a grid: the palette's only, for the autoencoder shows no other colours."""
+EFFECTS: Final = ("outline", "grid")
+"""What an adapter is taught: hollow shapes, and lines of another tone across the background."""
+OUTLINE_WIDTH: Final = 6.0
+GRID_PERIOD, GRID_WIDTH = 24, 8
+"""Pixels: a patch of the transformer and a latent of the autoencoder, so that every patch has the same lines."""
 
 FULL_LENGTH: Final = 17
 """Frames of a whole clip; a shorter one is its beginning, so that speed does not depend on length."""
@@ -195,20 +204,37 @@ def distance(shape: str, x: Floats, y: Floats, radius: Floats | float) -> Floats
     return np.asarray((uy * (along - 1.18 * radius) - ux * across) / math.hypot(ux, uy))
 
 
-def coverage(shape: str, path: Path, height: int, width: int) -> Floats:
-    """How much of each pixel the shape covers, with antialiased edges: [T, H, W] in 0..1."""
+def coverage(shape: str, path: Path, height: int, width: int, border: float | None = None) -> Floats:
+    """How much of each pixel the shape, or only its border of that width, covers, antialiased: [T, H, W] in 0..1."""
     ys, xs = np.arange(height, dtype=np.float32) + 0.5, np.arange(width, dtype=np.float32) + 0.5
     dx = xs[None, None, :] - path.x[:, None, None]
     dy = ys[None, :, None] - path.y[:, None, None]
     dx, dy = np.broadcast_arrays(dx, dy)
-    return np.asarray(np.clip(0.5 - distance(shape, dx, dy, path.radius[:, None, None]), 0, 1))
+    d = distance(shape, dx, dy, path.radius[:, None, None])
+    if border is not None:
+        d = np.abs(d + border / 2) - border / 2
+    return np.asarray(np.clip(0.5 - d, 0, 1))
+
+
+def grid_lines(height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Which pixels belong to a grid's lines: [H, W]."""
+    y, x = (np.arange(size) % GRID_PERIOD < GRID_WIDTH for size in (height, width))
+    return y[:, None] | x
 
 
 def _paint(color: str, rng: random.Random) -> Floats:
     return np.asarray([min(255, max(0, value + rng.uniform(-6, 6))) for value in PALETTE[color]], np.float32)
 
 
-def render(scene: Scene, frames: int, height: int, width: int, rng: random.Random, crop: int | None = None) -> Floats:
+def render(
+    scene: Scene,
+    frames: int,
+    height: int,
+    width: int,
+    rng: random.Random,
+    crop: int | None = None,
+    effects: Collection[str] = (),
+) -> Floats:
     """Draws a clip, [T, H, W, 3] in 0..255; with `crop`, a crop x crop window that cuts the shape's edge."""
     path = draw_path(scene, frames, height, width, rng)
     if crop is not None:
@@ -217,14 +243,22 @@ def render(scene: Scene, frames: int, height: int, width: int, rng: random.Rando
         left = path.x[middle] + off * math.cos(angle) - crop / 2
         top = path.y[middle] + off * math.sin(angle) - crop / 2
         path, height, width = Path(path.x - left, path.y - top, path.radius), crop, crop
-    alpha = coverage(scene.shape, path, height, width)[..., None]
+    border = OUTLINE_WIDTH if "outline" in effects else None
+    alpha = coverage(scene.shape, path, height, width, border)[..., None]
     shape, ground = _paint(scene.color, rng), _paint(scene.background, rng)
+    if "grid" in effects:
+        ground = np.where(grid_lines(height, width)[..., None], _paint(TONES[scene.background], rng), ground)
     return np.asarray(ground + (shape - ground) * alpha, np.float32)
 
 
 def render_batch(
-    scenes: Sequence[Scene], frames: int, size: int, rng: random.Random, crop: int | None = None
+    scenes: Sequence[Scene],
+    frames: int,
+    size: int,
+    rng: random.Random,
+    crop: int | None = None,
+    effects: Collection[str] = (),
 ) -> Floats:
     """Draws clips for training: [B, 3, T, H, W] in -1..1."""
-    clips = np.stack([render(scene, frames, size, size, rng, crop) for scene in scenes])
+    clips = np.stack([render(scene, frames, size, size, rng, crop, effects) for scene in scenes])
     return np.ascontiguousarray(clips.transpose(0, 4, 1, 2, 3) / 127.5 - 1, dtype=np.float32)

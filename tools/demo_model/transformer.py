@@ -24,7 +24,7 @@ TEXT_RATE = 0.15 * RATE
 WARM_UP = 100
 CONSTANT = 0.4
 """The part of the steps before the cosine sets in."""
-POLISH_RATE = 0.35
+POLISH_RATE = 0.5
 """The rate's factor where the last steps, the polish, begin; a cosine follows."""
 HARD_SHAPE, HARD_SHARE = "star", 0.6
 """What is hardest to draw, and the part of the twins of the polish that have one."""

@@ -1,0 +1,99 @@
+"""Two workers of the embedded model, killed at any moment: the job is made again, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+import psutil
+import pytest
+import pytest_asyncio
+
+from sgld.config import Settings
+from sgld.engine.engine import Engine
+from sgld.errors import WorkerDied
+from sgld.messages import Event, Frames, Progress
+from sgld.params import SamplingParams, resolve
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 1, "num_inference_steps": 4, "seed": 3}
+
+
+def asked(engine: Engine) -> SamplingParams:
+    assert engine.info is not None
+    return resolve(REQUEST, engine.info)[0]
+
+
+def ignore(_: Event) -> None:
+    pass
+
+
+def kill_at(engine: Engine, stage: str, step: int, rank: int) -> Callable[[Event], None]:
+    """Kills that worker the first time that stage comes to that step."""
+    victims = [engine.group.pids[rank]]
+
+    def follow(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == (stage, step) and victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+
+    return follow
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[Engine]:
+    async with Engine(Settings(num_gpus=2, worker_retries=1)) as engine:
+        await engine.load(ignore)
+        yield engine
+
+
+async def made(engine: Engine, follow: Callable[[Event], None] = ignore) -> Frames:
+    return (await engine.generate("job", asked(engine), follow)).frames.array.copy()
+
+
+@pytest.mark.parametrize(("stage", "step", "rank"), [
+    ("encode", 0, 0), ("encode", 0, 1), ("denoise", 0, 1), ("denoise", 4, 0), ("decode", 0, 0),
+])  # fmt: skip
+async def test_a_job_is_made_again_and_those_that_wait_are_made(
+    engine: Engine, stage: str, step: int, rank: int
+) -> None:
+    expected = await made(engine)
+    restarts = engine.group.restarts
+    killed, queued = await asyncio.gather(made(engine, kill_at(engine, stage, step, rank)), made(engine))
+    assert engine.group.restarts == restarts + 1, "nobody was killed"
+    assert np.array_equal(killed, expected)
+    assert np.array_equal(queued, expected)
+
+
+async def test_nothing_is_left_of_the_killed(engine: Engine) -> None:
+    us = psutil.Process()
+    await made(engine)
+    descriptors, children = us.num_fds(), len(us.children(recursive=True))
+    for rank in (0, 1, 0):
+        await made(engine, kill_at(engine, "denoise", 0, rank))
+    assert us.num_fds() == descriptors
+    assert len(us.children(recursive=True)) == children
+    assert not [child for child in us.children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+async def test_a_job_that_always_kills_fails_in_the_end() -> None:
+    async with Engine(Settings(worker_retries=1)) as engine:
+        await engine.load(ignore)
+
+        def kill_always(event: Event) -> None:
+            if isinstance(event, Progress) and event.stage == "encode" and event.step == 0:
+                os.kill(engine.group.pids[0], signal.SIGKILL)
+
+        with pytest.raises(WorkerDied):
+            await engine.generate("job", asked(engine), kill_always)
+        assert engine.group.restarts == 2
+        await made(engine)
+
+
+async def test_two_groups_on_one_machine_keep_apart() -> None:
+    async with Engine(Settings(num_gpus=2)) as one, Engine(Settings(num_gpus=2, ulysses_degree=2)) as other:
+        await asyncio.gather(one.load(ignore), other.load(ignore))
+        branches, heads = await asyncio.gather(made(one), made(other))
+    assert np.abs(branches.astype(int) - heads.astype(int)).max() <= 1

@@ -1,0 +1,181 @@
+"""Benchmarks of several workers sharing one picture: a random Wan of about 300 M parameters, over gloo.
+
+ulysses, ring   one denoising step on two workers against one; bytes that a worker sends in it, against the formula
+cfg             two guidance branches on two workers, against one after the other on one
+
+Each worker has one thread. One worker and two take turns in one run, on the same weights; the table has the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgld.messages import Seat
+from sgld.models.wan import TextKeys, WanConfig, WanTransformer
+from sgld.nn.attention import TORCH
+from sgld.nn.parallel import Axis, Degrees, Mesh
+from sgld.platform import Cpu
+
+CONFIG = WanConfig(
+    num_attention_heads=8, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=512, freq_dim=256,
+    ffn_dim=4096, num_layers=18,
+)  # fmt: skip
+LENGTHS = {768: (3, 32, 32), 2304: (9, 32, 32)}  # tokens: latent frames, height and width
+WAYS = {"ulysses": Degrees(ulysses=2), "ring": Degrees(ring=2), "cfg": Degrees(cfg=2)}
+AIMS = {("ulysses", 768): 1.8, ("ulysses", 2304): 1.93, ("cfg", 768): 1.95, ("cfg", 2304): 1.95}
+TEXT_TOKENS = 64
+
+
+class Counter:
+    """Bytes that this rank sends to others; the formulas count attention alone, so this does too."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        all_to_all, exchange = Axis.all_to_all, Axis.pass_on
+
+        def counted(axis: Axis, x: torch.Tensor) -> torch.Tensor:
+            self.sent += x.nbytes * (axis.size - 1) // axis.size
+            return all_to_all(axis, x)
+
+        def passed(axis: Axis, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+            self.sent += x.nbytes
+            return exchange(axis, x)
+
+        Axis.all_to_all, Axis.pass_on = counted, passed  # type: ignore[method-assign, assignment]
+
+
+def formula(way: str, tokens: int, workers: int = 2) -> int:
+    """Bytes that one worker sends in a step: four times its tokens' share (q, k, v, output), or keys and values."""
+    own = tokens // workers * CONFIG.dim * 4
+    return CONFIG.num_layers * (4 * own * (workers - 1) // workers if way == "ulysses" else 2 * own * (workers - 1))
+
+
+def new_transformer(mesh: Mesh) -> WanTransformer:
+    """The same random weights on every rank."""
+    torch.manual_seed(0)
+    model = WanTransformer(CONFIG, mesh, TORCH).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    return model
+
+
+def measure(mesh: Mesh, way: str, repeat: int) -> dict[int, dict[str, float]]:
+    """Seconds of a step on one worker and on two, by tokens; the bytes sent, and how far the answers are apart."""
+    alone = new_transformer(Mesh.solo())
+    split = mesh.split(WAYS[way])
+    shared = WanTransformer(CONFIG, split, TORCH).eval().requires_grad_(False)
+    shared.load_state_dict(alone.state_dict(), assign=True)
+    keys = alone.read(torch.randn(2, TEXT_TOKENS, CONFIG.text_dim, generator=torch.Generator().manual_seed(1)))
+    counter = Counter()
+    return {tokens: _turns(mesh, way, split, alone, shared, keys, tokens, repeat, counter) for tokens in LENGTHS}
+
+
+@torch.inference_mode()
+def _turns(
+    mesh: Mesh, way: str, split: Mesh, alone: WanTransformer, shared: WanTransformer, keys: TextKeys, tokens: int,
+    repeat: int, counter: Counter,
+) -> dict[str, float]:  # fmt: skip
+    x = torch.randn(1, CONFIG.in_channels, *LENGTHS[tokens], generator=torch.Generator().manual_seed(2))
+    t = torch.tensor(500.0)
+
+    def one() -> torch.Tensor:
+        rows = (0, 1) if way == "cfg" else (0,)
+        return torch.cat([alone(x, t, keys.row(row)) for row in rows])
+
+    def both() -> torch.Tensor:
+        if way == "cfg":
+            return split.cfg.gather(shared(x, t, keys.row(split.cfg.index)), 0)
+        step: torch.Tensor = shared(x, t, keys.row(0))
+        return step
+
+    singles, doubles, apart = [], [], 0.0
+    for turn in range(repeat + 1):
+        counter.sent = 0
+        started = time.perf_counter()
+        single = one() if mesh.rank == 0 else None
+        middle = time.perf_counter()
+        mesh.meet()
+        begun = time.perf_counter()
+        double = both()
+        mesh.meet()
+        ended = time.perf_counter()
+        if turn and single is not None:
+            singles.append(middle - started)
+            doubles.append(ended - begun)
+            apart = max(apart, float((single - double).abs().max()))
+    if mesh.rank:
+        return {}
+    pairs = [a / b for a, b in zip(singles, doubles, strict=True)]
+    return {
+        "one worker, s": statistics.median(singles),
+        "two workers, s": statistics.median(doubles),
+        "speed-up": statistics.median(pairs),
+        "largest difference": apart,
+        "bytes sent": counter.sent,
+    }
+
+
+def _rank(rank: int, store: Path, way: str, repeat: int, out: Connection) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    mesh = Mesh.join(Seat(rank, 2, store, 600), Cpu())
+    out.send(measure(mesh, way, repeat))
+    mesh.leave()
+
+
+def run(way: str, repeat: int) -> dict[int, dict[str, float]]:
+    """`measure` in two processes; the first one's figures."""
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe() for _ in range(2)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, Path(folder) / "store", way, repeat, pipe[1]), daemon=True)
+            for rank, pipe in enumerate(pipes)
+        ]
+        for process in ranks:
+            process.start()
+        answer: dict[int, dict[str, float]] = pipes[0][0].recv()
+        for process in ranks:
+            process.join()
+    return answer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, and prints a table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ways", nargs="*", choices=[*WAYS, []], help="which to run (default: all)")
+    parser.add_argument("--repeat", type=int, default=3, help="counted turns (default: 3)")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args(argv)
+    figures: dict[str, Any] = {}
+    print("| way | tokens | one worker, s | two workers, s | speed-up | aim | MB sent | by the formula | apart |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for way in args.ways or WAYS:
+        figures[way] = run(way, args.repeat)
+        for tokens, seen in figures[way].items():
+            sent = f"{seen['bytes sent'] / 1e6:.2f} | {formula(way, tokens) / 1e6:.2f}" if way != "cfg" else " | "
+            print(
+                f"| {way} | {tokens} | {seen['one worker, s']:.2f} | {seen['two workers, s']:.2f} "
+                f"| {seen['speed-up']:.2f} | {AIMS.get((way, tokens), '')} | {sent} "
+                f"| {seen['largest difference']:.1e} |",
+                flush=True,
+            )
+    print(json.dumps(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
