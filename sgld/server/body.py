@@ -273,8 +273,9 @@ def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
     """The names among these that a request may set, and their aliases."""
     for fields in known:
         for name, field in fields.items():
-            if name not in LOCAL_FILES and not knob_of(field).pending:
-                yield from (name, *knob_of(field).aliases)
+            knob = knob_of(field)
+            if name not in LOCAL_FILES and (knob.built or not knob.pending):
+                yield from (name, *knob.aliases)
 
 
 @contextmanager

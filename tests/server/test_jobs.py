@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from PIL import Image
 
 from sgld.config import Settings
 from sgld.engine.engine import Engine
@@ -248,7 +249,7 @@ async def test_an_idempotency_key_makes_one_job(start: Start) -> None:
 async def test_an_idempotency_key_belongs_to_one_address(start: Start) -> None:
     client = await start()
     first, other = [await client.create(seed=seed) for seed in (1, 2)]
-    options = {"json": {"prompt": "{}"}, "headers": {"Idempotency-Key": "remix"}}
+    options: dict[str, Any] = {"json": {"prompt": "{}"}, "headers": {"Idempotency-Key": "remix"}}
     status, remix = await client.call("POST", f"/v1/videos/{first['id']}/remix", **options)
     assert (status, remix["remixed_from_video_id"]) == (200, first["id"])
     assert (await client.call("POST", f"/v1/videos/{first['id']}/remix", **options))[1]["id"] == remix["id"]
@@ -271,7 +272,7 @@ async def test_a_repeat_does_not_hang_on_a_request_that_was_given_up(start: Star
     """The first client leaves before its job is in the journal; the second one's job is its own, and is made."""
     client = await start()
     store = client.app[SERVICE].jobs
-    options = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "given up"}}
+    options: dict[str, Any] = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "given up"}}
     async with asyncio.timeout(20):
         with busy(tmp_path):
             first = asyncio.create_task(client.call("POST", path, **options))
@@ -295,7 +296,7 @@ async def test_a_repeat_does_not_hang_on_a_request_that_was_given_up(start: Star
 
 async def test_repeats_on_a_full_disk_are_all_refused(start: Start) -> None:
     client = await start()
-    options = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "full"}}
+    options: dict[str, Any] = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "full"}}
     with full_disk(1):
         calls = [client.call("POST", "/v1/images/generations", **options) for _ in range(4)]
         async with asyncio.timeout(20):
@@ -305,7 +306,7 @@ async def test_repeats_on_a_full_disk_are_all_refused(start: Start) -> None:
 
 async def test_a_repeat_whose_picture_has_vanished_is_made_anew(start: Start, tmp_path: Path) -> None:
     client = await start()
-    options = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "vanished"}}
+    options: dict[str, Any] = {"json": {"prompt": "{}", "seed": 1}, "headers": {"Idempotency-Key": "vanished"}}
     path = "/v1/images/generations"
     first, same = [(await client.call("POST", path, **options))[1]["id"] for _ in range(2)]
     next((tmp_path / "out").glob("image_*")).unlink()
@@ -337,6 +338,8 @@ async def test_a_job_is_queued_while_the_workers_restart(start: Start) -> None:
     client = await start()
     engine = client.app[SERVICE].engine
     engine.kill()
+    while engine.state != "restarting":
+        await asyncio.sleep(0.001)
     video, seen = await client.create(), []
     while video["status"] not in ("completed", "failed"):
         seen.append((engine.state, video["status"]))
@@ -422,7 +425,8 @@ async def test_keys_own_their_jobs(start: Start) -> None:
 async def test_keys_take_turns(start: Start) -> None:
     """Ten jobs of one key wait; another key's only one is made second, not eleventh."""
     client = await start(KEYS)
-    running = await client.create(SLOW, key=ALICE)
+    running = await client.create(SLOW, key=ALICE, num_inference_steps=30)
+    await client.until(running, "in_progress", key=ALICE)
     many = [await client.create(key=ALICE) for _ in range(10)]
     one = await client.create(key=BOB)
     assert one["queue_position"] <= 2
@@ -469,7 +473,12 @@ async def test_content_variants_and_ranges(start: Start, tmp_path: Path, monkeyp
     async with client.session.get(path, headers={"If-None-Match": tag}) as answer:
         assert answer.status == 304
     decoded: list[int] = []
-    monkeypatch.setattr(outputs, "_tiles", lambda *given: decoded.append(1) or tiles(*given))
+
+    def counted(*given: Any) -> Iterator[Image.Image]:
+        decoded.append(1)
+        return tiles(*given)
+
+    monkeypatch.setattr(outputs, "_tiles", counted)
     for variant in ("thumbnail", "spritesheet"):
         small = f"{path}?variant={variant}"
         async with client.session.get(small) as answer:
