@@ -530,8 +530,6 @@ def _check_degrees(settings: Settings) -> None:
     if s.ulysses_degree and s.ring_degree and s.ulysses_degree * s.ring_degree != sequence:
         product = f"{s.ulysses_degree} x ring_degree {s.ring_degree}"
         raise BadRequest(f"ulysses_degree: {product} workers are not {among}; leave one out{hint}", "ulysses_degree")
-    if s.parallel_decode and s.num_gpus == 1:
-        raise BadRequest("vae_sp: it has no effect with one worker (num_gpus 1); leave it out", "vae_sp")
     if s.vae_sp and s.vae_config.use_parallel_decode is False:
         path = "vae_config.use_parallel_decode"
         raise BadRequest(f"{path}: false contradicts vae_sp true; leave one out", path)

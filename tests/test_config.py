@@ -48,7 +48,6 @@ def test_words_become_values_of_their_type_or_stay_words(text: str, kind: Any, v
     [
         ({"num_gpus": 4, "sp_degree": 2},
          "sp_degree: 2 workers are not the 4 that share a sequence (num_gpus 4); leave it out, or set enable_cfg_par"),
-        ({"vae_sp": True}, "vae_sp: it has no effect with one worker (num_gpus 1); leave it out"),
         ({"num_gpus": 2, "vae_sp": True, "vae_config": {"use_parallel_decode": False}},
          "vae_config.use_parallel_decode: false contradicts vae_sp true; leave one out"),
         ({"num_gpus": 4, "ring_degree": 4, "enable_cfg_parallel": True},
