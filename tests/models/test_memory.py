@@ -8,7 +8,7 @@ import torch
 
 import sgld
 from sgld.errors import TooLarge
-from sgld.nn.parallel import Mesh
+from sgld.nn.parallel import Axis, Mesh
 from sgld.params import resolve
 from sgld.platform import Cpu, available_memory, room_in_groups
 from tests.models.conftest import generate, load
@@ -88,7 +88,7 @@ def test_a_cuda_rank_counts_its_own_share(twins: Path) -> None:
     family = load(twins / "wan21")
     assert isinstance(family, Wan)
     together = family._memory()
-    family._platform, family._mesh = Apart(), Mesh(0, 2, torch.device("cpu"))
+    family._platform, family._mesh = Apart(), Mesh(0, 2, torch.device("cpu"), tokens=Axis((0, 1)))
     apart = family._memory()
     assert apart.token < together.token < 2 * apart.token
     assert apart.pixel == together.pixel

@@ -63,7 +63,7 @@ def test_conv_by_frames_equals_conv3d() -> None:
     x = torch.randn(6, 5, 4, 4)
     padded = torch.nn.functional.pad(x.transpose(0, 1), (0, 0, 0, 0, 2, 0))
     expected = torch.nn.functional.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1)).transpose(0, 1)
-    past: module.Past = {}
+    past = module.Past()
     assert (torch.cat([conv(x[:1], past), conv(x[1:], past)]) - expected).abs().max() < 1e-4
 
 
