@@ -333,15 +333,13 @@ def test_what_is_set_outlives_a_killed_server(folder: Path, tmp_path: Path) -> N
         with_a = finished(server, make(prompt=PROMPT, extra_body=asked).id)
         assert with_a != third, "the control: the adapter is seen"
         held = caller.do("list_loras")
-        make(prompt=PROMPT, extra_body={"num_inference_steps": 1000})
+        long = make(prompt=PROMPT, extra_body={"num_inference_steps": 1000}).id
         waiting = make(prompt=PROMPT, extra_body=asked).id
         kill(server)
 
         server, caller = start(*flags)
         assert caller.do("list_loras") == held
-        for video in server.client.videos.list():
-            if video.status == "in_progress":
-                server.client.videos.delete(video.id)
+        server.client.videos.delete(long)
         assert finished(server, waiting) == with_a
         caller.do("unmerge_lora_weights")
         plain = caller.picture()
