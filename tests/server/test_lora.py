@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import openai
 import pytest
@@ -304,14 +305,20 @@ def kill(server: Server) -> None:
     server.client.close()
 
 
-def finished(server: Server, id: str) -> bytes:
-    """The file of a video, once it is completed."""
+def finished(server: Server, id: str) -> np.ndarray:
+    """The frames of a video, once it is completed."""
     deadline = time.monotonic() + 100
     while (video := server.client.videos.retrieve(id)).status not in ("completed", "failed"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert video.status == "completed", video.error
-    return server.client.videos.download_content(id).content
+    with av.open(io.BytesIO(server.client.videos.download_content(id).content)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean difference of 255; the same frames, encoded twice, may differ a little."""
+    return float(np.abs(a.astype(int) - b).mean())
 
 
 def test_what_is_set_outlives_a_killed_server(folder: Path, tmp_path: Path) -> None:
@@ -331,7 +338,7 @@ def test_what_is_set_outlives_a_killed_server(folder: Path, tmp_path: Path) -> N
         third = finished(server, make(prompt=PROMPT, extra_body=asked).id)
         caller.do("set_lora", {"lora_nickname": "a", "lora_path": str(folder / "a.safetensors"), "strength": 0.5})
         with_a = finished(server, make(prompt=PROMPT, extra_body=asked).id)
-        assert with_a != third, "the control: the adapter is seen"
+        assert apart(with_a, third) > 2, "the control: the adapter is seen"
         held = caller.do("list_loras")
         long = make(prompt=PROMPT, extra_body={"num_inference_steps": 1000}).id
         waiting = make(prompt=PROMPT, extra_body=asked).id
@@ -340,7 +347,7 @@ def test_what_is_set_outlives_a_killed_server(folder: Path, tmp_path: Path) -> N
         server, caller = start(*flags)
         assert caller.do("list_loras") == held
         server.client.videos.delete(long)
-        assert finished(server, waiting) == with_a
+        assert apart(finished(server, waiting), with_a) < 0.5
         caller.do("unmerge_lora_weights")
         plain = caller.picture()
         kill(server)
