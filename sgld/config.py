@@ -336,7 +336,6 @@ class Settings:
         "text", "lines for people, or one JSON object a line", group=LOGGING, choices=("text", "json")
     )
 
-    @property
     def node_address(self) -> tuple[str, int]:
         """Host and port of `dist_init_addr`. Raises BadRequest where there is none."""
         if self.dist_init_addr is None:
@@ -545,7 +544,7 @@ def _check_nodes(settings: Settings) -> None:
     if s.num_gpus % s.nnodes:
         raise BadRequest(f"nnodes: {s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes", "nnodes")
     if s.nnodes > 1:
-        s.node_address  # noqa: B018
+        s.node_address()
     elif s.dist_init_addr is not None:
         raise BadRequest("dist_init_addr: it has no effect without nnodes above 1", "dist_init_addr")
 

@@ -141,7 +141,7 @@ class Engine:
                 except WorkerDied as error:
                     if not tries or self.state == "stopped":
                         raise
-                    log.warning("%s: %s; it is tried again", job_id, error)
+                    log.warning("%s; the output is tried again", error)
                     error.__traceback__ = None  # it holds this frame, and with it what the next try makes
         self._note_return()
         return media

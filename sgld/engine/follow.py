@@ -42,7 +42,7 @@ def _one_group(settings: Settings, target: Callable[[Seat, Connection], None]) -
     processes: list[BaseProcess] = []
     try:
         for rank in ranks:
-            lines.append(_reach(settings.node_address, Hello.of(settings, rank)))
+            lines.append(_reach(settings.node_address(), Hello.of(settings, rank)))
         try:
             seats = _seats(lines)
         except (EOFError, OSError):

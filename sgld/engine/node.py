@@ -110,7 +110,7 @@ class Gate:
 
     def __init__(self, settings: Settings):
         self.nnodes = settings.nnodes
-        self.address = settings.node_address
+        self.address = settings.node_address()
         self._own = Hello.of(settings, 0)
         self._patience_s = settings.dist_timeout
         self._listener: socket.socket | None = None
