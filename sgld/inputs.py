@@ -40,6 +40,17 @@ def size_of(path: str) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
+def upright(path: str) -> Image.Image:
+    """A picture file as RGB, turned as its EXIF orientation says, on white; of an animation the first frame.
+
+    Raises:
+        BadRequest: it is missing, damaged or no picture.
+        TooLarge: it has more than `MAX_PIXELS` pixels.
+    """
+    with _opened(path, PICTURE) as image:
+        return _on_white(ImageOps.exif_transpose(image))
+
+
 def read(picture: str, mask: str | None, width: int, height: int) -> Input:
     """A picture file and its mask, if any, scaled to cover that size in pixels and cut to it about the centre.
 
@@ -51,12 +62,11 @@ def read(picture: str, mask: str | None, width: int, height: int) -> Input:
             that leaves nothing to paint.
         TooLarge: more than `MAX_PIXELS` pixels.
     """
-    with _opened(picture, PICTURE) as image:
-        upright = _on_white(ImageOps.exif_transpose(image))
-    pixels = _fit(upright, width, height, Image.Resampling.LANCZOS)
+    whole = upright(picture)
+    pixels = _fit(whole, width, height, Image.Resampling.LANCZOS)
     if mask is None:
         return Input(pixels, None)
-    weights = _fit(read_mask(mask, upright.size), width, height, Image.Resampling.BOX)
+    weights = _fit(read_mask(mask, whole.size), width, height, Image.Resampling.BOX)
     if weights.max() < PAINTED:
         raise BadRequest(f"{MASK}: {mask!r} leaves nothing to paint once it is cut to {width}x{height} pixels", MASK)
     return Input(pixels, weights)

@@ -226,6 +226,14 @@ class Tokens:
     latent: int = 0
 
 
+@attrs.frozen(eq=False)
+class Audio:
+    """Sound as it leaves rank 0; seconds of it are small enough to be pickled."""
+
+    samples: npt.NDArray[np.float32]  # [channels, samples] in [-1, 1]
+    rate: int  # samples a second
+
+
 @attrs.frozen
 class Media:
     """A finished output as it leaves rank 0."""
@@ -235,6 +243,7 @@ class Media:
     seed: int
     timings: Timings
     tokens: Tokens = Tokens()
+    audio: Audio | None = None
 
 
 class SharedFrames:

@@ -106,7 +106,12 @@ class SamplingParams:
         None, "guidance of the second expert", group=SAMPLING, per_model=True, min=0, max=1000
     )
     true_cfg_scale: float | None = knob(
-        None, "real guidance of a guidance-distilled model", group=SAMPLING, min=0, pending="guidance-distilled models"
+        None,
+        "classifier-free guidance where guidance_scale is the model's input",
+        group=SAMPLING,
+        min=0,
+        max=1000,
+        per_model=True,
     )
     guidance_rescale: float = knob(
         0.0,
@@ -117,7 +122,12 @@ class SamplingParams:
         pending="guidance rescale",
     )
     cfg_normalization: float = knob(
-        0.0, "bound the guided prediction's norm", group=SAMPLING, min=0, pending="guidance normalization"
+        0.0,
+        "bound the guided prediction's norm to that many times the unguided one's; 0: no bound",
+        group=SAMPLING,
+        min=0,
+        max=1000,
+        per_model=True,
     )
     cfg_gate_step: int | None = knob(None, "last step with guidance", group=SAMPLING, min=0, pending="gated guidance")
     boundary_ratio: float | None = knob(
@@ -292,6 +302,9 @@ class ModelInfo:
     max_tokens: int | None = None  # of a prompt, at most; None: as many as max_sequence_length takes
     memory: Memory | None = None
     max_pictures: int = 0  # of `image_path`
+    min_pictures: int = 0
+    starts_from_picture: bool = True  # denoising begins in the middle, at the picture; else the model looks at it
+    takes_picture_size: bool = True  # a request without a size takes the picture's shape
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
 

@@ -1,13 +1,14 @@
 """Random tiny twins of real checkpoints, made with diffusers' and transformers' own classes.
 
-python tools/tiny.py wan21 FOLDER
-python tools/tiny.py wan22-a14b FOLDER
+python -m tools.tiny wan21 FOLDER
+python -m tools.tiny wan21 FOLDER --cache
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -44,17 +45,36 @@ def make_wan22_a14b(folder: Path, **transformer: Any) -> Path:
     return folder
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {"wan21": make_wan21, "wan22-a14b": make_wan22_a14b}
+def makers() -> dict[str, Callable[[Path], Path]]:
+    """The makers of all twins, by name."""
+    found: dict[str, Callable[[Path], Path]] = {"wan21": make_wan21, "wan22-a14b": make_wan22_a14b}
+    for module in _families():
+        found |= module.MAKERS
+    return found
+
+
+def real_names() -> dict[str, str]:
+    """The repository that each twin stands for, by name."""
+    found = dict(REAL_NAMES)
+    for module in _families():
+        found |= module.REAL_NAMES
+    return found
+
+
+def _families() -> list[Any]:
+    """Modules with MAKERS, name -> maker of a folder, and REAL_NAMES, name -> repository."""
+    files = sorted((Path(__file__).parent / "twins").glob("*.py"))
+    return [importlib.import_module(f"tools.twins.{file.stem}") for file in files]
 
 
 def make_cache(name: str, cache: Path) -> Path:
     """That twin under its real name in a Hugging Face cache folder; returns the snapshot."""
-    real = REAL_NAMES[name]
+    real = real_names()[name]
     repository = cache / f"models--{real.replace('/', '--')}"
     commit = hashlib.sha1(real.encode(), usedforsecurity=False).hexdigest()
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
-    return MAKERS[name](repository / "snapshots" / commit)
+    return makers()[name](repository / "snapshots" / commit)
 
 
 def set_scheduler(folder: Path, name: str, **config: Any) -> None:
@@ -78,12 +98,12 @@ def _make(folder: Path, changes: dict[str, Any], experts: int, flow_shift: float
     vae = AutoencoderKLWan(**VAE)
     text = UMT5EncoderModel(UMT5Config(**TEXT, feed_forward_proj="gated-gelu"))
     for module in transformers:
-        _stir(module, 0.15)
+        stir(module, 0.15)
     for module in (vae, text):
-        _stir(module, 0.05)
+        stir(module, 0.05)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     WanPipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder=text,
         vae=vae,
         scheduler=scheduler,
@@ -93,7 +113,7 @@ def _make(folder: Path, changes: dict[str, Any], experts: int, flow_shift: float
     ).save_pretrained(folder)
 
 
-def _stir(module: Any, deviation: float) -> None:
+def stir(module: Any, deviation: float) -> None:
     """Make every weight matter: nothing zero, nothing one."""
     import torch
 
@@ -102,7 +122,7 @@ def _stir(module: Any, deviation: float) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=deviation)
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -118,11 +138,11 @@ def _tokenizer() -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MAKERS)
+    parser.add_argument("model", choices=makers())
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cache", action="store_true", help="lay FOLDER out as a Hugging Face cache")
     given = parser.parse_args()
-    print(make_cache(given.model, given.folder) if given.cache else MAKERS[given.model](given.folder))
+    print(make_cache(given.model, given.folder) if given.cache else makers()[given.model](given.folder))
 
 
 if __name__ == "__main__":

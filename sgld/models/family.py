@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import attrs
+import torch
+from PIL.Image import Image
 from torch import Generator, Tensor
 
 from sgld.nn.lora import LoraLayers
@@ -24,6 +26,24 @@ class Conditioning:
     latent_tokens: int = attrs.field(default=0, kw_only=True)  # that the denoiser works on
 
 
+@attrs.frozen
+class Schedule:
+    """The noise levels of one generation, where they are not the scheduler's own."""
+
+    shift: float | None = None  # of time; None: the checkpoint's
+    mu: float | None = None  # of time, for a scheduler that shifts by the length of the sequence
+    sigmas: Sequence[float] | None = None  # before they are shifted; None: evenly spaced, as the scheduler has them
+    exact: bool = False  # whether `sigmas` are to be taken as they are, without a shift
+
+
+@attrs.frozen
+class Sound:
+    """What is heard: float32 [channels, samples] in [-1, 1]."""
+
+    samples: Tensor
+    rate: int  # samples a second
+
+
 class Family(ABC):
     """The pieces of one generation, in the order the sampler calls them."""
 
@@ -33,8 +53,11 @@ class Family(ABC):
     lora: Mapping[str, LoraLayers] = MappingProxyType({})  # by component
 
     @abstractmethod
-    def encode(self, params: SamplingParams) -> tuple[Conditioning, list[str]]:
-        """The prompt (and negative prompt, when guidance is on) as conditioning, and warnings for the user."""
+    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+        """The prompt (and negative prompt, when guidance is on) as conditioning, and warnings for the user.
+
+        `pictures` are RGB and upright, as they are in their files; none where `info.starts_from_picture`.
+        """
 
     @abstractmethod
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
@@ -43,9 +66,13 @@ class Family(ABC):
     def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
         """Frames [N, 3, H, W] in [-1, 1] to latents like `noise`'s; called on rank 0 alone.
 
-        Only where `info.max_pictures` is more than 0.
+        Only where `info.starts_from_picture`.
         """
         raise NotImplementedError
+
+    def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
+        """The noise levels, for latents like `x`."""
+        return Schedule(params.flow_shift)
 
     @abstractmethod
     def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
@@ -58,6 +85,14 @@ class Family(ABC):
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         """The guidance scale that holds at time `t`."""
 
+    def guide(self, positive: Tensor, negative: Tensor, scale: float, params: SamplingParams) -> Tensor:
+        """Classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598), in float32."""
+        return torch.lerp(negative.float(), positive.float(), scale)
+
+    def settle(self, x: Tensor, condition: Any) -> Tensor:
+        """Latents as `decode` takes them, where the conditioning prescribes a part of them."""
+        return x
+
     @abstractmethod
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
         """One frame of an estimate of the clean latents, the first: u8 [1, H, W, 3], else as `decode`."""
@@ -65,6 +100,10 @@ class Family(ABC):
     @abstractmethod
     def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         """Latents to frames: u8 [N, H, W, 3] on the CPU; ranks other than 0 may answer with none."""
+
+    def sound(self, x: Tensor, pulse: Callable[[], None]) -> Sound | None:
+        """What is heard, on rank 0; called after `decode`."""
+        return None
 
     def rest(self) -> None:  # noqa: B027 - few families have anything to do
         """Called after each output, made or not: weights that are offloaded may go."""

@@ -343,15 +343,24 @@ class Vae:
             rows.append([self.whole(z[..., i : i + t.height // s, j : j + t.width // s], pulse) for j in columns])
         if self.rows.index:
             return rows[0][0]  # the first rank joins them
-        joined = []
-        for i, row in enumerate(rows):
-            for j, tile in enumerate(row):
-                if i:
-                    fade(rows[i - 1][j], tile, t.height - t.stride_height, -2)
-                if j:
-                    fade(row[j - 1], tile, t.width - t.stride_width, -1)
-            joined.append(torch.cat([tile[..., : t.stride_height, : t.stride_width] for tile in row], -1))
-        return torch.cat(joined, -2)[..., : H * s, : W * s]
+        return join_tiles(rows, t)[..., : H * s, : W * s]
+
+
+def join_tiles(rows: list[list[Tensor]], t: Tiling, shrunk: int = 1) -> Tensor:
+    """One picture of rows of tiles, each faded into the ones above and to the left; `shrunk` is pixels for each cell.
+
+    The tiles are changed.
+    """
+    height, width = t.stride_height // shrunk, t.stride_width // shrunk  # of what is kept of a tile
+    joined = []
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            if i:
+                fade(rows[i - 1][j], tile, t.height // shrunk - height, -2)
+            if j:
+                fade(row[j - 1], tile, t.width // shrunk - width, -1)
+        joined.append(torch.cat([tile[..., :height, :width] for tile in row], -1))
+    return torch.cat(joined, -2)
 
 
 def levels(video: Tensor) -> Tensor:

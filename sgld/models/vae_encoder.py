@@ -25,7 +25,7 @@ from sgld.models.vae import (
     RMSNorm,
     Tiling,
     WanVaeConfig,
-    fade,
+    join_tiles,
     vae_config,
 )
 from sgld.nn.weights import Keeper, load_module, weight_files
@@ -182,20 +182,11 @@ class VaeEncoder:
         """Tile by tile, each faded into the ones above and to the left."""
         s = self.spatial
         H, W = x.shape[2:]
-        height, width = t.stride_height // s, t.stride_width // s  # of what is kept of a tile
         rows: list[list[Tensor]] = []
         for i in range(0, H, t.stride_height):
             columns = range(0, W, t.stride_width)
             rows.append([self.module(x[..., i : i + t.height, j : j + t.width], pulse) for j in columns])
-        joined = []
-        for i, row in enumerate(rows):
-            for j, tile in enumerate(row):
-                if i:
-                    fade(rows[i - 1][j], tile, t.height // s - height, -2)
-                if j:
-                    fade(row[j - 1], tile, t.width // s - width, -1)
-            joined.append(torch.cat([tile[..., :height, :width] for tile in row], -1))
-        return torch.cat(joined, -2)[..., : H // s, : W // s]
+        return join_tiles(rows, t, s)[..., : H // s, : W // s]
 
 
 def has_encoder(folder: Path) -> bool:

@@ -6,7 +6,7 @@ The attribute names of the transformer are the keys of the diffusers checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,25 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Generator, Tensor, nn
 
-from sgld.config import TRANSFORMERS, Settings
-from sgld.convert import structure
-from sgld.errors import BadRequest, ModelError, NotBuilt
+from sgld.config import TRANSFORMERS
+from sgld.errors import ModelError, NotBuilt
 from sgld.messages import Load
-from sgld.models.family import Conditioning, Family
+from sgld.models.family import Conditioning
+from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
 from sgld.models.text import PromptEncoder
 from sgld.models.vae import CHUNK_PIXELS, Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
-from sgld.nn.attention import CROSS, SELF, Attention, Backend, Chooser
-from sgld.nn.blocks import Embedder, FeedForward, gelu_tanh, sinusoid
-from sgld.nn.lora import LoraLayers
+from sgld.nn.attention import Attention, Backend
+from sgld.nn.blocks import Denoiser, Embedder, FeedForward, gelu_tanh, sinusoid
 from sgld.nn.lora_formats import Renames
 from sgld.nn.norm import LayerNorm32
-from sgld.nn.parallel import Degrees, Mesh
-from sgld.nn.residency import Residency
+from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d, rotate
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import load_module, pick, read_json
+from sgld.nn.weights import pick, read_json
 from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
@@ -155,7 +154,7 @@ class ConditionEmbedder(nn.Module):
         return emb, self.time_proj(F.silu(emb)).unflatten(1, (6, -1))
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Denoiser):
     """Velocity of latents x [B, C, T, H, W] at one time, told by the keys and values of B prompts."""
 
     def __init__(self, c: WanConfig, mesh: Mesh, backend: Backend, cross: Backend | None = None):
@@ -166,15 +165,9 @@ class WanTransformer(nn.Module):
         among = SequenceAttention(mesh, backend)
         attend = (cross or backend).attend
         self.blocks = nn.ModuleList(WanBlock(c, attend, among) for _ in range(c.num_layers))
-        self.walk: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = iter  # from block to block
         self.norm_out = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, c.dim))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.proj_out.weight.dtype
 
     def read(self, text: Tensor, bias: Tensor | None = None) -> TextKeys:
         """Keys and values of text [B, L, C], with a bias [B, 1, 1, L] on the logits."""
@@ -213,7 +206,6 @@ class WanTransformer(nn.Module):
 
 TEXT_TOKENS = 512  # the pipeline pads text to max_sequence_length with zeros, and nothing masks them
 TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
-LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
 BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
 
 BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
@@ -274,74 +266,51 @@ class Experts:
         return self.high if self.low is None or boundary is None or float(t) >= boundary else self.low
 
 
-class Wan(Family):
+class Wan(Native):
     """WanPipeline checkpoints. Pictures are where denoising begins; no transformer here reads them."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self._platform = platform
+        self.parts = parts = Parts(load, mesh, platform, progress)
         self._fold_padding = platform.biased_attention_is_fast
-        index = read_json(load.folder / "model_index.json")
-        refuse_variants(load.folder, index)
-        self._boundary: float | None = index.get("boundary_ratio")
-        folders = Folders(load)
-        names = tuple(name for name, value in index.items() if isinstance(value, list) and value[0])
-        self.scheduler = read_json(folders["scheduler"] / "scheduler_config.json")
-        self._train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
-
-        self._config = wan_config(folders["transformer"] / "config.json")
-        self._defaults = self._read_defaults(load.folder, "transformer_2" in names)
-        s, device = load.settings, mesh.device
+        refuse_variants(load.folder, parts.index)
+        self._boundary: float | None = parts.index.get("boundary_ratio")
+        self.scheduler = parts.scheduler
+        self._config = wan_config(parts.path("transformer") / "config.json")
+        self._defaults = self._read_defaults("transformer_2" in parts.names)
         guided = self._defaults.get("guidance_scale", SamplingParams().guidance_scale) > 1
-        self._degrees = Degrees.of(s, self._config.num_attention_heads, guided)
-        self._mesh = mesh = mesh.split(self._degrees)
-        if s.text_encoder_precisions is not None and len(s.text_encoder_precisions) != 1:
-            given = len(s.text_encoder_precisions)
-            raise BadRequest(
-                f"text_encoder_precisions: {given} given; this model has 1 text encoder", "text_encoder_precisions"
-            )
-        steps = iter(range(1, len(names) + 1))
-
-        def loaded(part: Any) -> Any:
-            progress(next(steps), len(names) - 2)
-            return part
-
-        dit, text, vae = (_dtype(kind, s, platform) for kind in ("dit", "text", "vae"))
-        chooser = Chooser(s, platform)
-        chooser.check(("text_encoder", *(name for name in TRANSFORMERS if name in names), "vae"))
-        chooser.torch_only("text_encoder", "its attention adds a learned bias for each distance")
-        chooser.torch_only("vae", "its attention has a single head of many channels")
-        self._residency = keep = Residency.of(s, platform, names)
-        self._text: PromptEncoder = loaded(
-            PromptEncoder.load(
-                folders["tokenizer"],
-                folders["text_encoder"],
-                text,
-                device,
-                keep.keeper("text_encoder"),
-                mesh.axis(s.tp_size),
-            )
+        mesh = parts.share(self._config.num_attention_heads, guided)
+        keep, s = parts.residency, load.settings
+        parts.torch_only("text_encoder", "its attention adds a learned bias for each distance")
+        parts.torch_only("vae", "its attention has a single head of many channels")
+        text = PromptEncoder.load(
+            parts.path("tokenizer"),
+            parts.path("text_encoder"),
+            parts.dtype("text_encoder"),
+            mesh.device,
+            keep.keeper("text_encoder"),
+            mesh.axis(s.tp_size),
         )
-        make = WanLoader(mesh, chooser, dit, keep)
+        parts.loaded(text.encoder)
+        self._text = text
         first, second = TRANSFORMERS
-        high: WanTransformer = loaded(make(first, folders[first]))
-        low: WanTransformer | None = loaded(make(second, folders[second])) if second in names else None
-        self._experts = Experts(high, low)
-        kept = platform.free_memory() // (LORA_SHARE * mesh.local_world * len(TRANSFORMERS))
-        self.lora = {
-            name: LoraLayers(expert, WAN_ORIGINAL, name, kept, keep.changer(name))
-            for name, expert in zip(TRANSFORMERS, (high, low), strict=True)
-            if expert is not None
-        }
-        self._vae: Vae = loaded(
-            Vae(folders["vae"], s, vae, device, keep.keeper("vae"), mesh.all if s.parallel_decode else None)
-        )
+        low = self._transformer(second) if second in parts.names else None
+        self._experts = Experts(self._transformer(first), low)
+        self.lora = parts.lora({first: self._experts.high, second: low}, WAN_ORIGINAL)
+        vae, rows = parts.dtype("vae"), mesh.all if s.parallel_decode else None
+        self._vae = Vae(parts.path("vae"), s, vae, mesh.device, keep.keeper("vae"), rows)
+        parts.loaded(self._vae.module)
         self.together = s.parallel_decode
-        self._takes_pictures = s.vae_config.load_encoder and has_encoder(folders["vae"])
-        self._load_encoder = partial(VaeEncoder, folders["vae"], s, vae, device, keep.keeper("vae_encoder"))
+        self._takes_pictures = s.vae_config.load_encoder and has_encoder(parts.path("vae"))
+        self._load_encoder = partial(VaeEncoder, parts.path("vae"), s, vae, mesh.device, keep.keeper("vae_encoder"))
         self._encoder: VaeEncoder | None = None
         self._check_widths()
         mesh.meet()  # until all ranks have loaded, memory is not what it will be
-        self.info = self._describe(load.folder, index["_class_name"], names)
+        self.info = self._describe()
+
+    def _transformer(self, name: str) -> WanTransformer:
+        config = wan_config(self.parts.path(name) / "config.json")
+        make = partial(WanTransformer, config, self.mesh)
+        return self.parts.transformer(name, make, config.attention_head_dim)
 
     def _check_widths(self) -> None:
         """Raise `ModelError` when components that were put together do not fit."""
@@ -352,8 +321,8 @@ class Wan(Family):
                 f"of {self._config.text_dim}, the vae has {latent} channels, the text encoder makes {text}"
             )
 
-    def encode(self, params: SamplingParams) -> tuple[WanConditioning, list[str]]:
-        self._residency.need("text_encoder")
+    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[WanConditioning, list[str]]:
+        self.parts.residency.need("text_encoder")
         length = params.max_sequence_length
         positive, note = self._text.encode(params.prompt, length)
         notes: list[str | None] = [note]
@@ -361,10 +330,10 @@ class Wan(Family):
         if params.guidance_scale > 1:
             negative, note = self._text.encode(params.negative_prompt or "", length)
             notes.append(note and f"negative {note}")
-        elif self._mesh.cfg.size == 2:
-            notes.append("enable_cfg_parallel: without guidance half of the workers repeat what the others do")
+        else:
+            notes += self.unguided()
         ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
-        boundary = None if ratio is None else ratio * self._train_steps
+        boundary = None if ratio is None else ratio * self.parts.train_steps
         counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
         condition = WanConditioning(positive, negative, length=length, boundary=boundary, **counts)
         return condition, [n for n in notes if n]
@@ -372,47 +341,44 @@ class Wan(Family):
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         latent = [n * p for n, p in zip(self._grid(params), self._config.patch_size, strict=True)]
         shape = (1, self._config.in_channels, *latent)
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self._mesh.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
     def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
         if self._encoder is None:  # most requests bring no picture
             self._encoder = self._load_encoder()
-        self._residency.need("vae_encoder")
+        self.parts.residency.need("vae_encoder")
         return self._encoder.encode(frames, pulse)
 
     def velocities(self, x: Tensor, t: Tensor, condition: WanConditioning) -> tuple[Tensor, Tensor | None]:
         expert = self._experts.at(t, condition.boundary)
-        self._residency.need(TRANSFORMERS[expert is self._experts.low])
+        self.parts.residency.need(TRANSFORMERS[expert is self._experts.low])
         keys = self._read(expert, condition)
         if condition.negative is None:
-            return expert(x, t, keys), None
-        if self._mesh.cfg.size == 2:
-            positive, negative = self._mesh.cfg.gather(expert(x, t, keys), 0).chunk(2)
+            return self.predict(x, t, (expert, keys)), None
+        if self.mesh.cfg.size == 2:
+            positive, negative = self.mesh.cfg.gather(self.predict(x, t, (expert, keys)), 0).chunk(2)
             return positive, negative
         if math.prod(expert.grid(x)) > BATCH_TOKENS:
-            return expert(x, t, keys.row(0)), expert(x, t, keys.row(1))
-        positive, negative = expert(x.expand(2, -1, -1, -1, -1), t, keys).chunk(2)
+            return self.predict(x, t, (expert, keys.row(0))), self.predict(x, t, (expert, keys.row(1)))
+        positive, negative = self.predict(x.expand(2, -1, -1, -1, -1), t, (expert, keys)).chunk(2)
         return positive, negative
+
+    def predict(self, x: Tensor, t: Tensor, told: tuple[WanTransformer, TextKeys]) -> Tensor:
+        expert, keys = told
+        y: Tensor = expert(x, t, keys)
+        return y
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
-        if ratio is None or params.guidance_scale_2 is None or float(t) >= ratio * self._train_steps:
+        if ratio is None or params.guidance_scale_2 is None or float(t) >= ratio * self.parts.train_steps:
             return params.guidance_scale
         return params.guidance_scale_2
 
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self.decode(x0[:, :, :1], pulse)  # the decoder is causal: the first latent frame is the first frame
 
-    def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        frames = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        if self.together or self._mesh.rank == 0:
-            self._residency.need("vae")
-            decoded = self._vae.decode(x, pulse)
-            frames = frames if self._mesh.rank else decoded
-        return frames
-
-    def rest(self) -> None:
-        self._residency.rest()
+    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x, pulse)
 
     def _grid(self, params: SamplingParams) -> tuple[int, int, int]:
         """Patches of one output in time, height and width."""
@@ -426,75 +392,54 @@ class Wan(Family):
         if expert not in condition.keys:
             condition.keys.clear()
             texts = [condition.positive, condition.negative]
-            if condition.negative is not None and self._mesh.cfg.size == 2:
-                texts = [texts[self._mesh.cfg.index]]
+            if condition.negative is not None and self.mesh.cfg.size == 2:
+                texts = [texts[self.mesh.cfg.index]]
             text, bias = pad(texts, condition.length, self._fold_padding)
             condition.keys[expert] = expert.read(text, bias)
         return condition.keys[expert]
 
-    def _describe(self, folder: Path, name: str, components: tuple[str, ...]) -> ModelInfo:
+    def _describe(self) -> ModelInfo:
         pt, ph, pw = self._config.patch_size
-        lacks = {} if self._experts.low else dict.fromkeys(
-            ("guidance_scale_2", "boundary_ratio"), "this checkpoint has no second expert (transformer_2)"
-        )  # fmt: skip
+        lacks = NO_TRUE_CFG | NO_NORMALIZATION
+        if self._experts.low is None:
+            reason = "this checkpoint has no second expert (transformer_2)"
+            lacks |= dict.fromkeys(("guidance_scale_2", "boundary_ratio"), reason)
         return ModelInfo(
-            name=name,
+            name=self.parts.index["_class_name"],
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * math.lcm(ph, pw),
             frame_multiple=self._vae.temporal * pt,
-            components=components,
+            components=self.parts.names,
             max_pictures=int(self._takes_pictures),
             unsupported=lacks,
             lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self._degrees),
+            degrees=attrs.asdict(self.parts.degrees),
             tasks=TEXT_TASKS + (PICTURE_TASKS if self._takes_pictures else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
         )
 
     def _memory(self) -> Memory:
-        """In units of the weights' precision, measured in float32: 8 C and 5 C + 2 F a token in the two halves of a
-        block; 12 float32 copies of the latents; 6 float32 numbers a pixel while frames are joined, and its 3 bytes.
-        """
-        c, tile = self._config, self._vae.tiling
-        size = self._experts.high.proj_out.weight.element_size()
-        block = max(8 * c.dim, 5 * c.dim + 2 * c.ffn_dim) * size + 8 * c.dim * (size < 4)
-        if self._platform.ranks_share_memory:
-            block *= self._mesh.cfg.size
-        else:
-            block //= self._mesh.tokens.size
+        """Measured in float32: 12 copies of the latents; 6 numbers a pixel while frames are joined, and its 3 bytes."""
+        c, tile, dtype = self._config, self._vae.tiling, self._experts.high.dtype
         text = self._text.encoder
-        copies = self._mesh.local_world if self._platform.ranks_share_memory else 1
-        coming = {name: copies * self._residency.held_bytes(name) for name in ("text_encoder", *TRANSFORMERS, "vae")}
-        return Memory(
-            free=self._platform.free_memory(),
-            base=2**25 + 4 * c.num_layers * TEXT_TOKENS * c.dim * size,
-            text_weights=coming["text_encoder"],
-            denoiser_weights=max(coming[name] for name in TRANSFORMERS),
-            decoder_weights=coming["vae"],
+        return self.parts.memory(
+            base=2**25 + 4 * c.num_layers * TEXT_TOKENS * c.dim * dtype.itemsize,
             text_pair=4 * text.heads * text.shared.weight.element_size(),
-            token=block + 48 * c.in_channels * math.prod(c.patch_size),
-            paired_tokens=0 if self._mesh.cfg.size == 2 else 2 * BATCH_TOKENS,
+            token=self.parts.token_bytes(c.dim, c.ffn_dim, dtype) + 48 * c.in_channels * math.prod(c.patch_size),
+            paired_tokens=0 if self.mesh.cfg.size == 2 else 2 * BATCH_TOKENS,
             pixel=27,
             chunk_pixel=self._vae.chunk_pixel_bytes,
             chunk_pixels=CHUNK_PIXELS,
             tile_pixels=tile.height * tile.width if tile else None,
         )
 
-    def _read_defaults(self, folder: Path, two_experts: bool) -> dict[str, Any]:
+    def _read_defaults(self, two_experts: bool) -> dict[str, Any]:
         """The folder's generation_config.json, else those of the known size."""
-        file = folder / "generation_config.json"
-        if file.is_file():
-            given = read_json(file)
-            try:
-                structure(given, SamplingParams)
-            except BadRequest as error:
-                raise ModelError(f"{file}: {error.message}") from None
-            return given
         if two_experts:
-            return WAN22_A14B | {"boundary_ratio": self._boundary}
-        return WAN21_SMALL if self._config.num_layers <= 30 else WAN21_LARGE
+            return self.parts.defaults(WAN22_A14B | {"boundary_ratio": self._boundary})
+        return self.parts.defaults(WAN21_SMALL if self._config.num_layers <= 30 else WAN21_LARGE)
 
 
 def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Tensor | None]:
@@ -516,40 +461,6 @@ def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Te
     return text, bias
 
 
-@attrs.frozen
-class Folders:
-    """Where each component lies: its own folder, or the one that replaces it."""
-
-    load: Load
-
-    def __getitem__(self, name: str) -> Path:
-        folder = self.load.component_folders.get(name, self.load.folder / name)
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: no such folder; the model lacks its {name}")
-        return folder
-
-
-@attrs.frozen
-class WanLoader:
-    """Makes transformers."""
-
-    mesh: Mesh
-    chooser: Chooser
-    dtype: torch.dtype
-    residency: Residency
-
-    def __call__(self, name: str, folder: Path) -> WanTransformer:
-        config = wan_config(folder / "config.json")
-        head, ring = config.attention_head_dim, self.mesh.ring.size > 1
-        own = self.chooser.choose(name, SELF, self.dtype, head, ring)
-        cross = self.chooser.choose(name, CROSS, self.dtype, head)
-        build = lambda: WanTransformer(config, self.mesh, own, cross)  # noqa: E731
-        keeper = self.residency.keeper(name, layers="blocks")
-        module = load_module(build, folder, self.dtype, self.mesh.device, offload=keeper)
-        module.walk = self.residency.walker(name)
-        return module
-
-
 def wan_config(file: Path) -> WanConfig:
     """The numbers of a transformer's config.json.
 
@@ -568,18 +479,3 @@ def refuse_variants(folder: Path, index: dict[str, Any]) -> None:
     """Raise for what WanPipeline can be beside plain text-to-video."""
     if index.get("expand_timesteps"):
         raise NotBuilt(f"{folder}: expand_timesteps (Wan 2.2 TI2V) is not built yet in this version of sgld")
-    for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
-        if not (index.get(name) or [None])[0]:
-            raise ModelError(f"{folder / 'model_index.json'}: lacks {name}")
-
-
-def _dtype(kind: str, s: Settings, platform: Platform) -> torch.dtype:
-    """The precision of the transformer, the text encoder or the VAE."""
-    own: dict[str, str | None] = {
-        "dit": s.dit_precision,
-        "text": s.text_encoder_precisions[0] if s.text_encoder_precisions else None,
-        "vae": s.vae_precision or "fp32",
-    }
-    name = own[kind] or s.precision
-    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return known[name] if name else platform.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,17 @@ from torch import Tensor, nn
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form."""
     return F.gelu(x, approximate="tanh")
+
+
+class Denoiser(nn.Module):
+    """A transformer whose blocks are gone through by `walk`, which brings the weights of each where they wait."""
+
+    walk: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = staticmethod(iter)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
 
 class Embedder(nn.Module):

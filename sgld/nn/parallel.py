@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
@@ -24,6 +24,8 @@ from sgld.platform import Platform
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -64,6 +66,12 @@ class Axis:
     def share(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of `x` along `dim`, which are not all of the same size."""
         return x.tensor_split(self.size, dim)[self.index]
+
+    def share_list(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of a list, cut as `share` cuts."""
+        sizes = [len(part) for part in torch.arange(len(items)).tensor_split(self.size)]
+        start = sum(sizes[: self.index])
+        return items[start : start + sizes[self.index]]
 
     def join(self, x: Tensor, dim: int, units: int) -> Tensor:
         """On the first rank, the parts that `share` made of `units`, each grown by the same factor; else `x`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import attrs
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sgld.config import TRANSFORMERS, Settings
 from sgld.errors import BadRequest
-from sgld.nn.weights import Keeper, Stored
+from sgld.nn.weights import Keeper, Source
 from sgld.platform import Platform
 
 Change = Callable[[Tensor], Tensor]  # a weight as it is stored, to the weight as it shall be; never in place
@@ -25,9 +25,9 @@ PAGE_BYTES = 4096
 
 
 class Offloaded:
-    """A module whose weights come when they are needed; with `layers`, a list of blocks in it, block by block."""
+    """A module whose weights come when they are needed; with `layers`, lists of blocks in it, block by block."""
 
-    def __init__(self, module: nn.Module, stored: Stored, platform: Platform, pin: bool, layers: str | None = None):
+    def __init__(self, module: nn.Module, stored: Source, platform: Platform, pin: bool, layers: Sequence[str] = ()):
         self.module, self._stored, self._platform = module, stored, platform
         self._changes: Mapping[str, Change] = {}
         self._shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -37,8 +37,8 @@ class Offloaded:
         if not platform.offloads_to_files:
             host = attrs.evolve(stored, device=torch.device("cpu"))
             self._host = {name: platform.pin(x) if pin else x for name, x in host.read(self._shapes)}
-        blocks = len(module.get_submodule(layers)) if layers else 0  # type: ignore[arg-type]
-        self._blocks = [[n for n in self._shapes if n.startswith(f"{layers}.{i}.")] for i in range(blocks)]
+        blocks = [f"{name}.{i}." for name in layers for i in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
+        self._blocks = [[name for name in self._shapes if name.startswith(block)] for block in blocks]
         in_blocks = set(itertools.chain(*self._blocks))
         self._always = [name for name in self._shapes if name not in in_blocks]
         self._prefetcher = platform.prefetcher()
@@ -107,11 +107,11 @@ class Offloaded:
 
 
 OFFLOADED = {  # by the flag: the components, and the VAE's encoder, which is loaded apart
-    "text_encoder_cpu_offload": ("text_encoder",),
+    "text_encoder_cpu_offload": ("text_encoder", "text_encoder_2", "text_encoder_3", "connectors"),
     "image_encoder_cpu_offload": ("image_encoder",),
     "dit_cpu_offload": TRANSFORMERS,
     "dit_layerwise_offload": TRANSFORMERS,
-    "vae_cpu_offload": ("vae", "vae_encoder"),
+    "vae_cpu_offload": ("vae", "vae_encoder", "audio_vae", "vocoder"),
 }
 
 
@@ -132,13 +132,13 @@ class Residency:
         layerwise = asked.pop("dit_layerwise_offload", ())
         return cls(platform, settings.pin_cpu_memory, set(itertools.chain(*asked.values())), layerwise)
 
-    def keeper(self, name: str, layers: str | None = None) -> Keeper | None:
-        """Where `load_module` leaves that component; None for one that stays. `layers` names its list of blocks."""
+    def keeper(self, name: str, layers: Sequence[str] = ()) -> Keeper | None:
+        """Where `load_module` leaves that component; None for one that stays. `layers` names its lists of blocks."""
         if name not in self._whole and name not in self._layerwise:
             return None
 
-        def keep(module: nn.Module, stored: Stored) -> None:
-            by_layer = layers if name in self._layerwise else None
+        def keep(module: nn.Module, stored: Source) -> None:
+            by_layer = layers if name in self._layerwise else ()
             self._parts[name] = Offloaded(module, stored, self._platform, self._pin, by_layer)
 
         return keep

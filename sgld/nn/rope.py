@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,16 @@ def rope_3d(grid: tuple[int, int, int], dims: tuple[int, int, int], device: torc
         shape[axis] = length
         bands.append(torch.polar(torch.ones_like(angle), angle).view(shape).expand(*grid, dim // 2))
     return torch.cat(bands, -1).reshape(math.prod(grid), -1).to(torch.complex64).to(device)
+
+
+def rope_at(positions: Tensor, dims: Sequence[int], theta: float = 1e4) -> Tensor:
+    """Rotations as complex numbers [S, D/2] for tokens at positions [S, axes]; `dims`, whose sum is D, by axis."""
+    bands = [
+        torch.outer(p, theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=p.device) / dim))
+        for p, dim in zip(positions.double().T, dims, strict=True)
+    ]
+    angle = torch.cat(bands, -1)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -134,12 +135,22 @@ WHOLE = Share(Axis(), lambda _: None)
 
 
 @attrs.frozen
-class Stored:
-    """Where a module's tensors lie, checked, and what becomes of them: a type, and a device."""
+class Source(ABC):
+    """Where a module's tensors come from, and what becomes of them: a type, and a device."""
 
-    files: Mapping[str, tuple[Path, str]]  # by the module's name: the file, and the name there
     dtype: torch.dtype
     device: torch.device
+
+    @abstractmethod
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those tensors, on the device."""
+
+
+@attrs.frozen
+class Stored(Source):
+    """Tensors in files, checked."""
+
+    files: Mapping[str, tuple[Path, str]]  # by the module's name: the file, and the name there
     share: Share = WHOLE
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -167,7 +178,7 @@ class Stored:
         return whole
 
 
-Keeper = Callable[[nn.Module, Stored], None]  # takes a module without weights, and where they are
+Keeper = Callable[[nn.Module, Source], None]  # takes a module, and where its weights are
 
 
 def load_module(
@@ -196,7 +207,7 @@ def load_module(
     found = _shapes(files, tied or {}, tuple(unused))
     where = files[0] if len(files) == 1 else folder
     _check(where, wanted, {name: share.shape(name, shape) for name, (_, _, shape) in found.items()})
-    stored = Stored({name: (file, key) for name, (file, key, _) in found.items()}, dtype, device, share)
+    stored = Stored(dtype, device, {name: (file, key) for name, (file, key, _) in found.items()}, share)
     module.eval().requires_grad_(False)
     if offload is None:
         module.load_state_dict(dict(stored.read(wanted)), assign=True)
@@ -234,15 +245,15 @@ def _check(where: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[st
         if name in found and found[name] != shape
     ]
     faults = [
-        _listed("missing", [name for name in wanted if name not in found]),
-        _listed("unexpected", [name for name in found if name not in wanted]),
-        _listed("of the wrong shape", wrong),
+        listed("missing", [name for name in wanted if name not in found]),
+        listed("unexpected", [name for name in found if name not in wanted]),
+        listed("of the wrong shape", wrong),
     ]
     if any(faults):
         raise ModelError(f"{where}: {'; '.join(filter(None, faults))}")
 
 
-def _listed(what: str, names: list[str]) -> str:
+def listed(what: str, names: list[str]) -> str:
     """`5 tensors missing: a, b, c, ...`, or nothing."""
     if not names:
         return ""

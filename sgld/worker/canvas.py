@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from sgld import inputs
@@ -60,6 +61,29 @@ class Canvas:
             for frame in frames:
                 frame.copy_(torch.lerp(picture, frame.float(), weight).round())
         return frames
+
+
+def pictures_of(params: SamplingParams, hook: Hook) -> list[Image]:
+    """The request's pictures, RGB and upright: read on rank 0, which may be the only one that has the files.
+
+    Raises:
+        BadRequest, TooLarge: one of them cannot be read.
+    """
+    read: list[Image] = []
+
+    def sizes() -> Tensor:
+        read.extend(inputs.upright(path) for path in params.image_path or ())
+        return torch.tensor([(image.height, image.width) for image in read])
+
+    def pixels(i: int) -> Tensor:
+        return torch.from_numpy(np.array(read[i]))
+
+    if not params.image_path:
+        return []
+    sides = hook.from_rank0(torch.empty(len(params.image_path), 2, dtype=torch.int64), sizes).tolist()
+    like = (torch.empty(height, width, 3, dtype=torch.uint8) for height, width in sides)
+    shared = [hook.from_rank0(empty, partial(pixels, i)) for i, empty in enumerate(like)]
+    return [fromarray(picture.cpu().numpy()) for picture in shared]
 
 
 def still(source: Input, num_frames: int) -> Tensor:

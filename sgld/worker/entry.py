@@ -18,6 +18,7 @@ from typing import Any
 from sgld import config
 from sgld.errors import OutOfMemory, SgldError
 from sgld.messages import (
+    Audio,
     Cancel,
     Cancelled,
     Command,
@@ -141,12 +142,14 @@ class Worker:
         if max(needs.values(), default=0) > self.platform.free_memory():
             self._adapters.release()
         hook = Hook(command.job_id, self.mesh, self._connection, self.platform.synchronize)
-        frames = sample(self._family, command.params, hook, command.previews)
+        frames, sound = sample(self._family, command.params, hook, command.previews)
         if self.mesh.rank != 0:
             return None
         timings = Timings(hook.stages_ms, hook.steps_ms, self.platform.peak_memory())
         assert isinstance(command.params.seed, int)
-        return Media(SharedFrames.of(frames.numpy()), command.params.fps, command.params.seed, timings, hook.tokens)
+        heard = None if sound is None else Audio(sound.samples.float().cpu().numpy(), sound.rate)
+        shared = SharedFrames.of(frames.numpy())
+        return Media(shared, command.params.fps, command.params.seed, timings, hook.tokens, heard)
 
     def _adapt(self, command: LoraCommand) -> LoraState | None:
         adapters = self._adapters

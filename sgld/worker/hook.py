@@ -90,10 +90,10 @@ class Hook:
 
     def from_rank0(self, like: Tensor, work: Callable[[], Tensor]) -> Tensor:
         """What `work` makes on rank 0, a tensor like `like`, on every rank. Where it fails, the other ranks stop."""
-        made = torch.empty_like(like)
+        made = torch.empty_like(like, device=self._mesh.device)
         try:
             if self._mesh.rank == 0:
-                made = work()
+                made = work().to(made.device)
         except BaseException:
             self._mesh.agree(True)
             raise

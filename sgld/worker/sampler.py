@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from sgld.messages import Tokens
-from sgld.models.family import Conditioning, Family
+from sgld.models.family import Conditioning, Family, Sound
 from sgld.params import SamplingParams
-from sgld.worker.canvas import Canvas
+from sgld.worker.canvas import Canvas, pictures_of
 from sgld.worker.hook import Hook
 from sgld.worker.solvers import Solver, make_solver
 
 
 @torch.inference_mode()
-def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0) -> Tensor:
-    """One output: frames u8 [N, H, W, 3] on the CPU. `params` holds one seed.
+def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0) -> tuple[Tensor, Sound | None]:
+    """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard. `params` holds one seed.
 
     Raises:
         Stopped: all ranks agreed to stop, between two steps.
@@ -29,24 +29,29 @@ def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0
         family.rest()
 
 
-def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -> Tensor:
+def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -> tuple[Tensor, Sound | None]:
     assert isinstance(params.seed, int)
     with hook.stage("encode"):
-        condition, warnings = family.encode(params)
+        generator = torch.Generator("cpu").manual_seed(params.seed)
+        pictures = [] if family.info.starts_from_picture else pictures_of(params, hook)
+        condition, warnings = family.encode(params, pictures)
         hook.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
-        x = family.noise(params, torch.Generator("cpu").manual_seed(params.seed))
+        x = family.noise(params, generator)
         canvas = Canvas.prepare(family, params, hook, x)
     for warning in warnings:
         hook.note(warning)
-    solver = make_solver(family.scheduler, params.num_inference_steps, params.flow_shift, params.first_step)
+    schedule = family.schedule(params, x)
+    solver = make_solver(family.scheduler, params.num_inference_steps, schedule, params.first_step, generator)
     if canvas is not None:
         x = canvas.at(float(solver.sigmas[0]))
     shown = preview_steps(len(solver.timesteps), previews)
     with hook.stage("denoise", len(solver.timesteps)):
         x = denoise(family, params, hook, solver, condition, x, shown, canvas)
     with hook.stage("decode"):
-        frames = family.decode(x, hook.check if family.together else hook.pulse)
-        return frames if canvas is None else canvas.composite(frames)
+        pulse = hook.check if family.together else hook.pulse
+        x = family.settle(x, condition)
+        frames = family.decode(x, pulse)
+        return frames if canvas is None else canvas.composite(frames), family.sound(x, pulse)
 
 
 def denoise(
@@ -64,8 +69,12 @@ def denoise(
         with hook.step():
             v, negative = family.velocities(x, t, condition)
             scale = family.guidance(t, params)
-            estimate = clean(x, float(solver.sigmas[i - 1]), v, negative, scale) if i in previews else None
-            x = solver.step(guide(v, negative, scale), x)
+            estimate = None
+            if i in previews:
+                estimate = family.settle(
+                    clean(family, params, x, float(solver.sigmas[i - 1]), v, negative, scale), condition
+                )
+            x = solver.step(guide(family, params, v, negative, scale), x)
             if canvas is not None:
                 x = canvas.hold(x, float(solver.sigmas[i]))
         if estimate is not None:
@@ -79,12 +88,14 @@ def show(family: Family, canvas: Canvas | None, x0: Tensor, pulse: Callable[[], 
     return frames if canvas is None else canvas.composite(frames)
 
 
-def clean(x: Tensor, sigma: float, v: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+def clean(
+    family: Family, params: SamplingParams, x: Tensor, sigma: float, v: Tensor, negative: Tensor | None, scale: float
+) -> Tensor:
     """The estimate of the clean latents to show. Guidance grows as noise falls: early on it overshoots.
 
     On the embedded model this brings every preview nearer to the final picture than full guidance does.
     """
-    return x - sigma * guide(v, negative, 1 + (scale - 1) * (1 - sigma))
+    return x - sigma * guide(family, params, v, negative, 1 + (scale - 1) * (1 - sigma))
 
 
 def preview_steps(total: int, previews: int) -> list[int]:
@@ -93,8 +104,6 @@ def preview_steps(total: int, previews: int) -> list[int]:
     return [total * i // (n + 1) for i in range(1, n + 1)]
 
 
-def guide(v: Tensor, negative: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598), in float32."""
-    if negative is None:
-        return v.float()
-    return torch.lerp(negative.float(), v.float(), scale)
+def guide(family: Family, params: SamplingParams, v: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+    """The prediction to follow, float32."""
+    return v.float() if negative is None else family.guide(v, negative, scale, params)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sgld.errors import ModelError
+from sgld.models.family import Schedule
 
 Config = Mapping[str, Any]
 
@@ -39,30 +41,77 @@ def shifted(sigma: Any, shift: float) -> Any:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def dynamically_shifted(sigma: Any, mu: float, kind: str) -> Any:
+    """The same by `mu`, which grows with the length of the sequence: exponentially, or linearly."""
+    factor = math.exp(mu) if kind == "exponential" else mu
+    return factor / (factor + (1 / sigma - 1))
+
+
+def stretched(sigma: Any, terminal: float | None) -> Any:
+    """The schedule stretched so that its last level but 0 is `terminal`."""
+    if not terminal:
+        return sigma
+    left = 1 - sigma
+    return 1 - left * (1 - terminal) / left[-1]
+
+
 class FlowMatchEuler(Solver):
     """The straight step x + (sigma' - sigma) v (Lipman et al. 2022, https://arxiv.org/abs/2210.02747)."""
 
     only = {  # noqa: RUF012
-        "use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None, "use_karras_sigmas": False,
-        "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
+        "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
     }  # fmt: skip
-    read = ("num_train_timesteps", "shift")
-    moot = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+    read = (
+        "num_train_timesteps", "shift", "use_dynamic_shifting", "shift_terminal", "time_shift_type",
+        "stochastic_sampling",
+    )  # fmt: skip
+    moot = (
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+    )  # a family's own `Schedule` reads them
 
-    def __init__(self, config: Config, steps: int, flow_shift: float | None, first: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        first: int = 0,
+        generator: torch.Generator | None = None,
+    ):
         train = config.get("num_train_timesteps", 1000)
-        shift = config.get("shift", 1.0) if flow_shift is None else flow_shift
-        low = float(shifted(torch.tensor(1 / train), shift))  # the schedule's ends are shifted, then all of it
-        sigmas = shifted(np.linspace(train, low * train, steps) / train, shift)
+        sigmas = self._levels(config, steps, schedule, train)
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)[first:]
         self.timesteps = self.sigmas[:-1] * train
         self._steps: list[tuple[float, float]] = list(pairwise(self.sigmas.tolist()))
         self._i = 0
+        self._generator = generator if config.get("stochastic_sampling") else None
+
+    def _levels(self, config: Config, steps: int, schedule: Schedule, train: int) -> Any:
+        """The noise levels but the last, which is 0."""
+        if schedule.sigmas is not None and schedule.exact:
+            return schedule.sigmas
+        least = torch.tensor(1 / train)  # that the model was trained on: an evenly spaced schedule ends there
+        if config.get("use_dynamic_shifting"):
+            mu = schedule.mu if schedule.shift is None else math.log(schedule.shift)
+            if mu is None:
+                raise ModelError("scheduler_config.json: use_dynamic_shifting is not supported by this model")
+            shift = partial(dynamically_shifted, mu=mu, kind=config.get("time_shift_type") or "exponential")
+        else:
+            shift = partial(shifted, shift=config.get("shift", 1.0) if schedule.shift is None else schedule.shift)
+            least = shift(least)  # the schedule's ends are shifted, then all of it
+        even = np.linspace(train, float(least) * train, steps) / train
+        sigmas = shift(even if schedule.sigmas is None else np.asarray(schedule.sigmas))
+        return stretched(sigmas, config.get("shift_terminal"))
 
     def step(self, v: Tensor, x: Tensor) -> Tensor:
         now, after = self._steps[self._i]
         self._i += 1
         self.x0 = x - now * v
+        if self._generator is not None:
+            noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float32).to(x.device)
+            return (1 - after) * self.x0 + after * noise
         return x + (after - now) * v
 
 
@@ -95,9 +144,17 @@ class UniPC(Solver):
         "steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type", "sigma_min", "sigma_max",
     )  # fmt: skip
 
-    def __init__(self, config: Config, steps: int, flow_shift: float | None, first: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        first: int = 0,
+        generator: torch.Generator | None = None,
+    ):
+        assert schedule.sigmas is None and schedule.mu is None, "families with their own levels use FlowMatchEuler"
         train = config.get("num_train_timesteps", 1000)
-        shift = config.get("flow_shift", 1.0) if flow_shift is None else flow_shift
+        shift = config.get("flow_shift", 1.0) if schedule.shift is None else schedule.shift
         sigmas = shifted(np.linspace(1, 1 / train, steps + 1)[:-1], shift)
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 the log signal-to-noise ratio is infinite
         self.timesteps = torch.from_numpy((sigmas * train).astype(np.int64))[first:]
@@ -204,9 +261,15 @@ def _default(key: str, needed: Any) -> Any:
     return {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(key, needed)
 
 
-def make_solver(config: Config, steps: int, flow_shift: float | None, first: int = 0) -> Solver:
+def make_solver(
+    config: Config,
+    steps: int,
+    schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+    first: int = 0,
+    generator: torch.Generator | None = None,
+) -> Solver:
     """A fresh solver for one generation, which leaves the steps before `first` out.
 
-    `flow_shift` None takes the checkpoint's own.
+    `generator` draws what a stochastic solver adds; it is the one that drew the first noise.
     """
-    return check(config)(config, steps, flow_shift, first)
+    return check(config)(config, steps, schedule, first, generator)

@@ -57,7 +57,7 @@ def generate(family: Family, mesh: Mesh | None = None, **changes: Any) -> Tensor
     params, _ = resolve(REQUEST | changes, family.info)
     ours, theirs = Pipe()
     try:
-        return sample(family, params, Hook("job", mesh or Mesh.solo(), theirs))
+        return sample(family, params, Hook("job", mesh or Mesh.solo(), theirs))[0]
     finally:
         ours.close()
         theirs.close()

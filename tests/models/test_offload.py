@@ -90,7 +90,7 @@ def test_nothing_is_held_at_rest_not_even_after_a_failure(twins: Path, picture: 
     generate(family, image_path=[str(picture)])
     generate(plain, image_path=[str(picture)])
     assert (weights_held(family), weights_held(plain) > 2**17) == (0, True)
-    family._train_steps = None  # type: ignore[assignment]
+    family.parts.train_steps = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         generate(family)
     assert weights_held(family) == 0

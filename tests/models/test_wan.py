@@ -15,11 +15,10 @@ from sgld.config import Settings
 from sgld.errors import ModelError, NotBuilt, SgldError
 from sgld.messages import Load
 from sgld.models import load_family, wan
-from sgld.models.wan import Wan, WanLoader, WanTransformer, pad
-from sgld.nn.attention import Chooser
+from sgld.models.wan import Wan, WanTransformer, pad
+from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
-from sgld.nn.residency import Residency
-from sgld.nn.weights import read_json
+from sgld.nn.weights import load_module, read_json
 from sgld.platform import Cpu
 from tests.models.conftest import generate, levels_apart, load
 
@@ -28,7 +27,8 @@ MODELS = ("wan21", "wan21-euler", "wan22-a14b")
 
 def transformer(folder: Path) -> WanTransformer:
     """The one of that folder, in float32."""
-    return WanLoader(Mesh.solo(), Chooser(Settings(), Cpu()), torch.float32, Residency(Cpu(), True))("", folder)
+    config = wan.wan_config(folder / "config.json")
+    return load_module(lambda: WanTransformer(config, Mesh.solo(), TORCH), folder, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", MODELS)

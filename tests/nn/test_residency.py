@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, residency: Residency, name: str = "tower", dtype: torch.dtype = torch.float32) -> Tower:
-    keeper = residency.keeper(name, layers="blocks")
+    keeper = residency.keeper(name, layers=("blocks",))
     return load_module(Tower, folder, dtype, torch.device("cpu"), offload=keeper)
 
 

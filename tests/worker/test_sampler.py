@@ -29,7 +29,7 @@ def made(family: Family, seed: int, previews: int = 0, **changes: object) -> tup
     params, _ = resolve({"prompt": PROMPT, "seed": seed, "num_frames": 1} | changes, family.info)
     ours, theirs = Pipe()
     with ours, theirs:
-        frames = sample(family, params, Hook("job", Mesh.solo(), theirs), previews)
+        frames, _ = sample(family, params, Hook("job", Mesh.solo(), theirs), previews)
         sent = []
         while ours.poll():
             if isinstance(message := ours.recv(), Preview):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sgld.errors import ModelError
+from sgld.models.family import Schedule
 from sgld.worker.solvers import check, make_solver
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -14,7 +15,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 def apart(reference: Any, steps: int, flow_shift: float | None = None) -> float:
     """Largest difference over all steps."""
     config = dict(reference.config) | {"_class_name": type(reference).__name__}
-    solver = make_solver(config, steps, flow_shift)
+    solver = make_solver(config, steps, Schedule(flow_shift))
     reference.set_timesteps(steps)
     reference.set_begin_index(0)
     assert torch.equal(solver.timesteps, reference.timesteps)
@@ -54,7 +55,7 @@ def test_unipc_bh1_equals_diffusers_until_its_last_step() -> None:
     from diffusers import UniPCMultistepScheduler
 
     reference = UniPCMultistepScheduler(**FLOW, solver_type="bh1", solver_order=3)
-    solver = make_solver(dict(reference.config) | {"_class_name": "UniPCMultistepScheduler"}, 6, None)
+    solver = make_solver(dict(reference.config) | {"_class_name": "UniPCMultistepScheduler"}, 6)
     reference.set_timesteps(6)
     x = y = torch.randn(1, 4, 2, 3, 3)
     for i, t in enumerate(reference.timesteps):
@@ -76,7 +77,7 @@ def test_euler_equals_diffusers(steps: int, shift: float) -> None:
 def test_a_request_overrides_the_shift(name: str) -> None:
     own_keys = FLOW | {"flow_shift": 3.0} if name.startswith("Uni") else {"shift": 3.0}
     config = {"_class_name": name} | own_keys
-    own, same, other = (make_solver(config, 4, shift).sigmas for shift in (None, 3.0, 7.0))
+    own, same, other = (make_solver(config, 4, Schedule(shift)).sigmas for shift in (None, 3.0, 7.0))
     assert torch.equal(own, same)
     assert not torch.equal(own, other)
 
@@ -86,7 +87,7 @@ def test_x0_is_found_by_a_true_velocity(name: str) -> None:
     """A velocity field that leads to one point leads there, and x0 says so from the first step."""
     config = {"_class_name": name} | (FLOW if name.startswith("Uni") else {})
     target, x = torch.randn(2, 3), torch.randn(2, 3)
-    solver = make_solver(config, 8, 3.0)
+    solver = make_solver(config, 8, Schedule(3.0))
     for sigma in solver.sigmas[:-1]:
         x = solver.step((x - target) / sigma, x)
         assert solver.x0 is not None

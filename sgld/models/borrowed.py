@@ -1,0 +1,195 @@
+"""Components that are borrowed: text encoders of transformers, autoencoders of diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgld.errors import BadRequest, ModelError
+from sgld.models.parts import Parts
+from sgld.models.vae import Tiling, join_tiles, levels
+from sgld.nn.parallel import Axis
+from sgld.nn.weights import Source, listed
+
+# ------------------------------------------------------------------------------------------------ text encoders
+
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # a rank has some of their outputs
+ROWS = ("o_proj", "down_proj", "out_proj", "fc2")  # and of these some of the inputs
+
+
+@attrs.frozen
+class Reread(Source):
+    """A module that is read from its folder anew."""
+
+    make: Callable[[], nn.Module]  # on the CPU
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        found = self.make().state_dict()
+        for name in names:
+            yield name, found[name].to(self.device)
+
+
+def text_encoder(parts: Parts, name: str, cls: Any, layers: str = "") -> Any:
+    """That component as the `PreTrainedModel` that `cls` is, strictly loaded and ready for inference.
+
+    With `tp_size` the ranks share the heads and hidden channels of the blocks under the submodule `layers` (tensor
+    parallelism, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053); a model that names none cannot be shared.
+
+    Raises:
+        ModelError: weights that are missing, unexpected or of another shape.
+        BadRequest: `tp_size` ranks cannot share it evenly; an attention backend other than torch's.
+    """
+    parts.torch_only(name, "its attention is built into it")
+    axis = parts.mesh.axis(parts.settings.tp_size)
+    if axis.size > 1 and not layers:
+        raise BadRequest(f"tp_size: {axis.size} workers cannot share this model's {name}; use 1", "tp_size")
+    make = partial(_read, cls, parts.path(name), parts.dtype(name), layers, axis)
+    module = make()
+    if (keeper := parts.residency.keeper(name)) is not None:
+        module.to(parts.mesh.device)
+        keeper(module, Reread(parts.dtype(name), parts.mesh.device, make))
+    return parts.loaded(module.to(parts.mesh.device))
+
+
+def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, axis: Axis) -> nn.Module:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        module, told = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: cannot be read: {error}") from None
+    faults = [
+        listed("missing", sorted(told["missing_keys"])),
+        listed("unexpected", sorted(told["unexpected_keys"])),
+        listed("of the wrong shape", sorted(str(key) for key in told["mismatched_keys"])),
+    ]
+    if any(faults):
+        raise ModelError(f"{folder}: {'; '.join(filter(None, faults))}")
+    module.eval().requires_grad_(False)
+    if axis.size > 1:
+        share(module.get_submodule(layers), axis)
+    found: nn.Module = module
+    return found
+
+
+def share(blocks: nn.Module, axis: Axis) -> None:
+    """Leave this rank its part of the linear layers of these blocks, whose sums are then taken over all ranks.
+
+    Raises:
+        BadRequest: heads or hidden channels that do not divide.
+    """
+    config: Any = next(module.config for module in blocks.modules() if hasattr(module, "config"))
+    counts = [getattr(config, n, 0) for n in ("num_attention_heads", "num_key_value_heads", "intermediate_size")]
+    both = math.gcd(*(count or 0 for count in counts))
+    if both % axis.size:
+        allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
+        raise BadRequest(
+            f"tp_size: {axis.size} workers cannot share the attention heads and hidden channels of the text encoder "
+            f"evenly; allowed: {allowed}",
+            "tp_size",
+        )
+    for name, layer in blocks.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(layer, nn.Linear) and leaf in COLUMNS:
+            layer.weight = _part(layer.weight, 0, axis)
+            if layer.bias is not None:
+                layer.bias = _part(layer.bias, 0, axis)
+        elif isinstance(layer, nn.Linear) and leaf in ROWS:
+            layer.weight = _part(layer.weight, 1, axis)
+            if layer.bias is not None and axis.index:
+                layer.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # it counts once
+            layer.register_forward_hook(lambda module, args, y: axis.total(y.contiguous()))
+
+
+def _part(x: Tensor, dim: int, axis: Axis) -> nn.Parameter:
+    return nn.Parameter(axis.shard(x, dim).clone(), requires_grad=False)
+
+
+# ------------------------------------------------------------------------------------------------- autoencoders
+
+
+class Autoencoder:
+    """An autoencoder of diffusers. Latents are as it takes them: scaling them is the family's.
+
+    `spatial` and `temporal` are how many pixels and frames one latent stands for. Where `tiled`, large pictures are
+    decoded tile by tile unless the settings say otherwise. Ranks that share the decoding each take some of the tiles.
+    """
+
+    def __init__(self, parts: Parts, cls: Any, spatial: int, temporal: int = 1, *, tiled: bool = False):
+        s = parts.settings
+        if not s.vae_config.load_decoder:
+            raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
+        config = parts.config("vae")
+        if (name := config.get("_class_name")) != cls.__name__:
+            raise ModelError(f"{parts.path('vae') / 'config.json'}: _class_name is {name!r}; only {cls.__name__!r}")
+        self.module: Any = parts.module("vae", partial(cls.from_config, config))
+        self.config = config
+        self.spatial, self.temporal = spatial, temporal
+        self.rows = parts.mesh.all if s.parallel_decode else Axis()
+        wanted = s.vae_tiling or (tiled if s.vae_config.use_tiling is None else s.vae_config.use_tiling)
+        self.tiling = Tiling.of(s.vae_config, spatial) if wanted or self.rows.size > 1 else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        found: torch.dtype = self.module.dtype
+        return found
+
+    def decode(self, z: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+        """Latents [1, C, h, w] or [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU.
+
+        Ranks that share it all call it, and the first of them has the frames. `pulse` is called before each tile.
+        """
+
+        def whole(part: Tensor) -> Tensor:
+            pulse()
+            y: Tensor = self.module.decode(part, return_dict=False)[0]
+            return y
+
+        z = z.to(self.dtype)
+        t = self.tiling
+        large = t is not None and (z.shape[-2] * self.spatial > t.height or z.shape[-1] * self.spatial > t.width)
+        if t is not None and large:
+            y = self._in_tiles(whole, z, t)
+        elif self.rows.index:
+            return torch.empty(0, 0, 0, 3, dtype=torch.uint8)  # too small to be shared
+        else:
+            y = whole(z)
+        video = y.transpose(1, 2).flatten(0, 1) if y.ndim == 5 else y  # [N, 3, H, W]
+        return levels(video).permute(0, 2, 3, 1).cpu()
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """The mode of the latents of pictures [1, 3, H, W] or clips [1, 3, N, H, W] in [-1, 1]; [1, C, ...]."""
+        weight = next(self.module.parameters())
+        z: Tensor = self.module.encode(pictures.to(weight)).latent_dist.mode()
+        return z
+
+    def _in_tiles(self, decode: Callable[[Tensor], Tensor], z: Tensor, t: Tiling) -> Tensor:
+        """Tile by tile, each rank its share; the first joins them, the others' answer means nothing."""
+        s = self.spatial
+        H, W = z.shape[-2:]
+        tops, lefts = range(0, H, t.stride_height // s), range(0, W, t.stride_width // s)
+        cells = [z[..., i : i + t.height // s, j : j + t.width // s] for i in tops for j in lefts]
+        ranks = self.rows if len(cells) >= self.rows.size else Axis()
+        tiles = [_filled(decode(cell), t) for cell in ranks.share_list(cells)]
+        whole = ranks.join(torch.stack(tiles), 0, len(cells))
+        if ranks.index or self.rows.index:
+            return whole[0]
+        cut = [tile[..., : cell.shape[-2] * s, : cell.shape[-1] * s] for tile, cell in zip(whole, cells, strict=True)]
+        rows = [cut[i : i + len(lefts)] for i in range(0, len(cut), len(lefts))]
+        return join_tiles(rows, t)[..., : H * s, : W * s]
+
+
+def _filled(tile: Tensor, t: Tiling) -> Tensor:
+    """Of the full size, so that all tiles can be stacked."""
+    return F.pad(tile, (0, t.width - tile.shape[-1], 0, t.height - tile.shape[-2]))

@@ -1,0 +1,241 @@
+"""Parts: the components of a model folder, loaded as the settings ask; and `Native`, a family made of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sgld.config import TRANSFORMERS
+from sgld.convert import structure
+from sgld.errors import BadRequest, ModelError
+from sgld.messages import Load
+from sgld.models.family import Family
+from sgld.nn.attention import CROSS, SELF, Backend, Chooser
+from sgld.nn.blocks import Denoiser
+from sgld.nn.lora import LoraLayers
+from sgld.nn.lora_formats import Renames
+from sgld.nn.parallel import Degrees, Mesh
+from sgld.nn.residency import Residency
+from sgld.nn.weights import load_module, read_json
+from sgld.params import Memory, SamplingParams
+from sgld.platform import Platform
+
+D = TypeVar("D", bound=Denoiser)
+M = TypeVar("M", bound=nn.Module)
+NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
+NO_NORMALIZATION = {"cfg_normalization": "it is of another family's guidance"}
+LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
+
+
+class Parts:
+    """One model folder: what its index names, and the loader of each component.
+
+    Call `share` before a transformer is made.
+
+    Raises:
+        ModelError: `needs` names a component that the index lacks.
+        BadRequest: a setting that this model has no component for.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        mesh: Mesh,
+        platform: Platform,
+        progress: Callable[[int, int], None],
+        needs: Iterable[str] = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"),
+    ):
+        self.folder, self.settings, self.platform = load.folder, load.settings, platform
+        self.index = read_json(load.folder / "model_index.json")
+        for name in needs:
+            if not (self.index.get(name) or [None])[0]:
+                raise ModelError(f"{load.folder / 'model_index.json'}: lacks {name}")
+        self.names = tuple(name for name, value in self.index.items() if isinstance(value, list) and value[0])
+        self._replaced = load.component_folders
+        self.scheduler = read_json(self.path("scheduler") / "scheduler_config.json")
+        self.train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
+        self.mesh, self.degrees = mesh, Degrees()
+        self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
+        self._check_precisions()
+        self.residency = Residency.of(self.settings, platform, self.names)
+        self._chooser = Chooser(self.settings, platform)
+        self._chooser.check((*self.encoders, *(name for name in TRANSFORMERS if name in self.names), "vae"))
+        weighed = [name for name in self.names if (self.path(name) / "config.json").is_file()]
+        self._progress, self._loaded, self._total = progress, 0, len(weighed)
+
+    def _check_precisions(self) -> None:
+        given, here = self.settings.text_encoder_precisions, len(self.encoders)
+        if given is not None and len(given) != here:
+            raise BadRequest(
+                f"text_encoder_precisions: {len(given)} given; this model has {here} text encoder{'s'[: here > 1]}",
+                "text_encoder_precisions",
+            )
+
+    def path(self, name: str) -> Path:
+        """The folder of a component: its own, or the one that replaces it."""
+        folder = self._replaced.get(name, self.folder / name)
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such folder; the model lacks its {name}")
+        return folder
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A component's config.json."""
+        return read_json(self.path(name) / "config.json")
+
+    def loaded(self, part: M) -> M:
+        """Count `part` as loaded, for whoever watches."""
+        self._loaded += 1
+        self._progress(self._loaded, self._total)
+        return part
+
+    def share(self, heads: int, guided: bool) -> Mesh:
+        """The ranks with their work shared out, for a transformer with so many heads, and guidance by default or not.
+
+        Raises:
+            BadRequest: heads that do not divide.
+        """
+        self.degrees = Degrees.of(self.settings, heads, guided)
+        self.mesh = self.mesh.split(self.degrees)
+        return self.mesh
+
+    def dtype(self, component: str) -> torch.dtype:
+        """The precision of a component: its kind's own, else the one for all, else the platform's; a VAE's is fp32."""
+        s = self.settings
+        if component in self.encoders:
+            own = s.text_encoder_precisions[self.encoders.index(component)] if s.text_encoder_precisions else None
+        else:
+            own = s.dit_precision if component in TRANSFORMERS else s.vae_precision or "fp32"
+        name = own or s.precision
+        known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        return known[name] if name else self.platform.dtype
+
+    def transformer(
+        self, name: str, make: Callable[[Backend, Backend], D], head: int, layers: Sequence[str] = ("blocks",)
+    ) -> D:
+        """The transformer that `make` builds with kernels for its attention to itself, and across.
+
+        `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`.
+        """
+        dtype, ring = self.dtype(name), self.mesh.ring.size > 1
+        own = self._chooser.choose(name, SELF, dtype, head, ring)
+        cross = self._chooser.choose(name, CROSS, dtype, head)
+        keeper = self.residency.keeper(name, layers)
+        module = load_module(lambda: make(own, cross), self.path(name), dtype, self.mesh.device, offload=keeper)
+        module.walk = self.residency.walker(name)
+        return self.loaded(module)
+
+    def module(self, name: str, make: Callable[[], M], **options: Any) -> M:
+        """Another component, strictly: what `make` builds, filled by `load_module` with these options."""
+        self.torch_only(name, "its attention is built into it")
+        keeper = self.residency.keeper(name)
+        return self.loaded(
+            load_module(make, self.path(name), self.dtype(name), self.mesh.device, offload=keeper, **options)
+        )
+
+    def torch_only(self, component: str, why: str) -> None:
+        """Raise `BadRequest` where another attention backend is asked for a component that torch alone computes."""
+        self._chooser.torch_only(component, why)
+
+    def lora(self, modules: Mapping[str, nn.Module | None], original: Renames) -> dict[str, LoraLayers]:
+        """LoRA for these transformers; `original` tells their layers' names in the authors' own code."""
+        kept = self.platform.free_memory() // (LORA_SHARE * self.mesh.local_world * len(TRANSFORMERS))
+        return {
+            name: LoraLayers(module, original, name, kept, self.residency.changer(name))
+            for name, module in modules.items()
+            if module is not None
+        }
+
+    def defaults(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The folder's generation_config.json, else these.
+
+        Raises:
+            ModelError: the file holds what SamplingParams does not know.
+        """
+        file = self.folder / "generation_config.json"
+        if not file.is_file():
+            return dict(known)
+        given = read_json(file)
+        try:
+            structure(given, SamplingParams)
+        except BadRequest as error:
+            raise ModelError(f"{file}: {error.message}") from None
+        return given
+
+    def memory(self, **estimate: int | None) -> Memory:
+        """The estimate of what an output takes, with what there is, and the offloaded weights that come for it."""
+        copies = self.mesh.local_world if self.platform.ranks_share_memory else 1
+        coming = self.residency.held_bytes
+        return Memory(
+            free=self.platform.free_memory(),
+            text_weights=copies * max((coming(name) for name in self.encoders), default=0),
+            denoiser_weights=copies * max(coming(name) for name in TRANSFORMERS),
+            decoder_weights=copies * coming("vae"),
+            **estimate,  # type: ignore[arg-type]
+        )
+
+    def token_bytes(self, width: int, hidden: int, dtype: torch.dtype) -> int:
+        """What a block of that width and hidden width takes for each token of the sequence.
+
+        In units of the weights' precision, measured in float32: 8 C and 5 C + 2 F in its two halves, and a float32
+        copy where that is not its precision. Ranks of one machine add up; elsewhere each has its share.
+        """
+        block = max(8 * width, 5 * width + 2 * hidden) * dtype.itemsize + 8 * width * (dtype.itemsize < 4)
+        if self.platform.ranks_share_memory:
+            return block * self.mesh.cfg.size
+        return block // self.mesh.tokens.size
+
+
+class Native(Family):
+    """A family with a transformer of ours: guidance branches shared among ranks, offloaded weights, decoding."""
+
+    parts: Parts
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.parts.mesh
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
+        """The velocity at latents `x` and time `t` for one branch of the conditioning; as `x` is."""
+
+    @abstractmethod
+    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
+        """Latents to frames u8 [N, H, W, 3] on the CPU; called on rank 0, or on all where `together`."""
+
+    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+        if condition.negative is None:
+            return self.predict(x, t, condition.positive), None
+        if self.mesh.cfg.size == 2:
+            own = (condition.positive, condition.negative)[self.mesh.cfg.index]
+            positive, negative = self.mesh.cfg.gather(self.predict(x, t, own), 0).chunk(2)
+            return positive, negative
+        return self.predict(x, t, condition.positive), self.predict(x, t, condition.negative)
+
+    def unguided(self) -> list[str]:
+        """The warning for an output without guidance whose branches have ranks of their own."""
+        if self.mesh.cfg.size == 1:
+            return []
+        return ["enable_cfg_parallel: without guidance half of the workers repeat what the others do"]
+
+    def guidance(self, t: Tensor, params: SamplingParams) -> float:
+        return params.guidance_scale
+
+    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+        return self.decode(x0, pulse)[:1]
+
+    def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
+        frames = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+        if self.together or self.mesh.rank == 0:
+            self.parts.residency.need("vae")
+            decoded = self.frames(x, pulse)
+            frames = frames if self.mesh.rank else decoded
+        return frames
+
+    def rest(self) -> None:
+        self.parts.residency.rest()

@@ -1,0 +1,142 @@
+"""Blocks of transformers that see picture and text as one sequence, with or without weights of their own for the text.
+
+MM-DiT (Esser et al. 2024, https://arxiv.org/abs/2403.03206). Ranks share the picture's tokens; every rank has all
+of the text's. Attribute names are the keys of diffusers.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgld.nn.blocks import FeedForward, gelu_tanh
+from sgld.nn.rope import rotate
+from sgld.nn.usp import SequenceAttention
+
+
+@attrs.frozen
+class Place:
+    """Where the tokens stand: rotations of this rank's picture tokens and of the text's; and the picture's length."""
+
+    rope: Tensor  # [S/n, D/2]
+    text_rope: Tensor | None  # [L, D/2]; None: the text is not turned
+    tokens: int  # of the picture, on all ranks
+
+
+class JointAttention(nn.Module):
+    """Attention of picture and text to both; without `added`, one set of weights serves both streams."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head: int,
+        among: SequenceAttention,
+        *,
+        added: bool = True,
+        out: bool = True,
+        bias: bool = True,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.heads, self.among = heads, among
+        inner = heads * head
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = nn.RMSNorm(head, eps), nn.RMSNorm(head, eps)
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=bias)]) if out else None
+        self.added = added
+        if added:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner, bias=bias) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = nn.RMSNorm(head, eps), nn.RMSNorm(head, eps)
+            self.to_add_out = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor, text: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """x [B, S/n, C] and text [B, L, C] to as much of both."""
+        q, k, v = self._picture(x, place.rope)
+        told = self._text(text, place.text_rope) if self.added else self._picture(text, place.text_rope)
+        y, z = (part.flatten(2) for part in self.among.joint(q, k, v, place.tokens, told))
+        if self.to_out is None:
+            return y, z
+        return self.to_out[0](y), self.to_add_out(z) if self.added else self.to_out[0](z)
+
+    def _picture(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
+        return turned(self.norm_q(q), rope), turned(self.norm_k(k), rope), v
+
+    def _text(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        return turned(self.norm_added_q(q), rope), turned(self.norm_added_k(k), rope), v
+
+
+def turned(x: Tensor, rope: Tensor | None) -> Tensor:
+    """x [B, S, H, D] by rotations [S, D/2], if there are any."""
+    return x if rope is None else rotate(x, rope)
+
+
+class Modulation(nn.Module):
+    """`parts` vectors [B, 1, C] each from an embedding [B, C] of the time; key `linear`."""
+
+    def __init__(self, dim: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+
+    def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale, gate, and the same again where there are six."""
+        return self.linear(F.silu(emb))[:, None].chunk(self.parts, -1)  # type: ignore[no-any-return]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer norm without weights, then scale and shift; [B, S, C]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class DualBlock(nn.Module):
+    """Two streams, each with weights of its own, that attend to both (FLUX.1, HunyuanVideo)."""
+
+    def __init__(self, dim: int, heads: int, head: int, among: SequenceAttention, ratio: float = 4.0):
+        super().__init__()
+        self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
+        self.attn = JointAttention(dim, heads, head, among)
+        self.ff, self.ff_context = FeedForward(dim, int(ratio * dim)), FeedForward(dim, int(ratio * dim))
+
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """x [B, S/n, C], text [B, L, C], emb [B, C]"""
+        mod, told = self.norm1(emb), self.norm1_context(emb)
+        y, z = self.attn(modulate(x, *mod[:2]), modulate(text, *told[:2]), place)
+        x, text = x + mod[2] * y, text + told[2] * z
+        x = x + mod[5] * self.ff(modulate(x, *mod[3:5]))
+        return x, text + told[5] * self.ff_context(modulate(text, *told[3:5]))
+
+
+class SingleBlock(nn.Module):
+    """One stream: attention beside a feed-forward layer, with the same weights for picture and text."""
+
+    def __init__(self, dim: int, heads: int, head: int, among: SequenceAttention, ratio: float = 4.0):
+        super().__init__()
+        hidden = int(ratio * dim)
+        self.norm = Modulation(dim, 3)
+        self.proj_mlp, self.proj_out = nn.Linear(dim, hidden), nn.Linear(dim + hidden, dim)
+        self.attn = JointAttention(dim, heads, head, among, added=False, out=False)
+
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """x [B, S/n, C], text [B, L, C], emb [B, C]"""
+        shift, scale, gate = self.norm(emb)
+        own, told = modulate(x, shift, scale), modulate(text, shift, scale)
+        y, z = self.attn(own, told, place)
+        x = x + gate * self.proj_out(torch.cat([y, gelu_tanh(self.proj_mlp(own))], -1))
+        return x, text + gate * self.proj_out(torch.cat([z, gelu_tanh(self.proj_mlp(told))], -1))
+
+
+class OutNorm(nn.Module):
+    """The last layer norm, which the time scales and shifts; key `linear`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.linear(F.silu(emb))[:, None].chunk(2, -1)
+        return modulate(x, shift, scale)
