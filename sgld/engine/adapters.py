@@ -90,10 +90,12 @@ def _check_single(name: str, revision: str | None, param: str) -> None:
 
 @attrs.frozen
 class Known:
-    """Where the adapter of a nickname lies."""
+    """Where the adapter of a nickname lies, and how it was to be read."""
 
     reference: str  # as it was given
     path: Path
+    alpha: float | None = None
+    strict: bool = True
 
 
 @attrs.frozen
@@ -154,7 +156,9 @@ class AdapterNames:
             names = ", ".join(sorted(self.known)) or "none"
             hint = nearest(lora.nickname, self.known) or f"; known: {names}"
             raise BadRequest(f"{param}: no adapter is called {lora.nickname!r}{hint}", param)
-        return attrs.evolve(lora, path=str(self.known[lora.nickname].path))
+        known = self.known[lora.nickname]
+        alpha = known.alpha if lora.alpha is None else lora.alpha
+        return attrs.evolve(lora, path=str(known.path), alpha=alpha, strict=lora.strict and known.strict)
 
     async def _find(self, reference: str, param: str, local: bool) -> Path:
         path = self._found.get((reference, local))
@@ -167,7 +171,7 @@ class AdapterNames:
         """From now on these nicknames stand for what they were found to be."""
         for asked, found in zip(given, resolved, strict=True):
             if asked.path is not None and found.nickname is not None and found.path is not None:
-                self.known[found.nickname] = Known(asked.path, Path(found.path))
+                self.known[found.nickname] = Known(asked.path, Path(found.path), asked.alpha, asked.strict)
 
 
 def at_start(settings: Settings) -> list[LoraUse]:

@@ -85,7 +85,7 @@ class Engine:
         if self.kept is not None:
             await self._restore(self.kept)
         elif loras:
-            check_loras(loras, self.info, "lora_path")
+            check_loras(loras, self.info, "lora_path", "lora_target")
             await self._in_executor(self.group.run, SetLora(tuple(found)))
             self.adapters.give(loras, found)
         await self._remember()

@@ -13,8 +13,11 @@ from sgld.messages import Load
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 # what is downloaded, by patterns whose `*` takes slashes too; all-in-one checkpoints lie in a model's root and stay out
-MODEL_FILES = {"allow_patterns": ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]}
-COMPONENT_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model"], "ignore_patterns": ["*/*"]}
+MODEL_FILES = {"allow_patterns": ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]}
+COMPONENT_FILES = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+    "ignore_patterns": ["*/*"],
+}
 
 
 def resolve_model(settings: Settings) -> Load:

@@ -125,7 +125,9 @@ async def load(service: Service) -> None:
     """Load the model, make one small output so that the first client does not wait for it, and begin with the jobs."""
     started = time.perf_counter()
     service.info = await service.engine.load(_log_progress)
-    if service.settings.warmup == "server":
+    if service.settings.warmup == "server" and service.info.min_pictures:
+        log.info("warmup: none, for %s makes nothing without a picture", service.model_id)
+    elif service.settings.warmup == "server":
         small = {"prompt": WARMUP_PROMPT, "seed": 0, "num_inference_steps": 1, "num_frames": 1}
         params, _ = resolve({**service.sampling, **small}, service.info)
         try:

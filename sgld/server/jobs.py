@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from functools import cached_property
 from pathlib import PurePath
@@ -90,9 +89,9 @@ class Job:
     parked: bool = False  # it goes on in the next process, and tells nothing more in this one
     task: asyncio.Task[None] | None = None  # makes its outputs
     waiters: int = 0
-    _log: deque[JobEvent] = attrs.field(factory=lambda: deque(maxlen=_LOG_EVENTS))
+    _log: list[JobEvent] = attrs.field(factory=list)
     _number: int = 0
-    _changed: asyncio.Event = attrs.field(factory=asyncio.Event)
+    _changed: asyncio.Event | None = None  # where somebody waits for the next event
     _followers: int = 0
 
     VOLATILE: ClassVar = ("settled", "parked", "task", "waiters", "_log", "_number", "_changed", "_followers")
@@ -138,39 +137,65 @@ class Job:
         for name, value in changes.items():
             setattr(self, name, value)
 
+    def state(self, position: int | None = None, eta_s: float | None = None) -> dict[str, Any]:
+        """Where it stands: what every event and every answer tells."""
+        return {
+            "id": self.id,
+            "status": self.status,
+            "progress": self.progress,
+            "stage": self.stage,
+            "step": self.step,
+            "total": self.total,
+            "queue_position": position,
+            "eta_seconds": None if eta_s is None else round(eta_s, 1),
+        }
+
     # Events
 
     def publish(self, name: str, data: dict[str, Any]) -> None:
-        """Add a line to the log and wake who follows it; after the end only the last line is kept."""
+        """Add a line to the log and wake who follows it; of a job that has ended its fields tell as much."""
         self._number += 1
         if self.ended:
-            self._log.clear()
-        self._log.append(JobEvent(self._number, name, data))
+            self._log = []
+        if self._followers or not self.ended:
+            self._log.append(JobEvent(self._number, name, data))
+            del self._log[:-_LOG_EVENTS]
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _change(self) -> None:
+        """Until the next event."""
+        self._changed = self._changed or asyncio.Event()
+        await self._changed.wait()
 
     async def follow(self, after: int = 0) -> AsyncIterator[JobEvent]:
         """Events with higher numbers than `after`, until and with the one of its end, or until it is parked."""
         self._followers += 1
         try:
+            if self.ended and not self._log and self._number > after:
+                yield JobEvent(self._number, self.status, self.state())
+                return
             while True:
-                changed = self._changed
-                for event in [event for event in self._log if event.number > after]:
-                    after = event.number
-                    yield event
+                while unseen := [event for event in self._log if event.number > after]:
+                    for event in unseen:
+                        after = event.number
+                        yield event
                 if self.ended or self.parked:
                     return
-                await changed.wait()
+                await self._change()
         finally:
             self._followers -= 1
+            if self.ended and not self._followers:
+                self._log = []
 
     async def wait(self) -> None:
         """Until its end, or until it is parked."""
         while not (self.ended or self.parked):
-            await self._changed.wait()
+            await self._change()
 
     # The journal
 

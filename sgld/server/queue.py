@@ -1,4 +1,4 @@
-"""FairQueue: whose job is next, by priority, waiting time and the service each owner has had."""
+"""FairQueue: whose job is next, by priority, waiting time and the service each owner has had; and how long it waits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import attrs
 
 PRIORITIES = ("low", "normal", "high")
+_PACE_WEIGHT = 0.3
 AGING_S = 60.0  # a waiting job rises one class each time this passes
 
 T = TypeVar("T", bound=Hashable)
@@ -110,3 +111,26 @@ class FairQueue(Generic[T]):
             self._queued.clear()
             self._tags.clear()
             self._virtual_time = 0.0
+
+
+@attrs.define
+class Pace:
+    """How fast this machine has been: seconds for a unit of a job's cost, as a moving average."""
+
+    seconds: float | None = None
+
+    def learn(self, cost: float, seconds: float) -> None:
+        seen = seconds / cost
+        self.seconds = seen if self.seconds is None else self.seconds + _PACE_WEIGHT * (seen - self.seconds)
+
+    def estimate(self, cost: float) -> float | None:
+        """Seconds for a job; None before the first has ended."""
+        return None if self.seconds is None else self.seconds * cost
+
+
+@attrs.frozen
+class Place:
+    """A waiting job's place in the queue, from 1, and the cost of all jobs up to and with it."""
+
+    position: int
+    cost: float

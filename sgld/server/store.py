@@ -7,14 +7,13 @@ import base64
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-import attrs
 
 from sgld import media
 from sgld.config import Settings
@@ -37,40 +36,17 @@ from sgld.server.catalog import EVERYBODY, Catalog
 from sgld.server.errors import INTERNAL
 from sgld.server.jobs import Artifact, Job
 from sgld.server.journal import Journal
+from sgld.server.ledger import Ledger
 from sgld.server.metrics import Metrics
 from sgld.server.outputs import Outputs
-from sgld.server.queue import FairQueue
-from sgld.server.webhooks import DELIVERY, Delivery, Webhooks
+from sgld.server.queue import FairQueue, Pace, Place
+from sgld.server.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
 SAVING = 2  # outputs that may be written while the next one is made
 SWEEP_S = 30.0
 AGED_S = 1.0
-_PACE_WEIGHT = 0.3
-
-
-@attrs.define
-class Pace:
-    """How fast this machine has been: seconds for a unit of a job's cost, as a moving average."""
-
-    seconds: float | None = None
-
-    def learn(self, cost: float, seconds: float) -> None:
-        seen = seconds / cost
-        self.seconds = seen if self.seconds is None else self.seconds + _PACE_WEIGHT * (seen - self.seconds)
-
-    def estimate(self, cost: float) -> float | None:
-        """Seconds for a job; None before the first has ended."""
-        return None if self.seconds is None else self.seconds * cost
-
-
-@attrs.frozen
-class Place:
-    """A waiting job's place in the queue, from 1, and the cost of all jobs up to and with it."""
-
-    position: int
-    cost: float
 
 
 class JobStore:
@@ -91,13 +67,12 @@ class JobStore:
         self._settings = settings
         self._metrics = metrics
         self._webhooks = webhooks
-        self._journal: Journal | None = None
+        self._ledger = Ledger()
         self._jobs: dict[str, Job] = {}  # in the order of their arrival
         self._catalog = Catalog()
         self._repeats: dict[tuple[str, str], Job] = {}  # by owner and Idempotency-Key
         self._queue: FairQueue[Job] = FairQueue()
         self._admitting: dict[Job, asyncio.Event] = {}  # until they are in the journal
-        self._owed: set[Job] = set()  # the journal has not taken what became of them
         self._running: Job | None = None
         self._line: tuple[float, dict[Job, Place]] | None = None  # when it was reckoned, and the queue in order
         self._pace = Pace()
@@ -111,8 +86,8 @@ class JobStore:
 
     async def open(self, journal: Journal | None) -> None:
         """Read the journal: what had not ended waits again, once more. None: there is no journal."""
-        self._journal = journal
-        jobs = await journal.restore("job", Job.restore) if journal is not None else []
+        self._ledger = Ledger(journal)
+        jobs = await self._ledger.restore()
         waiting: list[Job] = []
         for job in jobs:
             if job.kind == "image" and not job.ended:  # its client is gone
@@ -162,17 +137,17 @@ class JobStore:
         """Put what has not ended back into the journal, or fail it where there is none."""
         self.draining = True
         for job in [job for job in self._jobs.values() if job.settle()]:
-            if self._journal is not None and job.kind == "video":
+            if self._ledger.lasts and job.kind == "video":
                 job.park()
                 if job.status == "in_progress":  # a queued one is in the journal as it stands
-                    await self._write_down(job, status="queued", attempts=job.attempts - 1)
+                    await self._ledger.write_down(job, status="queued", attempts=job.attempts - 1)
             else:
                 await self._end(job, NotReady("the server is stopping"))
             if job.task is not None:
                 job.task.cancel()
         while self._busy:  # the ends that others have decided
             await asyncio.wait(self._busy)
-        await self._pay()
+        await self._ledger.pay()
         for task in self._tasks:
             task.cancel()
         while self._tasks:
@@ -202,7 +177,7 @@ class JobStore:
         self._remember(job)
         self._admitting[job] = asyncio.Event()
         try:
-            await self._write(job)
+            await self._ledger.write(job)
         except BaseException:
             job.settle()
             self._vanish(job)
@@ -268,7 +243,7 @@ class JobStore:
 
     async def _delete(self, job: Job) -> None:
         await self._cancel(job)
-        await self._strike([job])
+        await self._ledger.strike([job])
         self._vanish(job)
         await self._remove_files([job])
 
@@ -286,18 +261,9 @@ class JobStore:
         job.publish("deleted", self.state(job))
 
     def state(self, job: Job) -> dict[str, Any]:
-        """Where a job stands: what every event and every answer tells."""
-        eta, place = self.eta(job), self._places().get(job)
-        return {
-            "id": job.id,
-            "status": job.status,
-            "progress": job.progress,
-            "stage": job.stage,
-            "step": job.step,
-            "total": job.total,
-            "queue_position": place.position if place is not None else None,
-            "eta_seconds": None if eta is None else round(eta, 1),
-        }
+        """Where a job stands among the others: what every event and every answer tells."""
+        place = self._places().get(job)
+        return job.state(None if place is None else place.position, self.eta(job))
 
     def eta(self, job: Job) -> float | None:
         """Seconds until its end, where past jobs allow an estimate."""
@@ -338,6 +304,7 @@ class JobStore:
             job.task = self._labour(self._make(job))
             job.task.add_done_callback(self._stand_idle)
             await asyncio.wait({job.task})
+            job.task = None
             self._tell_positions()
 
     def _stand_idle(self, _: asyncio.Task[None]) -> None:
@@ -375,7 +342,7 @@ class JobStore:
 
     async def _write_beginning(self, job: Job) -> None:
         if not job.settled:  # else the journal hears of its end, or of its waiting
-            await self._write_down(job)
+            await self._ledger.write_down(job)
 
     async def _generate(
         self, job: Job, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
@@ -478,7 +445,7 @@ class JobStore:
         changes = job.ending(error, self._settings.job_ttl)
         video = job.kind == "video"
         due = self._webhooks.due(job.owner, f"video.{changes['status']}", job.id) if video else []
-        await self._write_down(job, due, **changes)
+        await self._ledger.write_down(job, due, **changes)
         job.change(**changes)
         if error is not None:
             self._release_key(job)  # a repeated request may fare better
@@ -496,44 +463,10 @@ class JobStore:
 
     # Keeping
 
-    async def _write(self, job: Job, due: Sequence[Delivery] = (), **changes: Any) -> None:
-        """A job, and what webhooks are owed for it: both or neither."""
-        if self._journal is not None:
-            deliveries = {(DELIVERY, each.id): attrs.asdict(each) for each in due}
-            await self._put({("job", job.id): job.record(**changes), **deliveries})
-
-    async def _put(self, documents: dict[tuple[str, str], dict[str, Any]]) -> None:
-        """Write them, and what the journal did not take before."""
-        assert self._journal is not None
-        owed = set(self._owed)
-        await self._journal.put_many({("job", job.id): job.record() for job in owed} | documents)
-        self._owed -= owed
-
-    async def _pay(self) -> None:
-        """Write again what the journal did not take."""
-        if self._owed:
-            try:
-                await self._put({})
-            except Exception:  # the next time may fare better
-                log.exception("the journal does not hear of %d jobs yet", len(self._owed))
-
-    async def _write_down(self, job: Job, due: Sequence[Delivery] = (), **changes: Any) -> None:
-        """Write what happens in any case: a journal that fails is logged, and hears of the job later."""
-        try:
-            await self._write(job, due, **changes)
-        except Exception:  # whatever is wrong with the disk, the job must end
-            log.exception("%s: the journal does not hear of it yet", job.id)
-            if not job.parked and job.id in self._jobs:
-                self._owed.add(job)
-
     async def _erase(self, jobs: list[Job]) -> None:
         """Remove jobs from the disk: from the journal first, so that none is listed there without its files."""
-        await self._strike(jobs)
+        await self._ledger.strike(jobs)
         await self._remove_files(jobs)
-
-    async def _strike(self, jobs: list[Job]) -> None:
-        if self._journal is not None and jobs:
-            await self._journal.delete("job", [job.id for job in jobs])
 
     async def _remove_files(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -564,7 +497,7 @@ class JobStore:
     async def _sweep(self) -> None:
         """Remove what has expired."""
         while True:
-            await self._pay()
+            await self._ledger.pay()
             now = time.time()
             old = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
             try:
@@ -586,7 +519,7 @@ class JobStore:
     def _forget(self, job: Job) -> None:
         if self._jobs.pop(job.id, None) is not None:
             self._catalog.remove(job)
-        self._owed.discard(job)
+        self._ledger.forget(job)
         self._release_key(job)
 
     def _release_key(self, job: Job) -> None:

@@ -78,6 +78,8 @@ async def create(request: web.Request) -> web.Response:
     fields, sampling, notes = split(content.values, VideoFields)
     require_prompt(sampling)
     service.check_model(fields.model)
+    if service.loaded().kind == "image":
+        raise BadRequest(f"model: {service.model_id!r} makes pictures; POST /v1/images/generations", "model")
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
     async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
         asked = {**sampling, **_length(fields, sampling, service), **kept.sampling}

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Generator, Tensor
 
 from sgld.errors import ModelError
@@ -40,7 +41,7 @@ class FaultyFamily(Family):
         self.step = 0
         self.num_frames = 0
 
-    def encode(self, params: SamplingParams) -> tuple[Conditioning, list[str]]:
+    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
         self.fault = json.loads(params.prompt)
         self.step = 0
         self.num_frames = params.num_frames

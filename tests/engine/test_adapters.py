@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sgld.config import Settings
-from sgld.engine.adapters import Kept, Known, at_start, resolve_adapter
+from sgld.engine.adapters import AdapterNames, Kept, Known, at_start, resolve_adapter
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, NotReady, SgldError
 from sgld.messages import Frames, LoraPart, LoraState, Note
@@ -337,3 +337,13 @@ def test_local_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     assert resolve_adapter("owner/styles") == tmp_path / "owner" / "styles"
     assert resolve_adapter("owner/styles", local=False) == hub, "a client never reaches a folder of this machine"
+
+
+async def test_a_nickname_remembers_how_its_adapter_was_read(adapters: Files) -> None:
+    names = AdapterNames()
+    given = [LoraUse("odd", adapters["odd"], alpha=2.0, strict=False)]
+    names.give(given, await names.resolve(given, "loras", local=True))
+    [again] = await names.resolve([LoraUse("odd", strength=0.5)], "loras", local=False)
+    assert (again.path, again.alpha, again.strict, again.strength) == (adapters["odd"], 2.0, False, 0.5)
+    [other] = await names.resolve([LoraUse("odd", alpha=1.0)], "loras", local=False)
+    assert (other.alpha, other.strict) == (1.0, False)

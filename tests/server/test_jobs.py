@@ -289,8 +289,8 @@ async def test_a_repeat_does_not_hang_on_a_request_that_was_given_up(start: Star
         assert status == 200 and answer["id"] != given_up.id and given_up.status == "deleted"
         if path == "/v1/videos":
             assert (await client.until(answer, "completed", "failed"))["status"] == "completed"
-        assert store._journal is not None
-        while [record["id"] for record in await store._journal.all("job")] != [answer["id"]]:
+        assert store._ledger._journal is not None
+        while [record["id"] for record in await store._ledger._journal.all("job")] != [answer["id"]]:
             await asyncio.sleep(0.01)
 
 
@@ -358,10 +358,10 @@ async def test_an_output_that_cannot_be_saved_ends_its_job(start: Start) -> None
     assert (video["status"], video["error"]["code"]) == ("failed", "output_error")
     async with client.session.get(f"{client.url}/metrics") as answer:
         assert 'sgld_stage_seconds_count{stage="denoise"} 1.0' in await answer.text()
-    assert store._journal is not None
-    assert [record["status"] for record in await store._journal.all("job")] == ["in_progress"], "the control"
+    assert store._ledger._journal is not None
+    assert [record["status"] for record in await store._ledger._journal.all("job")] == ["in_progress"], "the control"
     await client.until(await client.create(), "completed")
-    assert (await store._journal.all("job"))[0]["status"] == "failed"
+    assert (await store._ledger._journal.all("job"))[0]["status"] == "failed"
 
 
 async def test_a_delete_that_fails_removes_nothing(start: Start, tmp_path: Path) -> None:
@@ -571,8 +571,8 @@ async def test_a_cancel_whose_client_has_gone_is_carried_out(start: Start, tmp_p
     async with asyncio.timeout(20):
         while [job.id for job in store._jobs.values()] != [running["id"]]:
             await asyncio.sleep(0.02)
-        assert store._journal is not None
-        while len(await store._journal.all("job")) != 1:
+        assert store._ledger._journal is not None
+        while len(await store._ledger._journal.all("job")) != 1:
             await asyncio.sleep(0.02)
 
 
@@ -590,8 +590,8 @@ async def test_a_cancelled_job_stays_cancelled_when_the_server_stops(start: Star
     for task in cancels:
         status, answer = await task
         told[answer.get("id")] = status
-    assert store._journal is not None
-    kept = {record["id"]: record for record in await store._journal.all("job")}
+    assert store._ledger._journal is not None
+    kept = {record["id"]: record for record in await store._ledger._journal.all("job")}
     for video in videos:
         assert (kept[video["id"]]["status"] == "failed") == (video["id"] in told), kept[video["id"]]["status"]
     assert len(kept) == 9
@@ -612,8 +612,8 @@ async def test_a_job_ends_though_the_journal_does_not_answer(start: Start) -> No
     client = await start()
     store = client.app[SERVICE].jobs
     video = await client.until(await client.create(SLOW), "in_progress")
-    assert store._journal is not None
-    await store._journal.close()
+    assert store._ledger._journal is not None
+    await store._ledger._journal.close()
     assert (await client.until(video, "completed", "failed"))["status"] == "completed"
     status, error = await client.call("POST", "/v1/videos", json={"prompt": "{}"})
     assert status == 500 and "journal" in error["detail"], "what cannot be kept is not taken"
