@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import typing
@@ -101,6 +102,14 @@ class Settings:
     )
     component_paths: dict[str, str] = knob(
         {}, "folder for a component, as in --vae-path; its key must stand in model_index.json", group=MODEL
+    )
+    dmd_denoising_steps: list[int] | None = knob(
+        None,
+        "times of a few-step model's steps, falling, as in 1000,757,522; any Wan checkpoint then runs as one",
+        group=MODEL,
+        min=1,
+        max=1000,
+        shown_default="the model's own",
     )
     transformer_weights_path: str | None = knob(
         None, "quantized transformer weights", group=MODEL, pending="quantized weights"
@@ -434,6 +443,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     _check_loras(settings)
     _check_offload(settings)
     _check_attention(settings)
+    _check_steps(settings)
     if settings.vae_config.parallel_decode_mode and not settings.parallel_decode:
         path = "vae_config.parallel_decode_mode"
         raise BadRequest(f"{path}: it has no effect without vae_sp", path)
@@ -480,6 +490,15 @@ def _check_attention(settings: Settings) -> None:
             raise BadRequest(f"{path}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}", path)
         if name in SPARSE_ATTENTION:
             raise NotBuilt(f"{path}: {name} is not built yet in this version of sgld (sparse attention)", path)
+
+
+def _check_steps(settings: Settings) -> None:
+    """At least one time, and each below the one before."""
+    steps = settings.dmd_denoising_steps
+    if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
+        shown = ",".join(map(str, steps)) or "none"
+        line = f"dmd_denoising_steps: {shown}: give falling numbers, as in 1000,757,522"
+        raise BadRequest(line, "dmd_denoising_steps")
 
 
 def _check_loras(settings: Settings) -> None:

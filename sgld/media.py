@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from sgld import __version__
 from sgld.config import Settings
 from sgld.errors import BadRequest, OutputError
-from sgld.messages import Frames
+from sgld.messages import Audio, Frames
 from sgld.params import DEBUG, LoraUse, SamplingParams
 
 VIDEO, IMAGE, RAW = "video", "image", "raw"
@@ -42,11 +42,12 @@ class Format:
     side_multiple: int = 1  # 4:2:0 video stores colour at half the size
     max_fps: int | None = None
     max_metadata: int | None = None  # bytes
+    sound: str | None = None  # codec; None: it is silent
 
 
 FORMATS = {
-    "mp4": Format("video/mp4", VIDEO, max_side=16384, side_multiple=2),
-    "webm": Format("video/webm", VIDEO, side_multiple=2),
+    "mp4": Format("video/mp4", VIDEO, max_side=16384, side_multiple=2, sound="aac"),
+    "webm": Format("video/webm", VIDEO, side_multiple=2, sound="libopus"),
     "gif": Format("image/gif", VIDEO, max_fps=50),
     "png": Format("image/png", IMAGE),
     "jpg": Format("image/jpeg", IMAGE, max_side=65500, max_metadata=65000),
@@ -61,6 +62,8 @@ DEFAULT_QUALITY = {VIDEO: 50, IMAGE: 75, RAW: 100}
 _BT709 = 1  # the code of matrix, primaries and transfer alike, ITU-T H.273
 _EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_LAYOUTS = {1: "mono", 2: "stereo"}  # by the number of channels
+_SOUND_BITS, _SOUND_RATE = 96_000, 48_000  # bits a second for each channel; samples a second where a rate is unknown
 _GIF_SAMPLE = 1 << 18  # pixels that choose a gif's palette
 _SETTINGS = (
     "revision", "component_paths", "precision", "dit_precision", "vae_precision", "text_encoder_precisions",
@@ -165,8 +168,9 @@ def encode(
     quality: int,
     metadata: Mapping[str, Any],
     x264_preset: str | None = None,
+    audio: Audio | None = None,
 ) -> None:
-    """Write frames [N, H, W, 3] to `path`, whatever its name, as `format`.
+    """Write frames [N, H, W, 3] to `path`, whatever its name, as `format`, with `audio` where it can hold sound.
 
     `quality` is 0 to 100: the constant rate factor of mp4 and webm, the quality of jpg and webp; png, gif and npy have
     none. A gif counts time in 1/100 s: at 24 frames per second its delays are 4 or 5 of them, so that the whole keeps
@@ -183,7 +187,7 @@ def encode(
         _write_gif(path, frames, fps, metadata)
     else:
         codec, options = _video_codec(format, quality, x264_preset)
-        _write_video(path, format, codec, options, map(_to_yuv, frames), (width, height), fps, metadata)
+        _write_video(path, format, codec, options, map(_to_yuv, frames), (width, height), fps, metadata, audio)
 
 
 def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[str, Any]) -> bytes:
@@ -198,6 +202,20 @@ def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "jpeg" if format == "jpg" else format, **options)
     return file.getvalue()
+
+
+def through_h264(frame: Frames, rate_factor: int) -> Frames:
+    """One frame [H, W, 3] as it comes back from a video of that constant rate factor; an odd row or column is cut."""
+    height, width = (side // 2 * 2 for side in frame.shape[:2])
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=1, options={"crf": str(rate_factor), "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), "rgb24")
+        container.mux([*stream.encode(picture.reformat(format="yuv420p")), *stream.encode(None)])
+    file.seek(0)
+    with av.open(file) as container:
+        return next(container.decode(video=0)).to_ndarray(format="rgb24")
 
 
 def _write_npy(path: Path, frames: Frames) -> None:
@@ -236,7 +254,9 @@ def _write_video(
     size: tuple[int, int],
     fps: int,
     metadata: Mapping[str, Any],
+    audio: Audio | None = None,
 ) -> None:
+    """The sound of each picture goes beside it, so that a player that reads on has both."""
     muxer = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if format == "mp4" else {})
     with _plain_os_errors(format), av.open(_plain(path), "w", format=format, options=muxer) as container:
         container.metadata["comment"] = _json(metadata)
@@ -248,10 +268,51 @@ def _write_video(
             stream.pix_fmt = "yuv420p"
             stream.colorspace = stream.color_primaries = stream.color_trc = _BT709
             stream.color_range = ColorRange.MPEG
+        track = None if audio is None else _Track.of(container, FORMATS[format].sound, audio)
         for i, picture in enumerate(pictures):
             picture.pts, picture.time_base = i, Fraction(1, fps)
             container.mux(stream.encode(picture))
+            if track is not None:
+                container.mux(track.until(Fraction(i + 1, fps)))
         container.mux(stream.encode(None))
+        if track is not None:
+            container.mux(track.rest())
+
+
+@attrs.define
+class _Track:
+    """The sound of a file that is being written."""
+
+    stream: Any
+    audio: Audio
+    done: int = 0  # samples
+
+    @classmethod
+    def of(cls, container: Any, codec: str | None, audio: Audio) -> _Track:
+        """A stream of the sound's own rate, or of a usual one where the codec does not know it."""
+        assert codec is not None, "only formats with sound come here"
+        known = av.Codec(codec, "w").audio_rates
+        stream = container.add_stream(codec, rate=audio.rate if known and audio.rate in known else _SOUND_RATE)
+        stream.layout = _LAYOUTS[len(audio.samples)]
+        stream.bit_rate = _SOUND_BITS * len(audio.samples)
+        return cls(stream, audio)
+
+    def until(self, time: Fraction) -> list[Any]:
+        """The packets of what is heard before `time`, in seconds."""
+        end = min(round(time * self.audio.rate), self.audio.samples.shape[1])
+        if end <= self.done:
+            return []
+        part = np.ascontiguousarray(self.audio.samples[:, self.done : end], np.float32)
+        frame = av.AudioFrame.from_ndarray(part, "fltp", self.stream.layout.name)
+        frame.rate, frame.pts, frame.time_base = self.audio.rate, self.done, Fraction(1, self.audio.rate)
+        self.done = end
+        packets: list[Any] = self.stream.encode(frame)
+        return packets
+
+    def rest(self) -> list[Any]:
+        """The packets of what is left."""
+        packets = self.until(Fraction(self.audio.samples.shape[1], self.audio.rate))
+        return packets + self.stream.encode(None)  # type: ignore[no-any-return]
 
 
 def _write_gif(path: Path, frames: Frames, fps: int, metadata: Mapping[str, Any]) -> None:
@@ -390,6 +451,16 @@ def _decode_image(path: Path) -> tuple[Frames, float]:
             milliseconds += image.info.get("duration", 0)
             frames.append(np.asarray(image.convert("RGB")))
     return np.stack(frames), 1000 * len(frames) / milliseconds if milliseconds else 0.0
+
+
+def decode_sound(path: Path) -> Audio | None:
+    """What is heard in a video; None where it is silent."""
+    with _reading(path), av.open(_plain(path)) as container:
+        if not container.streams.audio:
+            return None
+        parts = av.AudioResampler("fltp")
+        frames = [part for frame in container.decode(audio=0) for part in parts.resample(frame)]
+        return Audio(np.concatenate([frame.to_ndarray() for frame in frames], 1), frames[0].rate)
 
 
 def _decode_video(path: Path) -> tuple[Frames, float]:

@@ -281,6 +281,7 @@ class Memory:
     text_pair: int = 0  # of the text encoder, for each pair of prompt tokens
     token: int = 0  # of the denoiser, for `size_multiple`^2 pixels of `frame_multiple` frames
     paired_tokens: int = 0  # up to so many tokens, guidance doubles them
+    picture: int = 0  # of the denoiser, for each picture that it looks at
     pixel: int = 0  # of the frames, for each pixel of each
     chunk_pixel: int = 0  # of the decoder, for each pixel of the frames that it decodes at once
     chunk_pixels: int = 0  # as many it decodes at once, unless one latent frame has more
@@ -305,6 +306,11 @@ class ModelInfo:
     min_pictures: int = 0
     starts_from_picture: bool = True  # denoising begins in the middle, at the picture; else the model looks at it
     takes_picture_size: bool = True  # a request without a size takes the picture's shape
+    enlarges_picture: bool = True  # to the area of the size that stands; else that is only the most
+    picture_multiple: int | None = None  # then sides are the nearest multiples of this, not cut to `size_multiple`
+    unguided: float = 1.0  # guidance_scale, or true_cfg_scale where it is given, up to which there is no guidance
+    fixed_steps: int | None = None  # num_inference_steps, where no other number works
+    audio: bool = False  # its videos have sound
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
 
@@ -315,6 +321,7 @@ class ModelInfo:
         area = params.height * params.width
         tokens = area // self.size_multiple**2 * ((params.num_frames - 1) // self.frame_multiple + 1)
         denoise = m.denoiser_weights + m.token * max(tokens, min(2 * tokens, m.paired_tokens))
+        denoise += m.picture * len(params.image_path or ())
         tile = min(area, m.tile_pixels or area)
         chunk = min(params.num_frames * tile, max(m.chunk_pixels, self.frame_multiple * tile))
         decode = m.decoder_weights + m.pixel * params.num_frames * area + m.chunk_pixel * chunk
@@ -327,14 +334,14 @@ class ModelInfo:
         }
 
 
-def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str) -> None:
+def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str, target: str = "target") -> None:
     """Raise `NotBuilt` or `BadRequest` for adapters that this model cannot take, before any of them is sought."""
     if loras and not info.lora_targets:
         raise NotBuilt(f"{param}: this model takes no LoRA adapters", param)
     if len(loras) > MAX_LORAS:
         raise BadRequest(f"{param}: {len(loras)} adapters are too many; at most {MAX_LORAS} are allowed", param)
     for lora in loras:
-        check_lora_target(lora.target, info, f"{param}.target" if param == "loras" else "target")
+        check_lora_target(lora.target, info, target)
 
 
 def check_lora_target(target: str, info: ModelInfo, param: str = "target") -> None:
@@ -369,11 +376,14 @@ def resolve(
     params = structure({**info.defaults, **asked}, SamplingParams)
     refuse_unbuilt(params)
     params.seeds()
-    check_loras(params.loras, info, "loras")
+    check_loras(params.loras, info, "loras", "loras.target")
+    _check_steps(params, info)
+    if not info.starts_from_picture:
+        _refuse_start(asked)
     params = _with_picture(params, own, info)
     notes: list[str] = []
-    if picture is not None and not {"height", "width"} & own.keys():
-        params, notes = _shaped(params, picture, info.size_multiple)
+    if picture is not None and info.takes_picture_size and not {"height", "width"} & own.keys():
+        params, notes = _shaped(params, picture, info)
     _check_size(params, info)
     _check_tokens(params, info)
     params, more = _fit_frames(params, info)
@@ -388,14 +398,23 @@ def check_picture(given: Mapping[str, Any]) -> None:
             raise BadRequest(f"{name}: it needs a picture to start from", name)
 
 
+def _refuse_start(asked: Mapping[str, Any]) -> None:
+    """Raise `NotBuilt` for what only a model that starts from its picture can use."""
+    for name in ("strength", "mask_path"):
+        if name in asked:
+            reason = "it looks at pictures and begins with noise, not with one of them"
+            raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
+
+
 def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
-    """Its strength, with a picture; none without. Raises for pictures that this model does not take."""
-    count = len(params.image_path or ())
-    if count > info.max_pictures:
-        takes = f"takes {info.max_pictures}" if info.max_pictures else "makes pictures from text alone and takes none"
-        raise BadRequest(f"image_path: {count} given; this model {takes}", "image_path")
+    """Its strength, where it is the start; none elsewhere. Raises for pictures that this model does not take."""
+    count, least, most = len(params.image_path or ()), info.min_pictures, info.max_pictures
+    if not least <= count <= most:
+        takes = f"takes {least} to {most}" if 0 < least < most else f"takes {most}"
+        takes = takes if most else "makes pictures from text alone and takes none"
+        raise BadRequest(f"image_path: {count or 'none'} given; this model {takes}", "image_path")
     check_picture(own)
-    if not count:
+    if not count or not info.starts_from_picture:
         return attrs.evolve(params, strength=None, mask_path=None)
     params = attrs.evolve(params, strength=STRENGTH if params.strength is None else params.strength)
     steps = params.num_inference_steps
@@ -412,18 +431,41 @@ def _least(steps: int) -> float:
     return -(-1000 // steps) / 1000
 
 
-def _shaped(params: SamplingParams, picture: tuple[int, int], multiple: int) -> tuple[SamplingParams, list[str]]:
-    """The picture's shape, in an area not above that of the size that stands."""
-    area = params.width * params.height
-    sides = (math.isqrt(area * a // b) for a, b in (picture, picture[::-1]))
-    width, height = (max(1, side // multiple) * multiple for side in sides)
-    longest = min(MAX_SIDE, area // min(width, height)) // multiple * multiple
-    width, height = min(width, longest), min(height, longest)
+def _shaped(params: SamplingParams, picture: tuple[int, int], info: ModelInfo) -> tuple[SamplingParams, list[str]]:
+    """The picture's shape, in an area not above that of the size that stands, or near it."""
+    area, multiple = params.width * params.height, info.picture_multiple
+    area = area if info.enlarges_picture else min(area, math.prod(picture))
+    width, height = near(area, picture, multiple) if multiple else _within(area, picture, info.size_multiple)
     if (width, height) == (params.width, params.height):
         return params, []
     shown = "x".join(map(str, picture))
     note = f"size: {params.width}x{params.height} becomes {width}x{height}, after the picture's {shown} pixels"
     return attrs.evolve(params, width=width, height=height), [note]
+
+
+def near(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Width and height of the picture's shape in about that area, each the nearest multiple."""
+    ratio, longest = picture[0] / picture[1], MAX_SIDE // multiple
+    width = math.sqrt(area * ratio)
+    width, height = (min(longest, max(1, round(side / multiple))) * multiple for side in (width, width / ratio))
+    return width, height
+
+
+def _within(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Width and height of the picture's shape in at most that area, cut to multiples."""
+    sides = (math.isqrt(area * a // b) for a, b in (picture, picture[::-1]))
+    width, height = (max(1, side // multiple) * multiple for side in sides)
+    longest = min(MAX_SIDE, area // min(width, height)) // multiple * multiple
+    return min(width, longest), min(height, longest)
+
+
+def _check_steps(params: SamplingParams, info: ModelInfo) -> None:
+    if info.fixed_steps not in (None, params.num_inference_steps):
+        raise BadRequest(
+            f"num_inference_steps: {params.num_inference_steps}: this model takes {info.fixed_steps} steps and no "
+            "other number",
+            "num_inference_steps",
+        )
 
 
 def _check_tokens(params: SamplingParams, info: ModelInfo) -> None:
@@ -468,6 +510,8 @@ def _nearest(value: int, multiple: int) -> int:
 
 def _fit_frames(params: SamplingParams, info: ModelInfo) -> tuple[SamplingParams, list[str]]:
     multiple, asked = info.frame_multiple, params.num_frames
+    if info.kind == "image" and asked != 1:
+        raise BadRequest(f"num_frames: {asked}: this model makes single pictures; allowed is 1", "num_frames")
     fitted = 1 + ((asked - 1) // multiple * multiple if params.num_frames_round_down else _nearest(asked - 1, multiple))
     if fitted == asked:
         return params, []

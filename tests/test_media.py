@@ -17,7 +17,7 @@ from sgld import __version__, media
 from sgld.config import Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest
-from sgld.messages import Frames
+from sgld.messages import Audio, Frames
 from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams
 
 RED = (215, 35, 40)
@@ -145,6 +145,75 @@ def test_video_is_bt709_and_says_so(format: str, clip: Frames, tmp_path: Path) -
     assert tags == (1, 1, 1, 1)
     assert np.abs(np.subtract(rgb_of_planes(path, "bt709"), RED)).max() < 4
     assert np.abs(np.subtract(rgb_of_planes(path, "bt601"), RED)).max() > 8  # negative control: the wrong matrix
+
+
+def sweep(channels: int, rate: int, seconds: float) -> Audio:
+    """Tones that rise, each channel's from another one."""
+    t = np.arange(round(seconds * rate)) / rate
+    tones = [0.5 * np.sin(2 * np.pi * (300 * (i + 1) + 400 * t) * t) for i in range(channels)]
+    return Audio(np.stack(tones).astype(np.float32), rate)
+
+
+def loudness(samples: Any) -> float:
+    return float(np.sqrt(np.square(samples).mean()))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [16000, 24000, 48000])
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_sound_comes_back_in_time(format: str, rate: int, channels: int, clip: Frames, tmp_path: Path) -> None:
+    """Opus knows one rate alone when it is read; what is compared is every third or second sample."""
+    sent = sweep(channels, rate, 49 / 24)
+    path = write(tmp_path, format, np.tile(clip, (6, 1, 1, 1))[:49], audio=sent)
+    heard = media.decode_sound(path)
+    assert heard is not None
+    assert len(heard.samples) == channels
+    assert heard.samples.shape[1] / heard.rate == pytest.approx(49 / 24, abs=0.08)
+    got = heard.samples[:, :: heard.rate // rate]
+    n = min(got.shape[1], sent.samples.shape[1]) - 2000  # the last block fades
+    assert loudness(got[:, :n] - sent.samples[:, :n]) < 0.03
+    late = rate // 100  # negative control: 10 ms late
+    assert loudness(got[:, late : n + late] - sent.samples[:, :n]) > 0.2
+    if channels == 2:
+        assert loudness(got[::-1, :n] - sent.samples[:, :n]) > 0.2  # negative control: left for right
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_sound_at_a_rate_that_the_codec_does_not_know(format: str, clip: Frames, tmp_path: Path) -> None:
+    heard = media.decode_sound(write(tmp_path, format, clip, audio=sweep(2, 12345, 9 / 24)))
+    assert heard is not None
+    assert (heard.rate, heard.samples.shape[1] / heard.rate) == (48000, pytest.approx(9 / 24, abs=0.08))
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_sound_lies_beside_its_pictures_and_changes_nothing_else(format: str, clip: Frames, tmp_path: Path) -> None:
+    silent = write(tmp_path, format, clip)
+    assert media.decode_sound(silent) is None
+    frames = media.decode(silent)[0].astype(int)
+    path = write(tmp_path, format, clip, audio=sweep(2, 24000, 9 / 24))
+    assert np.abs(media.decode(path)[0] - frames).mean() < 0.5
+    assert media.read_metadata(path) == METADATA
+    with av.open(str(path)) as container:
+        times = [(p.stream.type, float(p.dts * p.time_base)) for p in container.demux() if p.dts is not None]
+    order = [kind for kind, _ in times]
+    half = order[: len(order) // 2]
+    assert "audio" in half
+    assert "video" in half
+
+
+@pytest.mark.parametrize("format", [f for f in ALL if media.FORMATS[f].sound is None])
+def test_other_formats_are_silent(format: str, clip: Frames, tmp_path: Path) -> None:
+    sent = frames_for(format, clip)
+    silent = write(tmp_path, format, sent).read_bytes()
+    assert write(tmp_path, format, sent, audio=sweep(2, 24000, 9 / 24)).read_bytes() == silent
+
+
+def test_a_frame_through_h264(clip: Frames) -> None:
+    seen = media.through_h264(clip[0, :63, :95], 33)
+    assert seen.shape == (62, 94, 3)
+    loss = np.abs(seen.astype(int) - clip[0, :62, :94]).mean()
+    assert 0.5 < loss < 12
+    assert np.abs(media.through_h264(clip[0], 10).astype(int) - clip[0]).mean() < loss
 
 
 @pytest.mark.parametrize("quality", [0, 50, 100])

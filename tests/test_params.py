@@ -183,6 +183,34 @@ def test_a_model_of_text_alone_takes_no_picture() -> None:
         resolve({"image_path": ["a.png"]}, INFO)
 
 
+LOOKS = attrs.evolve(INFO, max_pictures=3, min_pictures=1, starts_from_picture=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "most", "line"),
+    [(0, 1, 1, "none given; this model takes 1"), (0, 1, 3, "none given; this model takes 1 to 3"),
+     (4, 1, 3, "4 given; this model takes 1 to 3"), (3, 0, 2, "3 given; this model takes 2")],
+)  # fmt: skip
+def test_how_many_pictures_a_model_takes(count: int, least: int, most: int, line: str) -> None:
+    info = attrs.evolve(LOOKS, min_pictures=least, max_pictures=most)
+    with pytest.raises(BadRequest, match=f"^image_path: {line}$"):
+        resolve({"image_path": ["a.png"] * count} if count else {}, info)
+    for right in {least or 1, most}:
+        assert resolve({"image_path": ["a.png"] * right}, info)[0].image_path == ["a.png"] * right
+
+
+def test_a_model_that_looks_at_pictures_begins_with_noise() -> None:
+    params, _ = resolve({"image_path": ["a.png"]}, LOOKS)
+    assert (params.strength, params.first_step) == (None, 0)
+    asked: dict[str, Any]
+    for name, asked in (("strength", {"strength": 0.5}), ("mask_path", {"mask_path": "m.png"})):
+        with pytest.raises(NotBuilt, match=f"^{name}: this model cannot use it: it looks at pictures") as caught:
+            resolve({"image_path": ["a.png"]} | asked, LOOKS)
+        assert caught.value.param == name
+        with pytest.raises(NotBuilt, match=f"^{name}: "):
+            resolve({"image_path": ["a.png"]}, LOOKS, base=asked)
+
+
 @pytest.mark.parametrize("steps", [*range(1, 120), 333, 999, 1000])
 def test_the_strength_that_is_advised_runs_a_step(steps: int) -> None:
     with pytest.raises(BadRequest, match="strength") as caught:
@@ -206,9 +234,24 @@ def test_the_size_follows_the_picture(picture: tuple[int, int], size: tuple[int,
     assert notes == ([] if size == (832, 480) else changed)
 
 
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [((100, 100), (1024, 1024)), ((1600, 900), (1376, 768)), ((900, 1600), (768, 1376)), ((1, 60000), (32, 16384))],
+)
+def test_a_size_near_the_picture(picture: tuple[int, int], size: tuple[int, int]) -> None:
+    """The nearest multiples of 32 in about a megapixel; explicit sizes may still be multiples of 16."""
+    info = attrs.evolve(TAKES, picture_multiple=32, defaults={"width": 1024, "height": 1024})
+    params, _ = resolve({"image_path": ["a.png"]}, info, picture=picture)
+    assert (params.width, params.height) == size
+    assert resolve({"image_path": ["a.png"], "width": 48}, info, picture=picture)[0].width == 48
+
+
 def test_a_size_that_is_given_stands() -> None:
     params, notes = resolve({"image_path": ["a.png"], "height": 64}, TAKES, picture=(100, 100))
     assert (params.width, params.height, notes) == (832, 64, [])
     base = {"width": 320, "height": 160}
     params, _ = resolve({"image_path": ["a.png"]}, TAKES, base=base, picture=(100, 100))
     assert (params.width, params.height) == (224, 224), "the operator's size is the area"
+    own_size = attrs.evolve(TAKES, takes_picture_size=False)
+    params, notes = resolve({"image_path": ["a.png"]}, own_size, picture=(100, 100))
+    assert (params.width, params.height, notes) == (832, 480, []), "a model for which a picture's shape means nothing"

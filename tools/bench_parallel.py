@@ -4,6 +4,8 @@ ulysses, ring   one denoising step on two workers against one; bytes that a work
 cfg             two guidance branches on two workers, against one after the other on one
 
 Each worker has one thread. One worker and two take turns in one run, on the same weights; the table has the medians.
+On a virtual machine the host may take the cores away: `stolen` is the share of the cores' busy time, while one worker
+ran and while two did, in which they did not run; `own` is the speed-up in the time that was left to them.
 """
 
 from __future__ import annotations
@@ -62,6 +64,19 @@ def formula(way: str, tokens: int, workers: int = 2) -> int:
     return CONFIG.num_layers * (4 * own * (workers - 1) // workers if way == "ulysses" else 2 * own * (workers - 1))
 
 
+def processor_time() -> tuple[int, int]:
+    """Ticks in which the cores ran, and in which the host ran something else (proc(5), /proc/stat)."""
+    first, *_ = Path("/proc/stat").read_text().splitlines()
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, first.split()[1:])
+    return user + nice + system + irq + softirq, steal
+
+
+def stolen(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """The share that was stolen meanwhile."""
+    ran, taken = (b - a for a, b in zip(before, after, strict=True))
+    return taken / max(1, ran + taken)
+
+
 def new_transformer(mesh: Mesh) -> WanTransformer:
     """The same random weights on every rank."""
     torch.manual_seed(0)
@@ -101,27 +116,33 @@ def _turns(
         return step
 
     singles, doubles, apart = [], [], 0.0
+    taken: list[tuple[float, float]] = []
     for turn in range(repeat + 1):
         counter.sent = 0
-        started = time.perf_counter()
+        at_start, started = processor_time(), time.perf_counter()
         single = one() if mesh.rank == 0 else None
         middle = time.perf_counter()
         mesh.meet()
-        begun = time.perf_counter()
+        at_middle, begun = processor_time(), time.perf_counter()
         double = both()
         mesh.meet()
         ended = time.perf_counter()
         if turn and single is not None:
             singles.append(middle - started)
             doubles.append(ended - begun)
+            taken.append((stolen(at_start, at_middle), stolen(at_middle, processor_time())))
             apart = max(apart, float((single - double).abs().max()))
     if mesh.rank:
         return {}
     pairs = [a / b for a, b in zip(singles, doubles, strict=True)]
+    own = [pair * (1 - one) / (1 - two) for pair, (one, two) in zip(pairs, taken, strict=True)]
     return {
         "one worker, s": statistics.median(singles),
         "two workers, s": statistics.median(doubles),
         "speed-up": statistics.median(pairs),
+        "own speed-up": statistics.median(own),
+        "stolen from one": statistics.median(one for one, _ in taken),
+        "stolen from two": statistics.median(two for _, two in taken),
         "largest difference": apart,
         "bytes sent": counter.sent,
     }
@@ -160,15 +181,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     figures: dict[str, Any] = {}
-    print("| way | tokens | one worker, s | two workers, s | speed-up | aim | MB sent | by the formula | apart |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| way | tokens | one, s | two, s | stolen | speed-up | own | aim | MB sent | by the formula | apart |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for way in args.ways or WAYS:
         figures[way] = run(way, args.repeat)
         for tokens, seen in figures[way].items():
             sent = f"{seen['bytes sent'] / 1e6:.2f} | {formula(way, tokens) / 1e6:.2f}" if way != "cfg" else " | "
+            taken = ", ".join(f"{seen[f'stolen from {who}']:.0%}" for who in ("one", "two"))
             print(
-                f"| {way} | {tokens} | {seen['one worker, s']:.2f} | {seen['two workers, s']:.2f} "
-                f"| {seen['speed-up']:.2f} | {AIMS.get((way, tokens), '')} | {sent} "
+                f"| {way} | {tokens} | {seen['one worker, s']:.2f} | {seen['two workers, s']:.2f} | {taken} "
+                f"| {seen['speed-up']:.2f} | {seen['own speed-up']:.2f} | {AIMS.get((way, tokens), '')} | {sent} "
                 f"| {seen['largest difference']:.1e} |",
                 flush=True,
             )

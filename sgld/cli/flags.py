@@ -269,7 +269,8 @@ def _value(name: str, text: Any, flag: str) -> Any:
     if isinstance(text, list) and attrs.has(_item(kinds)):
         return [_map(word, flag, numbers=True) for word in text]
     if isinstance(text, list):
-        words = [config.from_text(word, _item(kinds)) for word in text]
+        parts = [part for word in text for part in word.split(",")] if _item(kinds) is int else text
+        words = [config.from_text(word, _item(kinds)) for word in parts]
         return words[0] if len(words) == 1 and name in ("seed", "prompt") else words
     return config.from_text(text, field.type)
 

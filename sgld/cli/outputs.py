@@ -111,23 +111,36 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
         pictures = given.get("image_path")
         resolved, more = params.resolve(given, info, picture=inputs.size_of(pictures[0]) if pictures else None)
         sampling += resolved.outputs()
-        more = [*more, *_idle(plan, given, resolved)]
+        more = [
+            *more,
+            *_idle(plan, given, resolved, info),
+            *_silent(plan.format_for(resolved.num_frames), resolved, info),
+        ]
         notes += [note for note in more if note not in notes]
     now = datetime.now()
     return [_output(plan, one, i, len(sampling), now) for i, one in enumerate(sampling)], notes
 
 
-def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams) -> list[str]:
+def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams, info: ModelInfo) -> list[str]:
     """Warnings for what was asked for and changes nothing."""
     format, reasons = plan.format_for(resolved.num_frames), {}
-    if resolved.guidance_scale <= 1 and given.get("negative_prompt"):
-        reasons["negative_prompt"] = f"guidance_scale {resolved.guidance_scale:g} turns it off"
+    field = "guidance_scale" if resolved.true_cfg_scale is None else "true_cfg_scale"
+    scale = getattr(resolved, field)
+    if scale <= info.unguided and given.get("negative_prompt"):
+        reasons["negative_prompt"] = f"{field} {scale:g} turns it off"
     if format != "mp4" and given.get("x264_preset"):
         reasons["x264_preset"] = f"a {format} is no mp4"
     for name in ("output_quality", "output_compression"):
         if format in media.LOSSLESS and given.get(name) not in (None, "default"):
             reasons[name] = f"a {format} has no quality to choose"
     return [f"{plan.spelled.spell(name)}: ignored; {reason}" for name, reason in reasons.items()]
+
+
+def _silent(format: str, resolved: SamplingParams, info: ModelInfo) -> list[str]:
+    """A warning for sound that the file cannot hold; a single frame has none."""
+    if not info.audio or resolved.num_frames == 1 or media.FORMATS[format].sound:
+        return []
+    return [f"the sound is left out: a {format} holds none; choose mp4 or webm"]
 
 
 def _output(plan: Plan, sampling: SamplingParams, i: int, n: int, now: datetime) -> Output:
@@ -173,6 +186,7 @@ def _encode(part: Path, plan: Plan, output: Output, made: Media) -> None:
         quality=media.file_quality(output.format, sampling.output_quality, sampling.output_compression),
         metadata=media.describe(sampling, plan.settings.model_path, plan.settings),
         x264_preset=sampling.x264_preset,
+        audio=made.audio,
     )
 
 

@@ -15,7 +15,22 @@ if TYPE_CHECKING:
     from sgld.platform import Platform
 
 REGISTRY = {
+    "QwenImageEditPipeline": "qwen_image:QwenImage",
+    "QwenImageEditPlusPipeline": "qwen_image:QwenImage",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "HunyuanVideo15Pipeline": "hunyuan_video15:HunyuanVideo15",
+    "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideo",
+    "FluxKontextPipeline": "flux:Flux",
+    "FluxPipeline": "flux:Flux",
+    "Flux2KleinPipeline": "flux2:Flux2",
+    "Flux2Pipeline": "flux2:Flux2",
+    "LTX2ImageToVideoPipeline": "ltx2:LTX2",
+    "LTX2Pipeline": "ltx2:LTX2",
+    "WanDMDPipeline": "wan:Wan",
+    "WanImageToVideoDmdPipeline": "wan:Wan",
+    "WanImageToVideoPipeline": "wan:Wan",
     "WanPipeline": "wan:Wan",
+    "ZImagePipeline": "z_image:ZImage",
 }
 
 

@@ -21,25 +21,47 @@ from sgld.nn.weights import Source, listed
 
 # ------------------------------------------------------------------------------------------------ text encoders
 
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # a rank has some of their outputs
-ROWS = ("o_proj", "down_proj", "out_proj", "fc2")  # and of these some of the inputs
+COLUMNS = (  # a rank has some of their outputs
+    "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "q", "k", "v", "wi", "wi_0", "wi_1",
+)  # fmt: skip
+ROWS = ("o_proj", "down_proj", "out_proj", "fc2", "o", "wo")  # and of these some of the inputs
+COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "d_ff")  # what must divide
+HEAD_COLUMNS = "relative_attention_bias"  # a table with a column for each head
+Part = Callable[[Any], nn.Module]  # a model, to what is needed of it
+
+
+def tokenizer(parts: Parts, name: str) -> Any:
+    """That component as the tokenizer of transformers that its files tell of.
+
+    Raises:
+        ModelError: files that are missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    folder = parts.path(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the bindings raise nothing narrower
+        raise ModelError(f"{folder}: cannot be read: {_first_line(error)}") from None
 
 
 @attrs.frozen
 class Reread(Source):
-    """A module that is read from its folder anew."""
+    """A module that is read from its folder anew, after the first time where it was `made` already."""
 
     make: Callable[[], nn.Module]  # on the CPU
+    made: list[nn.Module] = attrs.field(factory=list)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        found = self.make().state_dict()
+        found = (self.made.pop() if self.made else self.make()).state_dict()
         for name in names:
             yield name, found[name].to(self.device)
 
 
-def text_encoder(parts: Parts, name: str, cls: Any, layers: str = "") -> Any:
+def text_encoder(parts: Parts, name: str, cls: Any, layers: str = "", part: Part = lambda whole: whole) -> Any:
     """That component as the `PreTrainedModel` that `cls` is, strictly loaded and ready for inference.
 
+    `part` takes what is needed of it; the rest is let go.
     With `tp_size` the ranks share the heads and hidden channels of the blocks under the submodule `layers` (tensor
     parallelism, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053); a model that names none cannot be shared.
 
@@ -51,15 +73,16 @@ def text_encoder(parts: Parts, name: str, cls: Any, layers: str = "") -> Any:
     axis = parts.mesh.axis(parts.settings.tp_size)
     if axis.size > 1 and not layers:
         raise BadRequest(f"tp_size: {axis.size} workers cannot share this model's {name}; use 1", "tp_size")
-    make = partial(_read, cls, parts.path(name), parts.dtype(name), layers, axis)
+    make = partial(_read, cls, parts.path(name), parts.dtype(name), layers, part, axis)
     module = make()
     if (keeper := parts.residency.keeper(name)) is not None:
-        module.to(parts.mesh.device)
-        keeper(module, Reread(parts.dtype(name), parts.mesh.device, make))
+        made = [] if parts.platform.offloads_to_files else [module]
+        keeper(module, Reread(parts.dtype(name), parts.mesh.device, make, made))
     return parts.loaded(module.to(parts.mesh.device))
 
 
-def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, axis: Axis) -> nn.Module:
+def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, part: Part, axis: Axis) -> nn.Module:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -67,7 +90,9 @@ def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, axis: Axis) -
     try:
         module, told = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder}: cannot be read: {error}") from None
+        raise ModelError(f"{folder}: cannot be read: {_first_line(error)}") from None
+    except StrictDataclassError as error:  # its cause says what is wrong in the config
+        raise ModelError(f"{folder / 'config.json'}: {_first_line(error.__cause__ or error)}") from None
     faults = [
         listed("missing", sorted(told["missing_keys"])),
         listed("unexpected", sorted(told["unexpected_keys"])),
@@ -75,11 +100,14 @@ def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, axis: Axis) -
     ]
     if any(faults):
         raise ModelError(f"{folder}: {'; '.join(filter(None, faults))}")
-    module.eval().requires_grad_(False)
+    found = part(module.eval().requires_grad_(False))
     if axis.size > 1:
-        share(module.get_submodule(layers), axis)
-    found: nn.Module = module
+        share(found.get_submodule(layers), axis)
     return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def share(blocks: nn.Module, axis: Axis) -> None:
@@ -89,7 +117,7 @@ def share(blocks: nn.Module, axis: Axis) -> None:
         BadRequest: heads or hidden channels that do not divide.
     """
     config: Any = next(module.config for module in blocks.modules() if hasattr(module, "config"))
-    counts = [getattr(config, n, 0) for n in ("num_attention_heads", "num_key_value_heads", "intermediate_size")]
+    counts = [getattr(config, n, 0) for n in COUNTS]
     both = math.gcd(*(count or 0 for count in counts))
     if both % axis.size:
         allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
@@ -109,6 +137,8 @@ def share(blocks: nn.Module, axis: Axis) -> None:
             if layer.bias is not None and axis.index:
                 layer.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # it counts once
             layer.register_forward_hook(lambda module, args, y: axis.total(y.contiguous()))
+        elif isinstance(layer, nn.Embedding) and leaf == HEAD_COLUMNS:
+            layer.weight = _part(layer.weight, 1, axis)
 
 
 def _part(x: Tensor, dim: int, axis: Axis) -> nn.Parameter:
@@ -123,9 +153,10 @@ class Autoencoder:
 
     `spatial` and `temporal` are how many pixels and frames one latent stands for. Where `tiled`, large pictures are
     decoded tile by tile unless the settings say otherwise. Ranks that share the decoding each take some of the tiles.
+    `least` is how many latents a side it can decode: where there are fewer, the last one is repeated.
     """
 
-    def __init__(self, parts: Parts, cls: Any, spatial: int, temporal: int = 1, *, tiled: bool = False):
+    def __init__(self, parts: Parts, cls: Any, spatial: int, temporal: int = 1, *, tiled: bool = False, least: int = 1):
         s = parts.settings
         if not s.vae_config.load_decoder:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
@@ -134,7 +165,7 @@ class Autoencoder:
             raise ModelError(f"{parts.path('vae') / 'config.json'}: _class_name is {name!r}; only {cls.__name__!r}")
         self.module: Any = parts.module("vae", partial(cls.from_config, config))
         self.config = config
-        self.spatial, self.temporal = spatial, temporal
+        self.spatial, self.temporal, self.least = spatial, temporal, least
         self.rows = parts.mesh.all if s.parallel_decode else Axis()
         wanted = s.vae_tiling or (tiled if s.vae_config.use_tiling is None else s.vae_config.use_tiling)
         self.tiling = Tiling.of(s.vae_config, spatial) if wanted or self.rows.size > 1 else None
@@ -153,8 +184,12 @@ class Autoencoder:
 
         def whole(part: Tensor) -> Tensor:
             pulse()
+            height, width = part.shape[-2:]
+            lack = [max(0, self.least - n) for n in (height, width)]
+            if any(lack):
+                part = F.pad(part, (0, lack[1], 0, lack[0], *[0] * 2 * (part.ndim - 4)), mode="replicate")
             y: Tensor = self.module.decode(part, return_dict=False)[0]
-            return y
+            return y[..., : height * self.spatial, : width * self.spatial]
 
         z = z.to(self.dtype)
         t = self.tiling
@@ -167,6 +202,13 @@ class Autoencoder:
             y = whole(z)
         video = y.transpose(1, 2).flatten(0, 1) if y.ndim == 5 else y  # [N, 3, H, W]
         return levels(video).permute(0, 2, 3, 1).cpu()
+
+    @property
+    def pixel_bytes(self) -> int:
+        """What decoding takes for each pixel of what is decoded at once; for an autoencoder of pictures."""
+        widths = self.config["block_out_channels"]
+        widest = max(width / 4**i for i, width in enumerate([*widths[1:2], *widths[1:]]))
+        return int(4 * widest * self.dtype.itemsize)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """The mode of the latents of pictures [1, 3, H, W] or clips [1, 3, N, H, W] in [-1, 1]; [1, C, ...]."""

@@ -34,6 +34,7 @@ class Schedule:
     mu: float | None = None  # of time, for a scheduler that shifts by the length of the sequence
     sigmas: Sequence[float] | None = None  # before they are shifted; None: evenly spaced, as the scheduler has them
     exact: bool = False  # whether `sigmas` are to be taken as they are, without a shift
+    times: Sequence[float] | None = None  # of `sigmas`, as the model takes them; None: in proportion to them
 
 
 @attrs.frozen

@@ -49,6 +49,7 @@ class Parts:
         platform: Platform,
         progress: Callable[[int, int], None],
         needs: Iterable[str] = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"),
+        few_steps: bool = False,
     ):
         self.folder, self.settings, self.platform = load.folder, load.settings, platform
         self.index = read_json(load.folder / "model_index.json")
@@ -62,6 +63,8 @@ class Parts:
         self.mesh, self.degrees = mesh, Degrees()
         self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
         self._check_precisions()
+        if self.settings.dmd_denoising_steps and not few_steps:
+            raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
         self.residency = Residency.of(self.settings, platform, self.names)
         self._chooser = Chooser(self.settings, platform)
         self._chooser.check((*self.encoders, *(name for name in TRANSFORMERS if name in self.names), "vae"))
@@ -109,23 +112,30 @@ class Parts:
         if component in self.encoders:
             own = s.text_encoder_precisions[self.encoders.index(component)] if s.text_encoder_precisions else None
         else:
-            own = s.dit_precision if component in TRANSFORMERS else s.vae_precision or "fp32"
+            own = s.dit_precision if component in (*TRANSFORMERS, "connectors") else s.vae_precision or "fp32"
         name = own or s.precision
         known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         return known[name] if name else self.platform.dtype
 
     def transformer(
-        self, name: str, make: Callable[[Backend, Backend], D], head: int, layers: Sequence[str] = ("blocks",)
+        self,
+        name: str,
+        make: Callable[[Backend, Backend], D],
+        head: int,
+        layers: Sequence[str] = ("blocks",),
+        unused: Iterable[str] = (),
     ) -> D:
         """The transformer that `make` builds with kernels for its attention to itself, and across.
 
-        `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`.
+        `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`;
+        tensors of the file whose names begin with one of `unused` are passed over.
         """
         dtype, ring = self.dtype(name), self.mesh.ring.size > 1
         own = self._chooser.choose(name, SELF, dtype, head, ring)
         cross = self._chooser.choose(name, CROSS, dtype, head)
         keeper = self.residency.keeper(name, layers)
-        module = load_module(lambda: make(own, cross), self.path(name), dtype, self.mesh.device, offload=keeper)
+        folder, device = self.path(name), self.mesh.device
+        module = load_module(lambda: make(own, cross), folder, dtype, device, unused=unused, offload=keeper)
         module.walk = self.residency.walker(name)
         return self.loaded(module)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import attrs
 import ftfy
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -216,6 +217,25 @@ class PromptEncoder:
         tokens: list[int] = self.tokenizer.encode(text).ids
         self.tokenizer.no_truncation()
         return tokens
+
+
+def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Tensor | None]:
+    """Texts [1, n, C] as one batch [B, L, C], padded as the pipeline does: with zeros that attention does see.
+
+    m equal keys weigh as much as one with log m added to its logit; so with `fold` one zero token stands for all
+    the padding, and the second value is the bias [B, 1, 1, L] that says so.
+    """
+    rows = [text[0] for text in texts if text is not None]
+    if not fold:
+        return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows]), None
+    longest = max(len(row) for row in rows) + 1
+    text = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+    bias = torch.full((len(rows), 1, 1, longest), -math.inf, device=text.device)
+    for i, row in enumerate(rows):
+        bias[i, ..., : len(row)] = 0
+        if len(row) < length:
+            bias[i, ..., len(row)] = math.log(length - len(row))
+    return text, bias
 
 
 def shared_dim(name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""AutoencoderKLWan's decoder (Wan 2.1, and the residual one of Wan 2.2): latents to frames.
+"""AutoencoderKLWan's decoder (Wan 2.1 and Qwen-Image, and the residual one of Wan 2.2): latents to frames.
 
 The attribute names are the keys of the diffusers checkpoint. A clip is decoded in chunks of latent frames; every
 causal convolution keeps the last two frames it saw in `past`, so the chunks join without a seam.
@@ -37,6 +37,7 @@ class Past(dict[nn.Module, Tensor]):
         return (0 if self.rows.size > 1 else side), side
 
 
+CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")  # of one architecture
 CHUNK_PIXELS = 2**19  # pixels decoded at once, at most, unless one latent frame has more
 
 
@@ -54,6 +55,7 @@ class WanVaeConfig:
     temperal_downsample: list[bool] = attrs.field(factory=lambda: [False, True, True])
     attn_scales: list[float] = attrs.field(factory=list)
     is_residual: bool = False
+    input_channels: int = 3
     out_channels: int = 3
     patch_size: int | None = None
     scale_factor_temporal: int = 4
@@ -387,9 +389,11 @@ def vae_config(file: Path) -> WanVaeConfig:
         ModelError: another autoencoder, or a form that no checkpoint has.
     """
     config = read_json(file)
-    if (name := config.get("_class_name")) != "AutoencoderKLWan":
-        raise ModelError(f"{file}: _class_name is {name!r}; only AutoencoderKLWan is supported")
+    if (name := config.get("_class_name")) not in CLASSES:
+        raise ModelError(f"{file}: _class_name is {name!r}; only {' and '.join(CLASSES)} are supported")
     c: WanVaeConfig = pick(config, WanVaeConfig, file)
     if c.attn_scales:
         raise ModelError(f"{file}: attn_scales: {c.attn_scales} is not supported; only []")
+    if c.input_channels != 3:
+        raise ModelError(f"{file}: input_channels: {c.input_channels} is not supported; only 3")
     return c

@@ -1,5 +1,6 @@
-"""Wan text-to-video (Wan Team 2025, https://arxiv.org/abs/2503.20314): Wan 2.1, and the two experts of Wan 2.2.
+"""Wan (Wan Team 2025, https://arxiv.org/abs/2503.20314): video from text and from a picture.
 
+Wan 2.1; the two experts of Wan 2.2; TI2V-5B, whose tokens have times of their own; few-step models such as FastWan.
 The attribute names of the transformer are the keys of the diffusers checkpoint.
 """
 
@@ -18,13 +19,15 @@ from PIL.Image import Image
 from torch import Generator, Tensor, nn
 
 from sgld.config import TRANSFORMERS
-from sgld.errors import ModelError, NotBuilt
+from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.family import Conditioning
+from sgld.models.family import Conditioning, Schedule
 from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
-from sgld.models.text import PromptEncoder
-from sgld.models.vae import CHUNK_PIXELS, Vae
+from sgld.models.text import PromptEncoder, pad
+from sgld.models.vae import CHUNK_PIXELS, Vae, vae_config
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
+from sgld.models.wan_defaults import SHIFT, TEXT_TOKENS, Form, defaults, few_steps, levels_of
+from sgld.models.wan_pictures import MASK_CHANNELS, NOTHING, ImageEncoder, Shown, channels_of, clip_of, cut
 from sgld.nn.attention import Attention, Backend
 from sgld.nn.blocks import Denoiser, Embedder, FeedForward, gelu_tanh, sinusoid
 from sgld.nn.lora_formats import Renames
@@ -66,46 +69,92 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def beside(self) -> int:
+        """Channels of a picture that come beside the latents'."""
+        return self.in_channels - self.out_channels
+
+    @property
     def rope_dims(self) -> tuple[int, int, int]:
         """Share of a head's channels that turn with time, height and width."""
         side = 2 * (self.attention_head_dim // 6)
         return self.attention_head_dim - 2 * side, side, side
 
 
+Pair = tuple[Tensor, Tensor]  # keys and values [B, L, H, D]
+
+
+@attrs.frozen
+class Told:
+    """Keys and values of text and picture for one block."""
+
+    text: Pair
+    picture: Pair | None
+
+    def row(self, i: int) -> Told:
+        """Of one prompt of the batch; the picture is that of all."""
+        k, v = self.text
+        return Told((k[i : i + 1], v[i : i + 1]), self.picture)
+
+
 @attrs.frozen
 class TextKeys:
-    """Keys and values of the text for every block: they are the same at every step."""
+    """What every block is told: it is the same at every step."""
 
-    layers: list[tuple[Tensor, Tensor]]  # [B, L, H, D] each
-    bias: Tensor | None  # [B, 1, 1, L]
+    layers: list[Told]
+    bias: Tensor | None  # [B, 1, 1, L], for the text
 
     def row(self, i: int) -> TextKeys:
-        """Those of one prompt of the batch."""
-        one = slice(i, i + 1)
-        return TextKeys([(k[one], v[one]) for k, v in self.layers], None if self.bias is None else self.bias[one])
+        """That of one prompt of the batch."""
+        return TextKeys([told.row(i) for told in self.layers], None if self.bias is None else self.bias[i : i + 1])
+
+
+@attrs.frozen
+class Clock:
+    """What K times say: to all tokens the same, or to each token of this rank what its row of `rows` says."""
+
+    emb: Tensor  # [K, C]
+    mod: Tensor  # [K, 6, C]
+    rows: Tensor | None  # [S/n]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[K, C] -> [1, 1 or S/n, C]"""
+        return x[None] if self.rows is None else x[self.rows][None]
 
 
 class WanAttention(nn.Module):
-    """Queries from the picture; keys and values from the picture or from the text."""
+    """Queries from the latents; keys and values from the latents, or from the text and, with `added`, a picture."""
 
-    def __init__(self, c: WanConfig, attend: Attention, among: SequenceAttention):
+    def __init__(self, c: WanConfig, attend: Attention, among: SequenceAttention, added: int | None = None):
         super().__init__()
         self.heads, self.attend, self.among = c.num_attention_heads, attend, among
         self.to_q, self.to_k, self.to_v = (nn.Linear(c.dim, c.dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(c.dim, c.dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
+        self.added = added is not None
+        if added is not None:
+            self.add_k_proj, self.add_v_proj = nn.Linear(added, c.dim), nn.Linear(added, c.dim)
+            self.norm_added_k = nn.RMSNorm(c.dim, c.eps)
 
     def to_itself(self, x: Tensor, rope: Tensor, tokens: int) -> Tensor:
         q = rotate(self.split(self.norm_q(self.to_q(x))), rope)
         k = rotate(self.split(self.norm_k(self.to_k(x))), rope)
         return self.join(self.among(q, k, self.split(self.to_v(x)), tokens))
 
-    def to_text(self, x: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def to_told(self, x: Tensor, told: Told, bias: Tensor | None) -> Tensor:
         q = self.split(self.norm_q(self.to_q(x)))
-        return self.join(self.attend(q, *keys, bias))
+        y = self.attend(q, *told.text, bias)
+        if told.picture is not None:
+            k, v = (part.expand(len(q), -1, -1, -1) for part in told.picture)
+            y = y + self.attend(q, k, v, None)
+        return self.join(y)
 
-    def keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.norm_k(self.to_k(text))), self.split(self.to_v(text))
+    def read(self, text: Tensor, picture: Tensor | None) -> Told:
+        """Keys and values of text [B, L, C] and picture [1, M, C]."""
+        own = self.split(self.norm_k(self.to_k(text))), self.split(self.to_v(text))
+        if picture is None or not self.added:
+            return Told(own, None)
+        k, v = self.norm_added_k(self.add_k_proj(picture)), self.add_v_proj(picture)
+        return Told(own, (self.split(k), self.split(v)))
 
     def split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, -1)  # [B, S, H, D]
@@ -116,30 +165,45 @@ class WanAttention(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """Attention to the picture, attention to the text, and a feed-forward layer, modulated by the time."""
+    """Attention to the latents, to the text, and a feed-forward layer, modulated by the time."""
 
     def __init__(self, c: WanConfig, attend: Attention, among: SequenceAttention):
         super().__init__()
         self.norm1 = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
         self.norm2 = LayerNorm32(c.dim, c.eps) if c.cross_attn_norm else nn.Identity()
         self.norm3 = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
-        self.attn1, self.attn2 = WanAttention(c, attend, among), WanAttention(c, attend, among)
+        self.attn1 = WanAttention(c, attend, among)
+        self.attn2 = WanAttention(c, attend, among, c.added_kv_proj_dim)
         self.ffn = FeedForward(c.dim, c.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(
-        self, x: Tensor, mod: Tensor, rope: Tensor, tokens: int, keys: tuple[Tensor, Tensor], bias: Tensor | None
-    ) -> Tensor:
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + mod).chunk(6, 1)  # [1, 1, C]
-        y = self.attn1.to_itself(torch.addcmul(shift, self.norm1(x), 1 + scale).type_as(x), rope, tokens)
-        x = torch.addcmul(x.float(), y.float(), gate).type_as(x)
-        x = x + self.attn2.to_text(self.norm2(x).type_as(x), keys, bias)
-        y = self.ffn(torch.addcmul(ff_shift, self.norm3(x), 1 + ff_scale).type_as(x))
-        return torch.addcmul(x.float(), y.float(), ff_gate).type_as(x)
+    def forward(self, x: Tensor, clock: Clock, rope: Tensor, tokens: int, told: Told, bias: Tensor | None) -> Tensor:
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + clock.mod).unbind(1)  # [K, C]
+        at = clock.spread
+        y = self.attn1.to_itself(torch.addcmul(at(shift), self.norm1(x), at(1 + scale)).type_as(x), rope, tokens)
+        x = torch.addcmul(x.float(), y.float(), at(gate)).type_as(x)
+        x = x + self.attn2.to_told(self.norm2(x).type_as(x), told, bias)
+        y = self.ffn(torch.addcmul(at(ff_shift), self.norm3(x), at(1 + ff_scale)).type_as(x))
+        return torch.addcmul(x.float(), y.float(), at(ff_gate)).type_as(x)
+
+
+class ImageEmbedding(nn.Module):
+    """Tokens of the image encoder [1, L, D] to the width of the blocks; two pictures are told apart by `pos_embed`."""
+
+    def __init__(self, image_dim: int, dim: int, length: int | None):
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm32(image_dim), LayerNorm32(dim)
+        self.ff = FeedForward(image_dim, image_dim, F.gelu, dim)
+        self.pos_embed = None if length is None else nn.Parameter(torch.empty(1, length, image_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.pos_embed is None else x + self.pos_embed
+        y: Tensor = self.norm2(self.ff(self.norm1(x).type_as(x))).type_as(x)
+        return y
 
 
 class ConditionEmbedder(nn.Module):
-    """Time and text to the width of the blocks."""
+    """Time, text and picture to the width of the blocks."""
 
     def __init__(self, c: WanConfig):
         super().__init__()
@@ -147,15 +211,20 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = Embedder(c.freq_dim, c.dim, F.silu)
         self.time_proj = nn.Linear(c.dim, 6 * c.dim)
         self.text_embedder = Embedder(c.text_dim, c.dim, gelu_tanh)
+        if c.image_dim is not None:
+            self.image_embedder = ImageEmbedding(c.image_dim, c.dim, c.pos_embed_seq_len)
 
     def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t [1] -> [1, C] and [1, 6, C]"""
+        """t [K] -> [K, C] and [K, 6, C]"""
         emb = self.time_embedder(sinusoid(t, self.freq_dim).to(self.time_proj.weight.dtype))
         return emb, self.time_proj(F.silu(emb)).unflatten(1, (6, -1))
 
 
 class WanTransformer(Denoiser):
-    """Velocity of latents x [B, C, T, H, W] at one time, told by the keys and values of B prompts."""
+    """Velocity of latents x [B, C, T, H, W] at one time, told by the keys and values of B prompts.
+
+    The first latent frames may be without noise: their tokens' time is 0.
+    """
 
     def __init__(self, c: WanConfig, mesh: Mesh, backend: Backend, cross: Backend | None = None):
         super().__init__()
@@ -169,23 +238,36 @@ class WanTransformer(Denoiser):
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, c.dim))
 
-    def read(self, text: Tensor, bias: Tensor | None = None) -> TextKeys:
-        """Keys and values of text [B, L, C], with a bias [B, 1, 1, L] on the logits."""
-        text = self.condition_embedder.text_embedder(text.to(self.dtype))
-        return TextKeys([block.attn2.keys(text) for block in self._blocks], None if bias is None else bias.to(text))
+    def read(self, text: Tensor, bias: Tensor | None = None, picture: Tensor | None = None) -> TextKeys:
+        """What text [B, L, C], with a bias [B, 1, 1, L] on the logits, and a picture [1, M, D] tell every block."""
+        embed = self.condition_embedder
+        text = embed.text_embedder(text.to(self.dtype))
+        if picture is not None:
+            picture = embed.image_embedder(picture.to(self.dtype))
+        told = [block.attn2.read(text, picture) for block in self._blocks]
+        return TextKeys(told, None if bias is None else bias.to(text))
 
-    def forward(self, x: Tensor, t: Tensor, text: TextKeys) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextKeys, still: int = 0) -> Tensor:
         grid = self.grid(x)
         split, tokens = self.mesh.tokens, math.prod(grid)
         rope = split.shard(rope_3d(grid, self.config.rope_dims, x.device), 0)  # [S/n, D/2]
-        emb, mod = self.condition_embedder.time(t.view(1).to(x.device))
+        clock = self.clock(t.view(1).to(x.device), grid, still)
         h = split.shard(self.patch_embedding(x.to(self.dtype)).flatten(2).mT.contiguous(), 1)  # [B, S/n, C]
-        mod = mod.float()
-        for block, keys in zip(self._blocks, text.layers, strict=True):
-            h = block(h, mod, rope, tokens, keys, text.bias)
-        shift, scale = (self.scale_shift_table + emb[:, None]).chunk(2, 1)
+        for block, told in zip(self._blocks, text.layers, strict=True):
+            h = block(h, clock, rope, tokens, told, text.bias)
+        shift, scale = (clock.spread(x) for x in (self.scale_shift_table + clock.emb[:, None]).unbind(1))
         h = self.proj_out(torch.addcmul(shift.float(), self.norm_out(h), 1 + scale.float()).type_as(h))
         return self.unpatch(split.gather(h, 1, tokens), grid)
+
+    def clock(self, t: Tensor, grid: tuple[int, int, int], still: int) -> Clock:
+        """What time t [1] says to the tokens of a grid whose first `still` latent frames are at time 0."""
+        rows = None
+        if still:
+            t = torch.cat([t, torch.zeros_like(t)])
+            frame = torch.arange(math.prod(grid), device=t.device) // (grid[1] * grid[2])
+            rows = self.mesh.tokens.shard((frame * self.config.patch_size[0] < still).long(), 0)  # [S/n]
+        emb, mod = self.condition_embedder.time(t)
+        return Clock(emb, mod.float(), rows)
 
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Patches in time, height and width."""
@@ -204,20 +286,10 @@ class WanTransformer(Denoiser):
 
 # -------------------------------------------------------------------------------------------------- family
 
-TEXT_TOKENS = 512  # the pipeline pads text to max_sequence_length with zeros, and nothing masks them
 TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
+UNUSED = ("attn2.norm_added_q", "to_gate_compress")  # of a block: what nothing reads, and a sparse kernel's gate
+FEW_STEP_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}
 BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
-
-BASE = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
-WAN21_SMALL = BASE | {
-    "width": 832, "height": 480, "num_inference_steps": 50, "guidance_scale": 3.0
-}  # fmt: skip
-WAN21_LARGE = BASE | {
-    "width": 1280, "height": 720, "num_inference_steps": 50, "guidance_scale": 5.0
-}  # fmt: skip
-WAN22_A14B = BASE | {
-    "width": 1280, "height": 720, "num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0,
-}  # fmt: skip
 
 
 WAN_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors'
@@ -247,10 +319,11 @@ WAN_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to th
 
 @attrs.frozen(eq=False)
 class WanConditioning(Conditioning):
-    """Text [1, n, C] of the prompt and the negative prompt, without padding."""
+    """Text [1, n, C] of the prompt and the negative prompt, without padding; and what is shown of a picture."""
 
     length: int = attrs.field(kw_only=True)  # tokens with padding
     boundary: float | None = attrs.field(kw_only=True)  # time below which the second expert takes over
+    shown: Shown = attrs.field(kw_only=True)
     keys: dict[WanTransformer, TextKeys] = attrs.field(factory=dict, init=False)  # of the expert at work
 
 
@@ -267,31 +340,31 @@ class Experts:
 
 
 class Wan(Native):
-    """WanPipeline checkpoints. Pictures are where denoising begins; no transformer here reads them."""
+    """Wan checkpoints, of four kinds of pipeline.
+
+    To a transformer with text input a picture is where denoising begins; others look at it.
+    """
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self.parts = parts = Parts(load, mesh, platform, progress)
+        self.parts = parts = Parts(load, mesh, platform, progress, few_steps=True)
         self._fold_padding = platform.biased_attention_is_fast
-        refuse_variants(load.folder, parts.index)
-        self._boundary: float | None = parts.index.get("boundary_ratio")
-        self.scheduler = parts.scheduler
+        s, index = load.settings, parts.index
+        self._boundary: float | None = index.get("boundary_ratio")
+        self._steps = few_steps(s.model_path, index["_class_name"], s.dmd_denoising_steps)
+        self.scheduler = parts.scheduler if self._steps is None else FEW_STEP_SCHEDULER
         self._config = wan_config(parts.path("transformer") / "config.json")
-        self._defaults = self._read_defaults("transformer_2" in parts.names)
+        self._expands = bool(index.get("expand_timesteps", vae_config(parts.path("vae") / "config.json").is_residual))
+        self._defaults = self._read_defaults()
         guided = self._defaults.get("guidance_scale", SamplingParams().guidance_scale) > 1
         mesh = parts.share(self._config.num_attention_heads, guided)
-        keep, s = parts.residency, load.settings
+        keep = parts.residency
         parts.torch_only("text_encoder", "its attention adds a learned bias for each distance")
         parts.torch_only("vae", "its attention has a single head of many channels")
-        text = PromptEncoder.load(
-            parts.path("tokenizer"),
-            parts.path("text_encoder"),
-            parts.dtype("text_encoder"),
-            mesh.device,
-            keep.keeper("text_encoder"),
-            mesh.axis(s.tp_size),
+        name, axis = "text_encoder", mesh.axis(s.tp_size)
+        self._text = PromptEncoder.load(
+            parts.path("tokenizer"), parts.path(name), parts.dtype(name), mesh.device, keep.keeper(name), axis
         )
-        parts.loaded(text.encoder)
-        self._text = text
+        parts.loaded(self._text.encoder)
         first, second = TRANSFORMERS
         low = self._transformer(second) if second in parts.names else None
         self._experts = Experts(self._transformer(first), low)
@@ -304,22 +377,47 @@ class Wan(Native):
         self._load_encoder = partial(VaeEncoder, parts.path("vae"), s, vae, mesh.device, keep.keeper("vae_encoder"))
         self._encoder: VaeEncoder | None = None
         self._check_widths()
+        self._image_encoder = self._load_image_encoder()
         mesh.meet()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _transformer(self, name: str) -> WanTransformer:
         config = wan_config(self.parts.path(name) / "config.json")
         make = partial(WanTransformer, config, self.mesh)
-        return self.parts.transformer(name, make, config.attention_head_dim)
+        unused = [f"blocks.{i}.{layer}." for i in range(config.num_layers) for layer in UNUSED]
+        return self.parts.transformer(name, make, config.attention_head_dim, unused=unused)
+
+    def _load_image_encoder(self) -> ImageEncoder | None:
+        """The one that the transformer has an input for.
+
+        Raises:
+            ModelError: the model lacks it, or the VAE's encoder, which a transformer that looks at pictures needs.
+        """
+        if self._config.beside and not self._takes_pictures:
+            raise ModelError(
+                f"{self.parts.path('vae')}: this model cannot work without the VAE's encoder; it is missing, or "
+                "vae_config.load_encoder leaves it out"
+            )
+        if self._config.image_dim is None:
+            return None
+        for name in ("image_encoder", "image_processor"):
+            if name not in self.parts.names:
+                raise ModelError(f"{self.parts.folder / 'model_index.json'}: lacks {name}")
+        return ImageEncoder(self.parts)
 
     def _check_widths(self) -> None:
         """Raise `ModelError` when components that were put together do not fit."""
-        latent, text = self._vae.channels, self._text.encoder.shared.embedding_dim
-        if (latent, text) != (self._config.in_channels, self._config.text_dim):
+        c, latent, text = self._config, self._vae.channels, self._text.encoder.shared.embedding_dim
+        if (latent, text) != (c.out_channels, c.text_dim):
             raise ModelError(
-                f"the components do not fit: the transformer takes {self._config.in_channels} latent channels and text "
-                f"of {self._config.text_dim}, the vae has {latent} channels, the text encoder makes {text}"
+                f"the components do not fit: the transformer takes {c.out_channels} latent channels and text "
+                f"of {c.text_dim}, the vae has {latent} channels, the text encoder makes {text}"
             )
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the transformer is shown pictures."""
+        return bool(self._config.beside) or self._expands
 
     def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[WanConditioning, list[str]]:
         self.parts.residency.need("text_encoder")
@@ -332,18 +430,31 @@ class Wan(Native):
             notes.append(note and f"negative {note}")
         else:
             notes += self.unguided()
-        ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
-        boundary = None if ratio is None else ratio * self.parts.train_steps
+        boundary = self._boundary_time(params)
         counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
-        condition = WanConditioning(positive, negative, length=length, boundary=boundary, **counts)
+        shown = self._look(cut(pictures, params.width, params.height), params.num_frames) if pictures else NOTHING
+        condition = WanConditioning(positive, negative, length=length, boundary=boundary, shown=shown, **counts)
         return condition, [n for n in notes if n]
+
+    def _look(self, pictures: Sequence[Image], frames: int) -> Shown:
+        """What the transformer is shown of pictures that have the size of the output."""
+        if self._expands:
+            return Shown(first=self.encode_frames(clip_of(pictures, 1)))
+        tokens = None if self._image_encoder is None else self._image_encoder.encode(pictures)
+        return Shown(channels_of(pictures, frames, self.encode_frames), tokens=tokens)
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         latent = [n * p for n, p in zip(self._grid(params), self._config.patch_size, strict=True)]
-        shape = (1, self._config.in_channels, *latent)
+        shape = (1, self._vae.channels, *latent)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
-    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
+        if self._steps is None:
+            return Schedule(params.flow_shift)
+        sigmas = levels_of(self._steps, self.parts.train_steps, params.flow_shift or SHIFT)
+        return Schedule(sigmas=sigmas, exact=True, times=self._steps)
+
+    def encode_frames(self, frames: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
         if self._encoder is None:  # most requests bring no picture
             self._encoder = self._load_encoder()
         self.parts.residency.need("vae_encoder")
@@ -352,30 +463,40 @@ class Wan(Native):
     def velocities(self, x: Tensor, t: Tensor, condition: WanConditioning) -> tuple[Tensor, Tensor | None]:
         expert = self._experts.at(t, condition.boundary)
         self.parts.residency.need(TRANSFORMERS[expert is self._experts.low])
-        keys = self._read(expert, condition)
+        keys, still = self._read(expert, condition), condition.shown.still
+        x = condition.shown.beside(x)
         if condition.negative is None:
-            return self.predict(x, t, (expert, keys)), None
+            return self.predict(x, t, (expert, keys, still)), None
         if self.mesh.cfg.size == 2:
-            positive, negative = self.mesh.cfg.gather(self.predict(x, t, (expert, keys)), 0).chunk(2)
+            positive, negative = self.mesh.cfg.gather(self.predict(x, t, (expert, keys, still)), 0).chunk(2)
             return positive, negative
         if math.prod(expert.grid(x)) > BATCH_TOKENS:
-            return self.predict(x, t, (expert, keys.row(0))), self.predict(x, t, (expert, keys.row(1)))
-        positive, negative = self.predict(x.expand(2, -1, -1, -1, -1), t, (expert, keys)).chunk(2)
+            return self.predict(x, t, (expert, keys.row(0), still)), self.predict(x, t, (expert, keys.row(1), still))
+        positive, negative = self.predict(x.expand(2, -1, -1, -1, -1), t, (expert, keys, still)).chunk(2)
         return positive, negative
 
-    def predict(self, x: Tensor, t: Tensor, told: tuple[WanTransformer, TextKeys]) -> Tensor:
-        expert, keys = told
-        y: Tensor = expert(x, t, keys)
+    def predict(self, x: Tensor, t: Tensor, told: tuple[WanTransformer, TextKeys, int]) -> Tensor:
+        expert, keys, still = told
+        y: Tensor = expert(x, t, keys, still)
         return y
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
-        ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
-        if ratio is None or params.guidance_scale_2 is None or float(t) >= ratio * self.parts.train_steps:
+        boundary = self._boundary_time(params)
+        if boundary is None or params.guidance_scale_2 is None or float(t) >= boundary:
             return params.guidance_scale
         return params.guidance_scale_2
 
+    def _boundary_time(self, params: SamplingParams) -> float | None:
+        """Where the second expert takes over."""
+        ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
+        return None if ratio is None else ratio * self.parts.train_steps
+
+    def settle(self, x: Tensor, condition: WanConditioning) -> Tensor:
+        return condition.shown.settle(x)
+
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self.decode(x0[:, :, :1], pulse)  # the decoder is causal: the first latent frame is the first frame
+        shown = 2 if self._looks else 1  # the first frame would be the picture; the decoder is causal
+        return self.decode(x0[:, :, :shown], pulse)[-1:]
 
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self._vae.decode(x, pulse)
@@ -395,7 +516,7 @@ class Wan(Native):
             if condition.negative is not None and self.mesh.cfg.size == 2:
                 texts = [texts[self.mesh.cfg.index]]
             text, bias = pad(texts, condition.length, self._fold_padding)
-            condition.keys[expert] = expert.read(text, bias)
+            condition.keys[expert] = expert.read(text, bias, condition.shown.tokens)
         return condition.keys[expert]
 
     def _describe(self) -> ModelInfo:
@@ -404,6 +525,7 @@ class Wan(Native):
         if self._experts.low is None:
             reason = "this checkpoint has no second expert (transformer_2)"
             lacks |= dict.fromkeys(("guidance_scale_2", "boundary_ratio"), reason)
+        least, most = self._pictures()
         return ModelInfo(
             name=self.parts.index["_class_name"],
             kind="video",
@@ -411,23 +533,38 @@ class Wan(Native):
             size_multiple=self._vae.spatial * math.lcm(ph, pw),
             frame_multiple=self._vae.temporal * pt,
             components=self.parts.names,
-            max_pictures=int(self._takes_pictures),
+            max_pictures=most,
+            min_pictures=least,
+            starts_from_picture=not self._looks,
+            fixed_steps=None if self._steps is None else len(self._steps),
             unsupported=lacks,
             lora_targets=tuple(self.lora),
             degrees=attrs.asdict(self.parts.degrees),
-            tasks=TEXT_TASKS + (PICTURE_TASKS if self._takes_pictures else ()),
+            tasks=(() if least else TEXT_TASKS) + (PICTURE_TASKS[: 1 if self._looks else 2] if most else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
         )
 
+    def _pictures(self) -> tuple[int, int]:
+        """How many it takes, at least and at most: without CLIP a second one may be the last frame."""
+        c = self._config
+        if not c.beside:
+            return 0, int(self._takes_pictures)
+        return (2, 2) if c.pos_embed_seq_len else (1, 1 if c.image_dim else 2)
+
     def _memory(self) -> Memory:
-        """Measured in float32: 12 copies of the latents; 6 numbers a pixel while frames are joined, and its 3 bytes."""
+        """Measured in float32: 12 copies of the latents; 6 numbers a pixel while frames are joined, and its 3 bytes.
+
+        Times of their own take two vectors for each token.
+        """
         c, tile, dtype = self._config, self._vae.tiling, self._experts.high.dtype
         text = self._text.encoder
         return self.parts.memory(
             base=2**25 + 4 * c.num_layers * TEXT_TOKENS * c.dim * dtype.itemsize,
             text_pair=4 * text.heads * text.shared.weight.element_size(),
-            token=self.parts.token_bytes(c.dim, c.ffn_dim, dtype) + 48 * c.in_channels * math.prod(c.patch_size),
+            token=self.parts.token_bytes(c.dim, c.ffn_dim, dtype)
+            + 48 * c.in_channels * math.prod(c.patch_size)
+            + 8 * c.dim * self._expands,
             paired_tokens=0 if self.mesh.cfg.size == 2 else 2 * BATCH_TOKENS,
             pixel=27,
             chunk_pixel=self._vae.chunk_pixel_bytes,
@@ -435,47 +572,26 @@ class Wan(Native):
             tile_pixels=tile.height * tile.width if tile else None,
         )
 
-    def _read_defaults(self, two_experts: bool) -> dict[str, Any]:
-        """The folder's generation_config.json, else those of the known size."""
-        if two_experts:
-            return self.parts.defaults(WAN22_A14B | {"boundary_ratio": self._boundary})
-        return self.parts.defaults(WAN21_SMALL if self._config.num_layers <= 30 else WAN21_LARGE)
-
-
-def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Tensor | None]:
-    """Texts [1, n, C] as one batch [B, L, C], padded as the pipeline does: with zeros that attention does see.
-
-    m equal keys weigh as much as one with log m added to its logit; so with `fold` one zero token stands for all
-    the padding, and the second value is the bias [B, 1, 1, L] that says so.
-    """
-    rows = [text[0] for text in texts if text is not None]
-    if not fold:
-        return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows]), None
-    longest = max(len(row) for row in rows) + 1
-    text = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-    bias = torch.full((len(rows), 1, 1, longest), -math.inf, device=text.device)
-    for i, row in enumerate(rows):
-        bias[i, ..., : len(row)] = 0
-        if len(row) < length:
-            bias[i, ..., len(row)] = math.log(length - len(row))
-    return text, bias
+    def _read_defaults(self) -> dict[str, Any]:
+        """The folder's generation_config.json, else those of the name, or of what it is made of."""
+        experts = 1 + ("transformer_2" in self.parts.names)
+        form = Form(self._config.num_layers, experts, bool(self._config.beside), self._expands, self._steps)
+        known = defaults(self.parts.settings.model_path, form)
+        return self.parts.defaults(known | ({"boundary_ratio": self._boundary} if experts == 2 else {}))
 
 
 def wan_config(file: Path) -> WanConfig:
     """The numbers of a transformer's config.json.
 
     Raises:
-        ModelError, NotBuilt: another architecture.
+        ModelError: another architecture.
     """
     config: WanConfig = pick(read_json(file), WanConfig, file)
-    if config.added_kv_proj_dim or config.image_dim or config.in_channels != config.out_channels:
-        raise NotBuilt(f"{file}: a transformer with picture input is not built yet in this version of sgld")
+    known = config.out_channels, 2 * config.out_channels + MASK_CHANNELS
+    if config.in_channels not in known:
+        raise ModelError(
+            f"{file}: in_channels: {config.in_channels} is not supported; only {known[0]}, or {known[1]} with a picture"
+        )
     if config.qk_norm != "rms_norm_across_heads":
         raise ModelError(f"{file}: qk_norm is {config.qk_norm!r}; only 'rms_norm_across_heads' is supported")
     return config
-
-
-def refuse_variants(folder: Path, index: dict[str, Any]) -> None:
-    """Raise for what WanPipeline can be beside plain text-to-video."""
-    if index.get("expand_timesteps"):
-        raise NotBuilt(f"{folder}: expand_timesteps (Wan 2.2 TI2V) is not built yet in this version of sgld")

@@ -29,10 +29,10 @@ class Denoiser(nn.Module):
 class Embedder(nn.Module):
     """Linear, activation, linear; keys `linear_1`, `linear_2`."""
 
-    def __init__(self, dim_in: int, dim: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, dim_in: int, dim: int, activation: Callable[[Tensor], Tensor], bias: bool = True):
         super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = nn.Linear(dim_in, dim, bias=bias)
+        self.linear_2 = nn.Linear(dim, dim, bias=bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,23 +40,27 @@ class Embedder(nn.Module):
         return y
 
 
-class GeluProjection(nn.Module):
+class Projection(nn.Module):
     """The first half of `FeedForward`; key `proj`."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
         self.proj = nn.Linear(dim, hidden)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_tanh(self.proj(x))
+        return self.activation(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, linear; keys `net.0.proj`, `net.2`."""
+    """Linear, activation, linear; keys `net.0.proj`, `net.2`."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(
+        self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor] = gelu_tanh, out: int | None = None
+    ):
         super().__init__()
-        self.net = nn.Sequential(GeluProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))
+        last = nn.Linear(hidden, dim if out is None else out)
+        self.net = nn.Sequential(Projection(dim, hidden, activation), nn.Identity(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,21 +22,21 @@ from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.nn.weights import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape
-Renames = Sequence[tuple[str, str]]  # (pattern in our layer name, replacement), applied in order
+Renames = Sequence[tuple[str, str]]  # (pattern in our layer name, replacement), applied in order; see `Rows`
 
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:"
-    r"(?P<pair>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_magnitude_vector)"
+    r"(?P<pair>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up|lora_magnitude_vector)"
     r"(?:\.(?P<slot>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
     r"|(?P<other>alpha|dora_scale|diff|diff_b|diff_m))"
 )
 _PARTS = {
-    "lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up",
-    "lora_magnitude_vector": "magnitude",
+    "lora_A": "down", "lora_down": "down", "lora.down": "down", "down": "down",
+    "lora_B": "up", "lora_up": "up", "lora.up": "up", "up": "up", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
 _PREFIXES = (
     "base_model.model.", "peft_model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "transformer_2.",
-    "lora_unet_",
+    "lora_unet_", "lora_transformer_",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # initializations that also rewrite the model's weights
@@ -357,7 +358,9 @@ def fit(
             own = names.get(name)
             if own is None:
                 raise Misfit("no such layer")
-            layers[own] = _delta(own, parts, shapes, adapter.rules, name, alpha)
+            layers |= {
+                layer: _delta(layer, rows.of(parts), shapes, adapter.rules, name, alpha) for layer, rows in own.items()
+            }
         except Misfit as reason:
             faults += [f"{stored.key} ({reason})" for stored in parts.values()]
     if faults and (strict or not layers):
@@ -368,13 +371,64 @@ def fit(
     return Fitted(layers, tuple(faults))
 
 
-def _vocabulary(spelled: Iterable[str], shapes: Shapes, original: Renames) -> dict[str, str]:
-    """Spelling -> layer, in the one way of spelling that knows most of these names."""
-    layers = {name.removesuffix(".weight") for name in shapes if not name.endswith(".bias")}
-    own = {layer: layer for layer in layers}
-    authors = {_renamed(layer, original): layer for layer in layers}
+@attrs.frozen
+class Rows:
+    """Which outputs of a layer of the file belong to a layer of ours.
+
+    Several of our layers may be one in the file: they are renamed to its name and `#0`, `#1`, ..., in the order of its
+    rows. A layer whose rows stand in another order is renamed to the name and its pieces, all of one size: `#1#0` has
+    the halves swapped. A layer that has several names in such files is renamed to all of them, with `|` between.
+    """
+
+    pieces: tuple[slice, ...] = ()  # none: all of them
+    total: int = 0
+
+    def of(self, parts: Mapping[str, Stored]) -> Mapping[str, Stored]:
+        """What of these parts is about those outputs. Raises `Misfit`."""
+        if not self.pieces:
+            return parts
+        return {name: part if name in _SHARED else self._cut(name, part) for name, part in parts.items()}
+
+    def _cut(self, name: str, part: Stored) -> Stored:
+        x = part.tensor
+        if x.ndim == 0 or len(x) != self.total:
+            raise Misfit(f"{name} {list(x.shape)}; {self.total} rows are needed")
+        return Stored(part.key, torch.cat([x[rows] for rows in self.pieces]) if self.pieces[1:] else x[self.pieces[0]])
+
+
+_SHARED = ("down", "alpha")
+Names = Mapping[str, Mapping[str, Rows]]  # spelling -> layers of ours
+
+
+def _vocabulary(spelled: Iterable[str], shapes: Shapes, original: Renames) -> Names:
+    """The names in the one way of spelling that knows most of these."""
+    layers = {
+        name.removesuffix(".weight"): shape[0] if shape else 1
+        for name, shape in shapes.items()
+        if not name.endswith(".bias")
+    }
+    own = {layer: {layer: Rows()} for layer in layers}
+    authors = _authors(layers, original)
     ways = [own, authors, _underscored(own), _underscored(authors)]
     return max(ways, key=lambda way: sum(name in way for name in spelled))
+
+
+def _authors(layers: Mapping[str, int], renames: Renames) -> Names:
+    """The authors' names, from our layers' and their sizes."""
+    found: dict[str, dict[str, list[int]]] = {}
+    sizes: dict[str, dict[int, int]] = {}
+    for layer, size in layers.items():
+        for spelled in _renamed(layer, renames).split("|"):
+            name, *marks = spelled.split("#")
+            found.setdefault(name, {})[layer] = pieces = [int(mark) for mark in marks]
+            sizes.setdefault(name, {}).update((piece, size // len(pieces)) for piece in pieces)
+    return {name: {layer: _rows(p, sizes[name]) for layer, p in own.items()} for name, own in found.items()}
+
+
+def _rows(pieces: Sequence[int], sizes: Mapping[int, int]) -> Rows:
+    """Those pieces, from the sizes of all."""
+    starts = {piece: sum(size for i, size in sizes.items() if i < piece) for piece in pieces}
+    return Rows(tuple(slice(start, start + sizes[i]) for i, start in starts.items()), sum(sizes.values()))
 
 
 def _renamed(layer: str, renames: Renames) -> str:
@@ -383,12 +437,12 @@ def _renamed(layer: str, renames: Renames) -> str:
     return layer
 
 
-def _underscored(names: Mapping[str, str]) -> dict[str, str]:
-    """With `_` for every dot; names that become the same are left out."""
-    spelled: dict[str, list[str]] = {}
-    for name, layer in names.items():
-        spelled.setdefault(name.replace(".", "_"), []).append(layer)
-    return {name: layers[0] for name, layers in spelled.items() if len(layers) == 1}
+def _underscored(names: Names) -> Names:
+    """With `_` for every dot; names of different layers that become the same are left out."""
+    spelled: dict[str, list[Mapping[str, Rows]]] = {}
+    for name, layers in names.items():
+        spelled.setdefault(name.replace(".", "_"), []).append(layers)
+    return {name: same[0] for name, same in spelled.items() if all(layers == same[0] for layers in same)}
 
 
 def _delta(

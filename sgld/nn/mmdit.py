@@ -78,10 +78,10 @@ def turned(x: Tensor, rope: Tensor | None) -> Tensor:
 class Modulation(nn.Module):
     """`parts` vectors [B, 1, C] each from an embedding [B, C] of the time; key `linear`."""
 
-    def __init__(self, dim: int, parts: int):
+    def __init__(self, dim: int, parts: int, bias: bool = True):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(dim, parts * dim)
+        self.linear = nn.Linear(dim, parts * dim, bias=bias)
 
     def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale, gate, and the same again where there are six."""
@@ -133,9 +133,9 @@ class SingleBlock(nn.Module):
 class OutNorm(nn.Module):
     """The last layer norm, which the time scales and shifts; key `linear`."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, 2 * dim, bias=bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.linear(F.silu(emb))[:, None].chunk(2, -1)

@@ -38,6 +38,14 @@ class SequenceAttention:
         q, k, v = self._heads(q, k, v)
         return self._tokens(self._around(q, k, v, tokens, None))
 
+    def across(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+        """q [B, S/n, H, D] of one sequence over k and v [B, L/n, H, D] of another of `tokens`, to [B, S/n, H, D]."""
+        if self._ulysses.size == self._ring.size == 1:
+            return self._attend(q, k, v, None)
+        (q,) = self._heads(q)
+        k, v = self._heads(k, v)
+        return self._tokens(self._around(q, k, v, tokens, None))
+
     def joint(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, text: Joint) -> tuple[Tensor, Tensor]:
         """The same together with `text` [B, L, H, D] each: every token attends to all of both.
 

@@ -121,6 +121,7 @@ async def capabilities(request: web.Request) -> web.Response:
         model=service.model_id,
         name=info.name,
         kind=info.kind,
+        audio=info.audio,
         tasks=list(info.tasks),
         size_multiple=info.size_multiple,
         frame_multiple=info.frame_multiple,

@@ -65,6 +65,7 @@ class Outputs:
                 quality=media.file_quality(format, params.output_quality, params.output_compression),
                 metadata=self.describe(params),
                 x264_preset=params.x264_preset,
+                audio=result.audio,
             )
             size = part.stat().st_size
         return Artifact(name, media.FORMATS[format].media_type, size, result.seed, len(result.frames.array))

@@ -386,6 +386,7 @@ class Capabilities:
     model: str
     name: Annotated[str, Told("pipeline class")]
     kind: Annotated[str, Told("what it makes by default", ("image", "video"))]
+    audio: Annotated[bool, Told("its videos have sound")]
     tasks: Annotated[list[str], Told("text-to-video, text-to-image and so on")]
     size_multiple: Annotated[int, Told("height and width are multiples of this many pixels")]
     frame_multiple: Annotated[int, Told("num_frames is 1 more than a multiple of this")]

@@ -24,7 +24,7 @@ from sgld.worker.hook import Hook
 
 @attrs.frozen
 class Canvas:
-    """The picture's latents and the noise [1, C, T, h, w], and what a mask lets change of them [1, 1, 1, h, w]."""
+    """The picture's latents and the noise [1, C, ..., h, w], and what a mask lets change of them [h, w]."""
 
     clean: Tensor
     noise: Tensor
@@ -97,4 +97,4 @@ def _free(mask: npt.NDArray[np.uint8], noise: Tensor) -> Tensor:
     weight = torch.from_numpy(mask)  # [H, W]
     h, w = noise.shape[-2:]
     cells = weight.view(h, weight.shape[0] // h, w, weight.shape[1] // w).amax((1, 3))
-    return (cells >= inputs.PAINTED).to(noise.device)[None, None, None]
+    return (cells >= inputs.PAINTED).to(noise.device)

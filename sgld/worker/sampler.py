@@ -37,7 +37,7 @@ def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -
         condition, warnings = family.encode(params, pictures)
         hook.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
         x = family.noise(params, generator)
-        canvas = Canvas.prepare(family, params, hook, x)
+        canvas = Canvas.prepare(family, params, hook, x) if family.info.starts_from_picture else None
     for warning in warnings:
         hook.note(warning)
     schedule = family.schedule(params, x)

@@ -48,10 +48,10 @@ def dynamically_shifted(sigma: Any, mu: float, kind: str) -> Any:
 
 
 def stretched(sigma: Any, terminal: float | None) -> Any:
-    """The schedule stretched so that its last level but 0 is `terminal`."""
-    if not terminal:
-        return sigma
+    """The schedule stretched so that its last level but 0 is `terminal`; one of a single level, which is 1, stays."""
     left = 1 - sigma
+    if not terminal or not left[-1]:
+        return sigma
     return 1 - left * (1 - terminal) / left[-1]
 
 
@@ -83,7 +83,8 @@ class FlowMatchEuler(Solver):
         train = config.get("num_train_timesteps", 1000)
         sigmas = self._levels(config, steps, schedule, train)
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)[first:]
-        self.timesteps = self.sigmas[:-1] * train
+        times = schedule.times
+        self.timesteps = self.sigmas[:-1] * train if times is None else torch.tensor(times, dtype=torch.float32)[first:]
         self._steps: list[tuple[float, float]] = list(pairwise(self.sigmas.tolist()))
         self._i = 0
         self._generator = generator if config.get("stochastic_sampling") else None

@@ -102,6 +102,8 @@ def test_every_sampling_field_of_the_replaced_system_is_a_flag_and_a_key() -> No
         (["--vae-config.tile-sample-min-height", "64", "--vae_config.load_encoder=false"],
          {"vae_config": {"tile_sample_min_height": 64, "load_encoder": False}}),
         (["--vae-config", '{"use_tiling": true}'], {"vae_config": {"use_tiling": True}}),
+        (["--dmd-denoising-steps", "1000,757,522"], {"dmd_denoising_steps": [1000, 757, 522]}),
+        (["--dmd-denoising-steps", "1000", "757"], {"dmd_denoising_steps": [1000, 757]}),
         (["--720p"], {"width": 1280, "height": 720}),
     ],
 )  # fmt: skip

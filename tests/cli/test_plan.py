@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from sgld.cli.outputs import Output, absent_folders, check_early, outputs_of, re
 from sgld.cli.plan import Plan, ignored, plan_of, refuse_early
 from sgld.cli.sources import Layer, gather
 from sgld.errors import BadRequest, NotBuilt, OutputError
-from sgld.messages import Media, SharedFrames, Timings
+from sgld.messages import Audio, Media, SharedFrames, Timings
 from sgld.params import ModelInfo
 from sgld.storage.local import LocalStorage
 
@@ -281,6 +282,32 @@ def test_a_knob_the_model_has_no_use_for_is_refused() -> None:
 )  # fmt: skip
 def test_what_changes_nothing_is_told(words: list[str], notes: list[str]) -> None:
     assert outputs_of(plan("--prompt", "a", *words), INFO)[1] == notes
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "notes"),
+    [
+        ("x.gif", 9, ["the sound is left out: a gif holds none; choose mp4 or webm"]),
+        ("x.webm", 9, []),
+        ("x.png", 1, []),
+    ],
+)
+def test_sound_that_a_file_cannot_hold_is_told(name: str, frames: int, notes: list[str]) -> None:
+    made = plan("--prompt", "a", "--num-frames", str(frames), "--output-file-name", name)
+    assert outputs_of(made, attrs.evolve(INFO, audio=True))[1] == notes
+    assert outputs_of(made, INFO)[1] == []
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif"])
+def test_sound_reaches_the_file(tmp_path: Path, name: str) -> None:
+    made = plan("--prompt", "a", "--num-frames", "9", "--output-path", str(tmp_path), "--output-file-name", name)
+    output, tone = outputs_of(made, INFO)[0][0], np.sin(np.arange(27000) / 10, dtype=np.float32)
+    result = attrs.evolve(made_of(output), audio=Audio(np.stack([tone, tone]), 24000))
+    path = save(made, LocalStorage(tmp_path), output, result, []).path
+    assert path is not None
+    heard = None if name == "x.gif" else media.decode_sound(path)
+    assert (heard is not None) == (name != "x.gif")
+    assert heard is None or np.abs(heard.samples).max() > 0.5
 
 
 def test_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.proves("WanPipeline", "offload")
 @pytest.mark.parametrize(
     "settings",
     [WHOLE, {"dit_layerwise_offload": True}, WHOLE | {"dit_layerwise_offload": True}, {"dit_cpu_offload": True}],

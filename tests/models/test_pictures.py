@@ -65,6 +65,7 @@ def reference(picture: Path) -> Callable[..., Tensor]:
     return make
 
 
+@pytest.mark.proves("WanPipeline", "image-to-video", "image-to-image")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "changes", [{}, {"strength": 0.5}, {"strength": 1.0}, {"strength": 0.2}, {"num_frames": 1}], ids=str

@@ -46,6 +46,7 @@ def alone(twins: Path) -> dict[bool, list[Tensor]]:
     return {tiled: [generate(family, **request) for request in REQUESTS] for tiled, family in families.items()}
 
 
+@pytest.mark.proves("WanPipeline", "USP", "CFG parallel")
 @pytest.mark.parametrize(("world", "settings"), SPLITS)
 def test_ranks_make_the_picture_of_one(
     world: int, settings: dict[str, Any], twins: Path, alone: dict[bool, list[Tensor]], tmp_path: Path

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sgld.config import Settings
-from sgld.errors import ModelError, NotBuilt, SgldError
+from sgld.errors import ModelError, SgldError
 from sgld.messages import Load
 from sgld.models import load_family, wan
-from sgld.models.wan import Wan, WanTransformer, pad
+from sgld.models.text import pad
+from sgld.models.wan import Wan, WanTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import load_module, read_json
@@ -114,9 +115,11 @@ def test_info(twins: Path) -> None:
     assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("WanPipeline", "video", 16, 4)
     assert info.components == ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     assert info.defaults["guidance_scale"] == 3.0
-    assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio"}
+    of_others = {"true_cfg_scale", "cfg_normalization"}
+    assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio"} | of_others
+    assert (info.starts_from_picture, info.min_pictures, info.max_pictures, info.fixed_steps) == (True, 0, 1, None)
     info = load(twins / "wan22-a14b").info
-    assert info.unsupported == {}
+    assert set(info.unsupported) == of_others
     assert (info.defaults["guidance_scale_2"], info.defaults["boundary_ratio"]) == (3.0, 0.875)
 
 
@@ -142,9 +145,8 @@ def test_generation_config_gives_the_defaults(copy: Path) -> None:
     ("file", "changes", "error", "says"),
     [
         ("model_index.json", {"_class_name": "WanPipelin"}, ModelError, "did you mean WanPipeline"),
-        ("model_index.json", {"expand_timesteps": True}, NotBuilt, "expand_timesteps"),
         ("model_index.json", {"vae": [None, None]}, ModelError, "lacks vae"),
-        ("transformer/config.json", {"image_dim": 8}, NotBuilt, "picture input"),
+        ("transformer/config.json", {"in_channels": 8}, ModelError, r"in_channels: 8 is not supported; only 4, or 12"),
         ("transformer/config.json", {"num_layers": 3}, ModelError, r"27 tensors missing: blocks\.2\."),
         ("transformer/config.json", {"ffn_dim": 100}, ModelError, r"ffn.*\[96, 48\] instead of \[100, 48\]"),
         ("transformer/config.json", {"num_layers": 1}, ModelError, r"27 tensors unexpected: blocks\.1\."),

@@ -183,6 +183,7 @@ def test_several_adapters_are_diffusers_with_strengths(
     assert furthest(fused(weights, [(one, 0.7)]), expected) > 0.05
 
 
+@pytest.mark.proves("WanPipeline", "LoRA")
 @pytest.mark.parametrize("mode", ["merge", "dynamic"])
 def test_same_velocity_as_an_unfused_diffusers_model(
     weights: dict[str, Tensor], layers: LoraLayers, model: WanTransformer, trained: Make, mode: Mode

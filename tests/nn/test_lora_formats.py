@@ -14,6 +14,7 @@ from torch import Tensor
 from sgld.errors import BadRequest, NotBuilt
 from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
 from sgld.nn.attention import TORCH
+from sgld.nn.lora import Part, merged_bias, merged_weight
 from sgld.nn.lora_formats import Delta, Fitted, Renames, fit, read_adapter
 from sgld.nn.parallel import Mesh
 from tools.tiny import TRANSFORMER
@@ -108,6 +109,9 @@ FORMATS: dict[str, Callable[[Truth], dict[str, Tensor]]] = {
     "comfy, our names": lambda t: spelled(t, "diffusion_model.{}".format),
     "kohya": lambda t: kohya(t, ORIGINAL.__getitem__),
     "kohya, our names": lambda t: kohya(t, str),
+    "kohya, diffusers' prefix": lambda t: {
+        key.replace("lora_unet_", "lora_transformer_"): tensor for key, tensor in kohya(t, str).items()
+    },
 }
 
 
@@ -244,6 +248,117 @@ def test_pairs_of_a_linear_layer_written_as_convolutions(tmp_path: Path) -> None
         key: tensor[..., None, None] if tensor.ndim == 2 else tensor for key, tensor in FORMATS["kohya"](truth).items()
     }
     assert differences(fitted(write(tmp_path, tensors)), truth) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- fused layers
+
+PIECES = {"to_q": 12, "to_k": 4, "to_v": 4, "proj_mlp": 20}
+FUSED = {"double.0.qkv": ("to_q", "to_k", "to_v"), "single.0.linear1": tuple(PIECES)}
+FUSED_NAMES: Renames = (
+    (r"^(double|single)\.(\d+)\.to_([qkv])$", r"\1.\2.qkv\3"),
+    (r"qkvq$", "qkv#0"),
+    (r"qkvk$", "qkv#1"),
+    (r"qkvv$", "qkv#2"),
+    (r"^(single\.\d+)\.qkv#(\d)", r"\1.linear1#\2|\1.qkv_lora#\2"),
+    (r"\.proj_mlp$", ".linear1#3"),
+    (r"^norm_out\.linear$", "final_layer.mod.1#1#0"),
+)
+SPLIT_SHAPES = {
+    f"{layer.rpartition('.')[0]}.{part}.{leaf}": (PIECES[part], *inner)
+    for layer, parts in FUSED.items()
+    for part in parts
+    for leaf, inner in (("weight", (8,)), ("bias", ()))
+} | {"norm_out.linear.weight": (16, 8), "norm_out.linear.bias": (16,), "gate": ()}
+FUSED_SHAPES = {
+    f"{layer}.{leaf}": (sum(PIECES[part] for part in parts), *inner)
+    for layer, parts in FUSED.items()
+    for leaf, inner in (("weight", (8,)), ("bias", ()))
+} | {"final_layer.mod.1.weight": (16, 8), "final_layer.mod.1.bias": (16,)}
+
+
+def fused_file(folder: Path, layer: Callable[[str], str], *kinds: str) -> Path:
+    """An adapter of the authors' fused layers, in their names."""
+    draw = torch.Generator().manual_seed(2)
+    tensors = {}
+    for name, (out, *_) in FUSED_SHAPES.items():
+        shapes = {
+            "lora_down.weight": (RANK, 8), "lora_up.weight": (out, RANK), "lora_up.bias": (out,), "diff": (out, 8),
+            "diff_b": (out,), "dora_scale": (out, 1), "lora_magnitude_vector": (out,),
+        }  # fmt: skip
+        if name.endswith(".weight"):
+            for kind in kinds:
+                key = f"{layer(name.removesuffix('.weight'))}.{kind}"
+                tensors[key] = torch.randn(shapes[kind], generator=draw) if kind in shapes else torch.tensor(1.5)
+    return write(folder, tensors)
+
+
+FUSED_SPELLINGS: dict[str, Callable[[str], str]] = {
+    "authors": str,
+    "comfy": "diffusion_model.{}".format,
+    "kohya": lambda name: f"lora_unet_{name.replace('.', '_')}",
+}
+PAIR = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+@pytest.mark.parametrize("spelling", FUSED_SPELLINGS)
+@pytest.mark.parametrize(
+    "kinds",
+    [PAIR, (*PAIR, "lora_up.bias"), ("diff", "diff_b"), (*PAIR, "dora_scale"), (*PAIR, "lora_magnitude_vector")],
+    ids="+".join,
+)
+def test_a_fused_layer_is_shared_out_by_rows(tmp_path: Path, spelling: str, kinds: tuple[str, ...]) -> None:
+    """Against the same file on a model whose layers are fused as in the file."""
+    adapter = read_adapter(fused_file(tmp_path, FUSED_SPELLINGS[spelling], *kinds))
+    split, fused = fit(adapter, SPLIT_SHAPES, FUSED_NAMES), fit(adapter, FUSED_SHAPES)
+    assert len(split.layers) == 8
+    for layer, whole in fused.layers.items():
+        start = 0
+        for part in FUSED.get(layer, ()):
+            rows = torch.arange(start, start := start + PIECES[part])
+            assert_rows(split.layers[f"{layer.rpartition('.')[0]}.{part}"], whole, rows)
+    assert_rows(split.layers["norm_out.linear"], fused.layers["final_layer.mod.1"], torch.arange(16).roll(8))
+
+
+def test_a_layer_of_several_names(tmp_path: Path) -> None:
+    """In some files it is fused with fewer others."""
+    up, down = torch.randn(20, RANK), torch.randn(RANK, 8)
+    adapter = read_adapter(write(tmp_path, {"single.0.qkv_lora.up.weight": up, "single.0.qkv_lora.down.weight": down}))
+    found = fit(adapter, SPLIT_SHAPES, FUSED_NAMES).layers
+    assert list(found) == ["single.0.to_q", "single.0.to_k", "single.0.to_v"]
+    for delta, rows in zip(found.values(), up.split([12, 4, 4]), strict=True):
+        assert delta.up is not None and delta.down is not None
+        assert torch.equal(delta.up, rows) and torch.equal(delta.down, down)
+
+
+def assert_rows(part: Delta, whole: Delta, rows: Tensor) -> None:
+    """Merging the part is these rows of what merging the whole gives."""
+    for merged, name in ((merged_weight, "weight"), (merged_bias, "bias")):
+        before = torch.randn(FUSED_SHAPES[getattr(whole, name)])
+        if getattr(whole, f"changes_{name}"):
+            after = merged(before, [Part(whole, 0.5)])
+            torch.testing.assert_close(merged(before[rows], [Part(part, 0.5)]), after[rows])
+            assert (after - before).abs().amax(tuple(range(1, before.ndim))).min() > 1e-3
+
+
+@pytest.mark.parametrize("kinds", [PAIR, ("diff", "diff_b")], ids="+".join)
+@pytest.mark.parametrize("lack", [1, -1])
+def test_a_fused_layer_of_another_size(tmp_path: Path, kinds: tuple[str, ...], lack: int) -> None:
+    file = fused_file(tmp_path, str, *kinds)
+    tensors = load_file(file)
+    key = f"single.0.linear1.{kinds[-1] if 'diff' in kinds else kinds[1]}"
+    wide = torch.zeros(41, *tensors[key].shape[1:])
+    tensors[key] = wide if lack < 0 else wide[:39]
+    with pytest.raises(BadRequest, match=rf"single\.0\.linear1.*\[{40 - lack}(, 3)?\]; 40 rows are needed"):
+        fit(read_adapter(write(tmp_path, tensors)), SPLIT_SHAPES, FUSED_NAMES)
+    partial = fit(read_adapter(tmp_path), SPLIT_SHAPES, FUSED_NAMES, strict=False)
+    assert {name.partition(".")[0] for name in partial.layers} == {"double", "norm_out"}
+
+
+def test_a_magnitude_across_outputs_cannot_be_shared_out(tmp_path: Path) -> None:
+    tensors = load_file(fused_file(tmp_path, str, *PAIR)) | {"double.0.qkv.dora_scale": torch.ones(1, 8)}
+    assert fit(read_adapter(write(tmp_path, tensors)), FUSED_SHAPES).layers
+    with pytest.raises(BadRequest, match=r"dora_scale \[1, 8\]; 20 rows are needed"):
+        fit(read_adapter(tmp_path), SPLIT_SHAPES, FUSED_NAMES)
 
 
 # ------------------------------------------------------------------------------------------------ alpha and rank

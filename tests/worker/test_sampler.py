@@ -43,6 +43,7 @@ def psnr(a: Frames, b: Frames) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
+@pytest.mark.proves("WanPipeline", "previews")
 def test_each_later_preview_is_closer_to_the_final_picture(demo: Family) -> None:
     rows, others = [], []
     other, _ = made(demo, 0, prompt="a green star on a white background")

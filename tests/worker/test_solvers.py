@@ -120,3 +120,12 @@ def test_what_we_cannot_follow_is_named(key: str, value: Any) -> None:
 def test_absent_keys_count_as_diffusers_defaults() -> None:
     with pytest.raises(ModelError, match="prediction_type: 'epsilon'"):
         check({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True})
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_levels_and_times_may_be_given(first: int) -> None:
+    sigmas, times = [1.0, 0.75, 0.5], [1000, 757, 522]
+    schedule = Schedule(sigmas=sigmas, exact=True, times=times)
+    solver = make_solver({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 3, schedule, first)
+    assert solver.timesteps.tolist() == times[first:]
+    assert solver.sigmas.tolist() == [*sigmas, 0.0][first:]

@@ -1,0 +1,161 @@
+"""The documents' own commands, as they are written, by the models' real names: tiny twins stand for the hub.
+
+Only `sglang` becomes `sgld`. Where a command leaves a size or a number of steps to the model, the twin's own
+generation_config.json keeps it small; where it names a large one, flags behind it make it small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgld.media import decode
+from tools import tiny
+
+SEEDS = Path(__file__).parent / "seeds"
+SMALL = {"height": 32, "width": 32, "num_inference_steps": 2}
+CLIP = SMALL | {"num_frames": 5, "fps": 8}
+Run = Callable[..., "subprocess.Popen[str]"]
+
+
+def block(document: str, start: str, end: str) -> str:
+    """The lines of a document from the first that begins with `start` to the next that begins with `end`."""
+    lines = (SEEDS / f"{document}.txt").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    last = next(i for i, line in enumerate(lines) if i >= first and line.startswith(end))
+    return "\n".join(lines[first : last + 1])
+
+
+def after(document: str, line: str, start: str, end: str) -> str:
+    """The same, searched behind a line that begins with `line`."""
+    text = (SEEDS / f"{document}.txt").read_text()
+    rest = text[text.index(line) :].splitlines()
+    first = next(i for i, each in enumerate(rest) if each.startswith(start))
+    last = next(i for i, each in enumerate(rest) if i >= first and each.startswith(end))
+    return "\n".join(rest[first : last + 1])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture
+def run(cache: Path, tmp_path: Path) -> Iterator[Run]:
+    """Start a script of the documents in an empty folder, with these models in the cache."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: str, more: str = "", **models: Mapping[str, Any] | None) -> subprocess.Popen[str]:
+        for name, defaults in models.items():
+            twin = name.replace("_", "-")
+            if not (cache / f"models--{tiny.real_names()[twin].replace('/', '--')}").exists():
+                snapshot = tiny.make_cache(twin, cache)
+                if defaults is not None:
+                    (snapshot / "generation_config.json").write_text(json.dumps(defaults))
+        whole = f'sglang() {{ {sys.executable} -m sgld "$@" {more}; }}\n{script}'
+        environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(
+            ["bash", "-c", whole], cwd=tmp_path, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def made(process: subprocess.Popen[str], folder: Path) -> Path:
+    """The file whose path is the last line."""
+    out, told = process.communicate(timeout=150)
+    assert process.returncode == 0, told
+    return folder / out.splitlines()[-1]
+
+
+def test_the_older_document_s_first_command(run: Run, tmp_path: Path) -> None:
+    script = block("cli_older", "SERVER_ARGS=(", 'sglang generate "${SERVER_ARGS[@]}"')
+    file = made(run(script, wan22_a14b=CLIP | {"guidance_scale": 4.0}), tmp_path)
+    frames, _ = decode(file)
+    assert (file.name, frames.shape) == ("A_curious_raccoon.mp4", (5, 32, 32, 3))
+
+
+def test_the_newer_document_s_raccoon(run: Run, tmp_path: Path) -> None:
+    script = after("cli_newer", "`sglang generate` runs a single", "sglang generate", '  --output-file-name "a-curious')
+    file = made(run(script, wan22_a14b=CLIP | {"guidance_scale": 4.0}), tmp_path)
+    assert decode(file)[0].shape == (5, 32, 32, 3)
+
+
+def test_qwen_image(run: Run, tmp_path: Path) -> None:
+    script = after("cli_newer", "### Generate", "sglang generate", "  --save-output")
+    file = made(run(script, qwen_image=SMALL | {"guidance_scale": 4.0, "negative_prompt": " "}), tmp_path)
+    assert (file.suffix, decode(file)[0].shape) == (".png", (1, 32, 32, 3))
+
+
+def test_the_config_of_fast_hunyuan(run: Run, tmp_path: Path) -> None:
+    """bf16 and an fp16 decoder that two workers share, as the file says; only the size and the length are smaller."""
+    config = block("cli_older", "{", "}")
+    (tmp_path / "config.json").write_text(config)
+    script = block("cli_older", "sglang generate --config config.json", "sglang generate --config config.json")
+    file = made(run(script, "--height 48 --width 64 --num-frames 9", fasthunyuan=None), tmp_path)
+    assert file.parent == tmp_path / "outputs"
+    assert decode(file)[0].shape == (9, 48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("script", "models"),
+    [
+        (block("cli_older", "  --model-path Wan-AI/Wan2.1", "sglang serve"), {"wan21": CLIP}),
+        (after("cli_newer", "### Serve", "sglang serve", "  --port"), {"wan21": CLIP}),
+        (after("cli_older", "Replace the default VAE", "sglang serve", "  --vae-path"),
+         {"flux2_dev": SMALL | {"guidance_scale": 4.0}, "flux2_tiny_autoencoder": None}),
+    ],
+    ids=["older", "newer", "tiny autoencoder"],
+)  # fmt: skip
+def test_servers(run: Run, script: str, models: dict[str, Any]) -> None:
+    if script.startswith("  --model-path"):
+        script = f"SERVER_ARGS=(\n{script}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = run(script, f"--port {port}", **models)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/images/generations",
+        json.dumps({"prompt": "a red cat", "size": "32x32", "num_inference_steps": 2}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    answer = json.loads(_ask(process, request))
+    assert len(answer["data"][0]["b64_json"]) > 100
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def _ask(process: subprocess.Popen[str], request: urllib.request.Request) -> bytes:
+    """The answer of a server, once it is ready."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found: bytes = answer.read()
+                return found
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise AssertionError(error.read()) from None
+        except OSError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"the server ended with {process.poll()}")

@@ -1,0 +1,685 @@
+"""FLUX.2 against diffusers: pictures, references, ranks, adapters; the tiny autoencoder; what the family says."""
+
+import json
+import shutil
+from collections.abc import Callable
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sgld.config import Settings, VaeConfig
+from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
+from sgld.messages import Load, Preview
+from sgld.models import load_family
+from sgld.models.family import Family
+from sgld.models.flux2 import Flux2, Flux2Transformer, empirical_mu, flux2_config, reference
+from sgld.models.flux2_vae import Flux2TinyAutoEncoder
+from sgld.nn.attention import TORCH
+from sgld.nn.parallel import Mesh
+from sgld.nn.weights import Uninitialized, read_json
+from sgld.params import resolve
+from sgld.platform import Cpu
+from sgld.worker.hook import Hook
+from sgld.worker.sampler import sample
+from tests.models.parity import apart, levels, load, make, picture, picture_of_ranks, same_state, wear, write_lora
+from tests.nn.ranks import on_ranks
+from tools.twins.flux2 import MAKERS
+
+REQUEST = {
+    "prompt": "a red cat & the green ball, 猫", "height": 32, "width": 48, "num_inference_steps": 3, "seed": 7,
+    "max_sequence_length": 64,
+}  # fmt: skip
+DEV, KLEIN, BASE, TINY = "flux2-dev", "flux2-klein", "flux2-klein-base", "flux2-tiny-autoencoder"
+COMMON = {
+    "attention_head_dim": 128, "axes_dims_rope": [32, 32, 32, 32], "eps": 1e-6, "in_channels": 128, "mlp_ratio": 3.0,
+    "out_channels": None, "patch_size": 1, "rope_theta": 2000, "timestep_guidance_channels": 256,
+}  # fmt: skip
+PUBLISHED = {  # transformer/config.json of black-forest-labs/FLUX.2-dev, -klein-4B and -klein-9B
+    "dev": COMMON | {
+        "guidance_embeds": True, "joint_attention_dim": 15360, "num_attention_heads": 48, "num_layers": 8,
+        "num_single_layers": 48,
+    },
+    "klein-4b": COMMON | {
+        "guidance_embeds": False, "joint_attention_dim": 7680, "num_attention_heads": 24, "num_layers": 5,
+        "num_single_layers": 20,
+    },
+    "klein-9b": COMMON | {
+        "guidance_embeds": False, "joint_attention_dim": 12288, "num_attention_heads": 32, "num_layers": 8,
+        "num_single_layers": 24,
+    },
+}  # fmt: skip
+WHOLE: dict[str, Any] = {"text_encoder_cpu_offload": True, "dit_cpu_offload": True, "vae_cpu_offload": True}
+WEIGHTS = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the twins of dev, klein, its base, and the tiny autoencoder."""
+    folder = tmp_path_factory.mktemp("flux2")
+    for name in (DEV, KLEIN, BASE, TINY):
+        MAKERS[name](folder / name)
+    return folder
+
+
+def pipeline_of(folder: Path) -> Any:
+    """That of diffusers, in float32; its own loader wants torchvision for dev's processor, which wraps a tokenizer."""
+    import diffusers
+    import transformers
+
+    index = read_json(folder / "model_index.json")
+    index["tokenizer"][1] = "AutoTokenizer"
+    parts = {
+        name: getattr({"diffusers": diffusers, "transformers": transformers}[value[0]], value[1]).from_pretrained(
+            folder / name
+        )
+        for name, value in index.items()
+        if isinstance(value, list)
+    }
+    told = {"is_distilled": index["is_distilled"]} if "is_distilled" in index else {}
+    pipeline = getattr(diffusers, index["_class_name"])(**parts, **told)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipelines(twins: Path) -> Callable[[str], Any]:
+    loaded: dict[str, Any] = {}
+
+    def pipeline(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = pipeline_of(twins / name)
+        return loaded[name]
+
+    return pipeline
+
+
+def theirs(pipeline: Any, **changes: Any) -> Tensor:
+    """Frames u8 [1, H, W, 3] of `REQUEST` with changes, as that pipeline makes them."""
+    request = REQUEST | changes
+    generator = torch.Generator().manual_seed(request.pop("seed"))
+    return levels(pipeline(**request, generator=generator, output_type="np").images)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two pictures of noise and slopes, 83 x 70 and 64 x 96."""
+    folder = tmp_path_factory.mktemp("photos")
+    files = [str(folder / "first.png"), str(folder / "second.png")]
+    noise = np.random.default_rng(0)
+    for file, (width, height) in zip(files, ((83, 70), (64, 96)), strict=True):
+        slope = np.linspace(0, 200, height * width * 3).reshape(height, width, 3)
+        Image.fromarray((slope + noise.integers(0, 55, slope.shape)).astype(np.uint8)).save(file)
+    return files
+
+
+def flux2(folder: Path, **settings: Any) -> Flux2:
+    family = load(folder, **settings)
+    assert isinstance(family, Flux2)
+    return family
+
+
+# --------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.proves("Flux2Pipeline", "text-to-image")
+@pytest.mark.proves("Flux2KleinPipeline", "text-to-image")
+@pytest.mark.parametrize(("name", "guidance"), [(DEV, 4.0), (DEV, 1.5), (BASE, 4.0), (BASE, 1.0), (KLEIN, 1.0)])
+def test_same_seed_same_picture_as_diffusers(
+    twins: Path, pipelines: Callable[[str], Any], name: str, guidance: float
+) -> None:
+    changes = {"guidance_scale": guidance}
+    ours = picture(load(twins / name), REQUEST | changes)
+    assert ours.float().std() > 10  # not a blank picture, on which everything agrees
+    assert apart(ours, theirs(pipelines(name), **changes)) <= 1
+    assert apart(ours, theirs(pipelines(name), **changes, seed=8)) > 20
+
+
+@pytest.mark.parametrize("name", [DEV, BASE])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"height": 80, "width": 64},
+        {"num_inference_steps": 1},
+        {"max_sequence_length": 512},
+        {"max_sequence_length": 20},  # which cuts the prompt off
+        {"prompt": ""},
+        {"prompt": "a [IMG] cat <|im_end|> [INST]"},
+    ],
+    ids=str,
+)
+def test_same_picture_at_the_edges(
+    twins: Path, pipelines: Callable[[str], Any], name: str, changes: dict[str, Any]
+) -> None:
+    assert apart(picture(load(twins / name), REQUEST | changes), theirs(pipelines(name), **changes)) <= 1
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(6, 3), (4096, 50), (4096, 4), (4300, 28), (4301, 28), (16384, 50)])
+def test_the_shift_of_time(tokens: int, steps: int) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    assert empirical_mu(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_transformers_have_the_keys_of_diffusers(tmp_path: Path, name: str) -> None:
+    from diffusers import Flux2Transformer2DModel
+
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PUBLISHED[name]))
+    with torch.device("meta"), Uninitialized():
+        ours = Flux2Transformer(flux2_config(file, name == "dev"), Mesh.solo(), TORCH)
+        expected = Flux2Transformer2DModel(**PUBLISHED[name])
+    same_state(ours, expected)
+
+
+# --------------------------------------------------------------------------------------------- several ranks
+
+CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    (DEV, {"ulysses_degree": 2, "tp_size": 2}, {}),
+    (DEV, {"ring_degree": 2}, {"height": 48}),  # 9 tokens
+    (BASE, {"ring_degree": 2, "tp_size": 2}, {}),
+    (BASE, {"enable_cfg_parallel": True}, {}),
+)
+
+
+def _cases(mesh: Mesh, folder: Path, photos: list[str]) -> Any:
+    made = [make(load(folder / name, mesh, **split), REQUEST | changes, mesh) for name, split, changes in CASES]
+    made.append(make(load(folder / DEV, mesh), REQUEST | {"image_path": photos}, mesh))
+    return [frames.numpy() for frames, _ in made]
+
+
+@pytest.mark.proves("Flux2Pipeline", "USP")
+@pytest.mark.proves("Flux2KleinPipeline", "USP", "CFG parallel")
+def test_same_picture_on_two_ranks(
+    twins: Path, pipelines: Callable[[str], Any], photos: list[str], tmp_path: Path
+) -> None:
+    first, second = on_ranks(2, tmp_path / "store", _cases, twins, photos)
+    assert all(part.size == 0 for part in second)
+    for frames, (name, _, changes) in zip(first, CASES, strict=False):
+        assert apart(torch.from_numpy(frames), theirs(pipelines(name), **changes)) <= 1
+    edited = theirs(pipelines(DEV), image=[Image.open(file) for file in photos])
+    assert apart(torch.from_numpy(first[-1]), edited) <= 1
+
+
+def test_same_picture_on_four_ranks(twins: Path, pipelines: Callable[[str], Any], tmp_path: Path) -> None:
+    split = {"enable_cfg_parallel": True, "ulysses_degree": 2}
+    frames = picture_of_ranks(4, tmp_path / "store", twins / BASE, REQUEST, **split)
+    assert apart(frames, theirs(pipelines(BASE))) <= 1
+
+
+# ---------------------------------------------------------------------------------------- reference pictures
+
+
+@pytest.mark.proves("Flux2Pipeline", "image-to-image")
+@pytest.mark.proves("Flux2KleinPipeline", "image-to-image")
+@pytest.mark.parametrize("name", [DEV, BASE, KLEIN])
+def test_pictures_to_look_at(twins: Path, pipelines: Callable[[str], Any], photos: list[str], name: str) -> None:
+    family, files = load(twins / name), [Image.open(file) for file in photos]
+    scale = {"guidance_scale": family.info.defaults["guidance_scale"]}
+    ours = picture(family, REQUEST | {"image_path": photos})
+    assert apart(ours, theirs(pipelines(name), image=files, **scale)) <= 1
+    assert apart(ours, theirs(pipelines(name), image=files[::-1], **scale)) > 2
+    one = picture(family, REQUEST | {"image_path": photos[:1]})
+    assert apart(one, theirs(pipelines(name), image=files[0], **scale)) <= 1
+    assert apart(one, picture(family, REQUEST)) > 5
+
+
+@pytest.mark.parametrize("size", [(64, 64), (83, 70), (1024, 1024), (1400, 1111), (3000, 380)])
+def test_pictures_are_cut_as_the_pipeline_does(size: tuple[int, int]) -> None:
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    small = processor._resize_if_exceeds_area(image)
+    width, height = (side // 16 * 16 for side in small.size)
+    expected = processor.preprocess(small, height=height, width=width, resize_mode="crop")
+    assert (reference(image, 16) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((83, 70), (80, 64)), ((1024, 1024), (1024, 1024)), ((1400, 1111), (1136, 912))]
+)
+def test_the_picture_gives_the_size(twins: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Its own, cut to multiples; only what is larger than a megapixel is made smaller."""
+    info = load(twins / KLEIN).info
+    params, notes = resolve({"image_path": ["x.png"]}, info, picture=size)
+    assert (params.width, params.height) == expected == tuple(reference(Image.new("RGB", size), 16).shape[:1:-1])
+    assert all(f"after the picture's {size[0]}x{size[1]} pixels" in note for note in notes)
+    params, _ = resolve({"image_path": ["x.png"], "width": 64, "height": 32}, info, picture=size)
+    assert (params.width, params.height) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ((300, 63), "image_path: a picture of 300x63 pixels is too small; each side needs 64 or more"),
+        ((64, 513), "image_path: a picture of 64x513 pixels is too long; one side may be 8 times the other"),
+    ],
+)
+def test_pictures_that_it_cannot_look_at(size: tuple[int, int], says: str) -> None:
+    with pytest.raises(BadRequest, match=says):
+        reference(Image.new("RGB", size), 16)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.proves("Flux2Pipeline", "offload")
+@pytest.mark.proves("Flux2KleinPipeline", "offload")
+@pytest.mark.parametrize(("name", "precision"), [(DEV, "fp32"), (DEV, "bf16"), (BASE, "fp32")])
+def test_offload_changes_nothing(twins: Path, photos: list[str], name: str, precision: str) -> None:
+    request = REQUEST | {"image_path": photos}
+    plain = load(twins / name, precision=precision)
+    expected = picture(plain, request)
+    assert apart(expected, picture(plain, request | {"seed": 8})) > 20
+    for settings in (WHOLE, {"dit_layerwise_offload": True}, WHOLE | {"dit_layerwise_offload": True}):
+        family = load(twins / name, precision=precision, **settings)
+        for _ in range(2):
+            assert torch.equal(picture(family, request), expected)
+
+
+def test_precision(twins: Path) -> None:
+    family = flux2(twins / DEV, precision="bf16")
+    assert {p.dtype for p in family._transformer.parameters()} == {torch.bfloat16}
+    assert (family._text.model.dtype, family._vae.dtype) == (torch.bfloat16, torch.float32)
+    assert 0 < apart(picture(family, REQUEST), picture(load(twins / DEV), REQUEST)) < 128
+
+
+def test_only_the_layers_that_are_needed_are_kept(twins: Path) -> None:
+    for name, layers in ((DEV, 30), (KLEIN, 27)):
+        model = flux2(twins / name)._text.model
+        assert len(model.layers) == layers
+        assert not any(part in key for key, _ in model.named_parameters() for part in ("vision", "lm_head"))
+
+
+def _status(name: str) -> int:
+    """Bytes, by a name of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _peak(mesh: Mesh, folder: Path, request: dict[str, Any]) -> tuple[int, int]:
+    """Bytes above the loaded and warm model, estimated and measured."""
+    family = load(folder, mesh)
+    picture(family, REQUEST | {"num_inference_steps": 1})
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    picture(family, request)
+    params, _ = resolve(request, family.info)
+    return max(family.info.memory_needs(params).values()), _status("VmHWM") - before
+
+
+def test_the_memory_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
+    photo = str(tmp_path / "photo.png")
+    Image.new("RGB", (1024, 1024), "green").save(photo)
+    request = REQUEST | {"num_inference_steps": 1, "height": 640, "width": 640}
+    for i, more in enumerate(({}, {"image_path": [photo]})):
+        [(estimate, peak)] = on_ranks(1, tmp_path / f"store{i}", _peak, twins / KLEIN, request | more)
+        assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+
+
+# ----------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture(scope="module")
+def adapter(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for every linear layer of dev, in diffusers' names."""
+    file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    return write_lora(file, flux2(twins / DEV)._transformer, scale=0.1)
+
+
+@pytest.mark.proves("Flux2Pipeline", "LoRA")
+@pytest.mark.proves("Flux2KleinPipeline", "LoRA")
+@pytest.mark.parametrize("name", [DEV, KLEIN])
+def test_lora_gives_the_picture_of_diffusers_and_comes_off_again(twins: Path, tmp_path: Path, name: str) -> None:
+    family = flux2(twins / name)
+    file = write_lora(tmp_path / "lora.safetensors", family._transformer, scale=0.1)
+    pipeline = pipeline_of(twins / name)
+    pipeline.load_lora_weights(file)
+    plain = picture(family, REQUEST)
+    wear(family, file)
+    worn = picture(family, REQUEST)
+    assert apart(worn, theirs(pipeline, guidance_scale=family.info.defaults["guidance_scale"])) <= 1
+    assert apart(worn, plain) > 20
+    layerwise = load(twins / name, dit_layerwise_offload=True)
+    wear(layerwise, file)
+    assert torch.equal(picture(layerwise, REQUEST), worn)
+    family.lora["transformer"].apply([], "merge")
+    assert torch.equal(picture(family, REQUEST), plain)
+
+
+AUTHORS = {
+    "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1", "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "attn.to_out": "linear2",
+    "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2", "single_transformer_blocks": "single_blocks",
+    "transformer_blocks": "double_blocks", "modulation_img.linear": "modulation_img.lin",
+    "modulation_txt.linear": "modulation_txt.lin", "stream_modulation.linear": "stream_modulation.lin",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+}  # fmt: skip
+
+
+def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter with query, key and value in one layer of three times the rank, and shift before scale."""
+    found = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("transformer.")
+        if ".to_q." in name or ".add_q_proj." in name:
+            parts = [tensors[key.replace("to_q", f"to_{x}").replace("add_q", f"add_{x}")] for x in "qkv"]
+            tensor = torch.cat(parts) if "lora_A" in name else torch.block_diag(*parts)
+            name = name.replace("attn.to_q", "img_attn.qkv").replace("attn.add_q_proj", "txt_attn.qkv")
+        elif any(part in name for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj.")):
+            continue
+        if name == "norm_out.linear.lora_B.weight":
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        for ours, authors in AUTHORS.items():
+            name = name.replace(ours, authors)
+        found[f"diffusion_model.{name}"] = tensor
+    return found
+
+
+def kohya_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names, underscored, with the parts named down and up."""
+    found = {}
+    for key, tensor in authors_names(tensors).items():
+        layer, part, _ = key.removeprefix("diffusion_model.").rsplit(".", 2)
+        part = part.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        found[f"lora_unet_{layer.replace('.', '_')}.{part}.weight"] = tensor
+    return found
+
+
+def prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As ComfyUI and trainers write diffusers' own names."""
+    return {key.replace("transformer.", "diffusion_model.", 1): tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("spell", [authors_names, kohya_names, prefixed], ids=lambda spell: spell.__name__)
+def test_other_spellings_of_the_same_adapter(
+    twins: Path, adapter: Path, tmp_path: Path, spell: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """Only sums are taken in another order: every weight is the same but for that."""
+    family = load(twins / DEV)
+    wear(family, adapter)
+    expected = picture(family, REQUEST)
+    save_file({key: x.contiguous() for key, x in spell(load_file(adapter)).items()}, tmp_path / "other.safetensors")
+    wear(family, tmp_path / "other.safetensors")
+    assert apart(picture(family, REQUEST), expected) <= 1
+
+
+def test_an_adapter_of_dev_does_not_fit_klein(twins: Path, adapter: Path) -> None:
+    with pytest.raises(BadRequest, match=r"lora_path.*guidance_embedder"):
+        wear(load(twins / KLEIN), adapter)
+
+
+# ----------------------------------------------------------------------------------------- the tiny autoencoder
+
+
+def with_tiny(twins: Path, name: str) -> Family:
+    command = Load(Settings(model_path=str(twins / name)), twins / name, {"vae": twins / TINY})
+    return load_family(command, Mesh.solo(), Cpu(), lambda step, total: None)
+
+
+def tiny_reference(folder: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Encoder and decoder of that folder, from diffusers' tiny autoencoder and plain functions."""
+    from diffusers import AutoencoderTiny
+
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    inner = AutoencoderTiny(**config | {"latent_channels": config["latent_channels"] // 4}).eval()
+    inner.load_state_dict({key.removeprefix("tiny_vae."): x for key, x in state.items() if "tiny_vae" in key})
+
+    def refined(name: str, z: Tensor) -> Tensor:
+        w = {key.removeprefix(f"residual_{name}."): x for key, x in state.items()}
+        y = F.conv2d(z, w["0.weight"], w["0.bias"], padding=1)
+        y = F.silu(F.group_norm(y, 8, w["1.weight"], w["1.bias"]))
+        return z + F.conv2d(y, w["3.weight"], w["3.bias"], padding=1)
+
+    def encode(x: Tensor) -> Tensor:
+        weight, bias = state["extra_encoder.weight"], state["extra_encoder.bias"]
+        return refined("encoder", F.conv2d(inner.encode(x).latents, weight, bias, 2, 1))
+
+    def decode(z: Tensor) -> Tensor:
+        weight, bias = state["extra_decoder.weight"], state["extra_decoder.bias"]
+        y: Tensor = inner.decode(refined("decoder", F.conv_transpose2d(z, weight, bias, 2, 1))).sample
+        return y
+
+    return encode, decode
+
+
+@pytest.mark.parametrize("name", [DEV, KLEIN])
+def test_the_tiny_autoencoder_takes_the_place_of_the_other(twins: Path, photos: list[str], name: str) -> None:
+    encode, decode = tiny_reference(twins / TINY)
+    family = with_tiny(twins, name)
+    assert isinstance(family, Flux2)
+    z = torch.randn(1, 32, 2, 3)
+    x = 2 * torch.rand(1, 3, 64, 80) - 1
+    with torch.inference_mode():
+        expected = ((decode(z).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8)
+        assert apart(family.decode(z, lambda: None), expected) <= 1
+        assert (family._vae.encode(x) - encode(x)).abs().max() < 1e-5
+    plain = picture(family, REQUEST)
+    assert plain.shape == (1, 32, 48, 3)
+    assert apart(plain, picture(load(twins / name), REQUEST)) > 20
+    assert apart(plain, picture(family, REQUEST | {"image_path": photos})) > 2
+
+
+class Pooled(nn.Module):
+    """A block of the middle of TAEF2, which looks at all of the picture."""
+
+    def __init__(self, block: nn.Module, n: int = 64):
+        super().__init__()
+        self.block = block
+        self.pool = nn.Sequential(
+            nn.Conv2d(n, 4 * n, 1, bias=False), nn.GroupNorm(4, 4 * n), nn.ReLU(), nn.Conv2d(4 * n, n, 1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x + self.pool(x))
+        return y
+
+
+@pytest.fixture
+def taef2() -> Flux2TinyAutoEncoder:
+    """The tiny autoencoder with the real weights of TAEF2, whose patching is plain."""
+    if not (WEIGHTS / "weights" / "taef2_decoder.pth").is_file():
+        pytest.skip("no real weights here")
+    module = Flux2TinyAutoEncoder({"act_fn": "relu"})
+    for half, pooled, skip in (("encoder", (11, 12, 13), 0), ("decoder", (2, 3, 4), 1)):
+        layers = getattr(module.tiny_vae, half).layers  # theirs begin after the clamp, which diffusers has no layer for
+        state = torch.load(WEIGHTS / "weights" / f"taef2_{half}.pth", weights_only=True)
+        for i in pooled:
+            layers[i] = Pooled(layers[i])
+        named = {}
+        for key, x in state.items():
+            i, rest = key.split(".", 1)
+            index = int(i) - skip
+            named[f"{index}.block.{rest}" if index in pooled and "pool" not in rest else f"{index}.{rest}"] = x.float()
+        layers.load_state_dict(named)
+    patch = torch.zeros(128, 32, 4, 4)
+    for c in range(128):
+        patch[c, c // 4, 1 + c // 2 % 2, 1 + c % 2] = 1
+    with torch.no_grad():
+        for layer in (module.extra_encoder, module.extra_decoder):
+            layer.weight.copy_(patch)
+            layer.bias.zero_()  # type: ignore[union-attr]
+        for layer in (module.residual_encoder[3], module.residual_decoder[3]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return module.eval()
+
+
+@pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee"])
+def test_real_weights_give_the_photo_back(taef2: Flux2TinyAutoEncoder, name: str) -> None:
+    photo = Image.open(WEIGHTS / "photos" / f"{name}.png").convert("RGB").crop((0, 0, 256, 256))
+    x = reference(photo, 16)
+
+    def psnr(y: Tensor) -> float:
+        return -10 * float(torch.log10((((y.clamp(-1, 1) - x) / 2) ** 2).mean()))
+
+    with torch.inference_mode():
+        z = taef2.encode(x)
+        assert z.shape == (1, 128, 16, 16)
+        assert psnr(taef2.decode(z)[0]) > 26
+        assert psnr(taef2.decode(z.flip(1))[0]) < 20  # the order of the channels matters
+
+
+# -------------------------------------------------------------------------------------------- what it says of itself
+
+
+def test_info(twins: Path) -> None:
+    dev, klein, base = (load(twins / name).info for name in (DEV, KLEIN, BASE))
+    assert (dev.name, dev.kind, dev.size_multiple, dev.frame_multiple) == ("Flux2Pipeline", "image", 16, 1)
+    assert dev.components == ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    assert dev.tasks == ("text-to-image", "image-to-image")
+    common = {"negative_prompt": "", "max_sequence_length": 512, "width": 1024, "height": 1024}
+    assert dev.defaults == common | {"num_inference_steps": 50, "guidance_scale": 4.0} == base.defaults
+    assert klein.defaults == common | {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert (dev.min_pictures, dev.max_pictures, dev.starts_from_picture) == (0, 10, False)
+    assert dev.lora_targets == ("transformer",)
+    assert set(dev.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization"}
+    assert set(klein.unsupported) == {*dev.unsupported, "true_cfg_scale"}
+    without = load(twins / DEV, vae_config=VaeConfig(load_encoder=False)).info
+    assert (without.tasks, without.max_pictures) == (("text-to-image",), 0)
+
+
+def test_the_published_size_is_estimated_linearly(twins: Path) -> None:
+    info = load(twins / DEV).info
+    assert info.memory is not None
+    small, large = (
+        max(info.memory_needs(resolve({"height": side, "width": side}, info)[0]).values()) - info.memory.base
+        for side in (512, 1024)
+    )
+    assert large == 4 * small > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"height": 40}, "height: 40 is not a multiple of 16; the nearest valid size is 48x48"),
+        ({"num_frames": 5}, "num_frames: 5: this model makes single pictures; allowed is 1"),
+        ({"max_sequence_length": 600}, "max_sequence_length: 600 is more than this model takes; allowed is 1 to 512"),
+        ({"image_path": ["x.png"] * 11}, "image_path: 11 given; this model takes 10"),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale: this model cannot use it"),
+        ({"strength": 0.5, "image_path": ["x.png"]}, "strength: this model cannot use it"),
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be_made(twins: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises((BadRequest, NotBuilt), match=says):
+        resolve(REQUEST | changes, load(twins / KLEIN).info)
+
+
+def test_true_guidance_where_guidance_is_embedded(twins: Path) -> None:
+    family = load(twins / DEV)
+    plain, request = picture(family, REQUEST), REQUEST | {"true_cfg_scale": 3.0}
+    assert apart(plain, picture(family, REQUEST | {"guidance_scale": 1.0})) > 5
+    assert torch.equal(plain, picture(family, REQUEST | {"true_cfg_scale": 1.0, "negative_prompt": "blue"}))
+    guided = picture(family, request)
+    assert apart(guided, plain) > 20
+    assert apart(guided, picture(family, request | {"negative_prompt": "blue"})) > 5
+    assert apart(plain, picture(family, request | {"negative_prompt": REQUEST["prompt"]})) <= 1
+    assert apart(guided, picture(family, request | {"guidance_scale": 1.0})) > 5
+
+
+def test_guidance_of_a_distilled_model(twins: Path) -> None:
+    family = load(twins / KLEIN)
+    params, _ = resolve(REQUEST | {"guidance_scale": 2.0}, family.info)
+    condition, notes = family.encode(params, [])
+    assert condition.negative is not None
+    assert notes == ["guidance_scale: 2.0: this checkpoint was distilled to need none above 1"]
+    condition, notes = family.encode(attrs.evolve(params, guidance_scale=1.0), [])
+    assert (condition.negative, notes) == (None, [])
+
+
+def test_tokens_and_cut_prompts_are_told(twins: Path, photos: list[str]) -> None:
+    family = load(twins / DEV)
+    params, _ = resolve(REQUEST | {"prompt": "cat " * 99, "true_cfg_scale": 2.0}, family.info)
+    condition, notes = family.encode(params, [Image.open(file) for file in photos])
+    assert condition.latent_tokens == 2 * 3 + 5 * 4 + 4 * 6
+    assert condition.prompt_tokens == len(flux2(twins / DEV)._text.tokenizer.tokenize(params.prompt))
+    assert len(notes) == 1
+    assert notes[0].startswith("prompt cut from ")
+    assert notes[0].endswith("to 64 tokens, the most this request allows")
+
+
+def test_previews(twins: Path) -> None:
+    """The last comes near the picture; none is it."""
+    family = load(twins / KLEIN)
+    params, _ = resolve(REQUEST | {"num_inference_steps": 6}, family.info)
+    ours, away = Pipe()
+    shown: list[Tensor] = []
+    with ours, away:
+        final, _ = sample(family, params, Hook("job", Mesh.solo(), away), previews=3)
+        while ours.poll():
+            if isinstance(message := ours.recv(), Preview):
+                message.frames.receive(ours)
+                shown.append(torch.from_numpy(message.frames.array.copy()))
+    assert [frame.shape for frame in shown] == [final.shape] * 3
+    errors = [(frame.float() - final.float()).abs().mean() for frame in shown]
+    assert errors[0] > errors[-1] > 0
+
+
+# ---------------------------------------------------------------------------------------------- wrong checkpoints
+
+
+@pytest.fixture
+def copy(twins: Path, tmp_path: Path) -> Path:
+    """A twin to break."""
+    return Path(shutil.copytree(twins / KLEIN, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("model_index.json", {"text_encoder": [None, None]}, "lacks text_encoder"),
+        ("model_index.json", {"_class_name": "Flux2Pipeline"}, "guidance_embeds: False is not supported; only True"),
+        ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds: True is not supported; only False"),
+        ("transformer/config.json", {"num_layers": 3}, r"18 tensors missing: transformer_blocks\.2\."),
+        ("transformer/config.json", {"patch_size": 2}, "patch_size: 2 is not supported; only 1"),
+        ("transformer/config.json", {"joint_attention_dim": 24}, r"context_embedder.*\[64, 48\] instead of \[64, 24\]"),
+        ("text_encoder/config.json", {"num_hidden_layers": 20}, "text_encoder: .*unexpected"),
+        ("vae/config.json", {"_class_name": "AutoencoderKL"}, "only AutoencoderKLFlux2 and Flux2TinyAutoEncoder"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(copy: Path, file: str, changes: dict[str, Any], says: str) -> None:
+    (copy / file).write_text(json.dumps(read_json(copy / file) | changes))
+    with pytest.raises(SgldError, match=says) as caught:
+        picture(load(copy), REQUEST)
+    assert isinstance(caught.value, ModelError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(copy: Path, part: str) -> None:
+    shutil.rmtree(copy / part)
+    with pytest.raises(ModelError, match=part):
+        load(copy)
+
+
+def test_a_tokenizer_without_a_chat_template(copy: Path) -> None:
+    (copy / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="tokenizer: has no chat template"):
+        load(copy)
+
+
+def test_components_that_do_not_fit_each_other(twins: Path, copy: Path) -> None:
+    file = copy / "vae" / "config.json"
+    command = Load(Settings(), twins / DEV, {"text_encoder": twins / KLEIN / "text_encoder"})
+    with pytest.raises(ModelError, match="text_encoder"):
+        load_family(command, Mesh.solo(), Cpu(), lambda step, total: None)
+    assert file.is_file()

@@ -1,0 +1,404 @@
+"""LTX-2 and LTX-2.3 against diffusers: video and sound, from text and from a first frame."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sgld.config import VaeConfig
+from sgld.errors import BadRequest, ModelError, SgldError
+from sgld.models import ltx2
+from sgld.models.family import Sound
+from sgld.models.ltx2_transformer import LTX2Transformer, ltx2_config
+from sgld.nn.attention import TORCH
+from sgld.nn.parallel import Mesh
+from sgld.nn.weights import Uninitialized, read_json
+from sgld.params import resolve
+from tests.models.parity import (
+    apart,
+    levels,
+    load,
+    make,
+    picture,
+    picture_of_ranks,
+    same_state,
+    wear,
+    write_lora,
+)
+from tests.nn.ranks import on_ranks
+from tools.twins import ltx2 as twins_of
+
+REQUEST = {
+    "prompt": " a red cat ", "negative_prompt": "blurred", "height": 64, "width": 96, "num_frames": 9,
+    "num_inference_steps": 3, "guidance_scale": 3.5, "max_sequence_length": 32, "seed": 7,
+}  # fmt: skip
+GUIDANCE = {  # of diffusers, whose own defaults are LTX-2.3's
+    "ltx2": {
+        "use_cross_timestep": False, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0,
+        "audio_guidance_scale": None, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0,
+        "audio_guidance_rescale": 0.0,
+    },
+    "ltx23": {"spatio_temporal_guidance_blocks": [1]},
+    "ltx2-neighbours": {},
+}  # fmt: skip
+GUIDANCE["ltx2-neighbours"] = GUIDANCE["ltx2"]
+NAMES = ("ltx2", "ltx23", "ltx2-neighbours")
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the twins of `NAMES`."""
+    folder = tmp_path_factory.mktemp("ltx2")
+    for name, maker in twins_of.MAKERS.items():
+        maker(folder / name)
+    twins_of.make_ltx2(folder / "ltx2-neighbours", rope_type="interleaved", rope_double_precision=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def second_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twins have no 28th block to perturb."""
+    monkeypatch.setattr(ltx2, "LTX23_GUIDANCE", attrs.evolve(ltx2.LTX23_GUIDANCE, block=1))
+
+
+Reference = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def reference(twins: Path) -> Reference:
+    """Frames u8 and sound [2, n] of `REQUEST` with changes, as diffusers makes them in float32."""
+    from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
+
+    pipelines: dict[str, Any] = {}
+
+    def made(name: str, lora: Path | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
+        if name not in pipelines:
+            pipelines[name] = LTX2Pipeline.from_pretrained(twins / name)
+        pipeline = pipelines[name]
+        request = REQUEST | GUIDANCE[name] | changes
+        if "image" in request:
+            pipeline = LTX2ImageToVideoPipeline(**pipeline.components)
+        if lora is not None:
+            pipeline.load_lora_weights(lora)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator("cpu").manual_seed(request.pop("seed"))
+        rate = request.pop("fps", 24)
+        video, sound = pipeline(**request, frame_rate=rate, generator=generator, output_type="np", return_dict=False)
+        if lora is not None:
+            pipeline.unload_lora_weights()
+        return levels(video[0]), sound[0]
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def shot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of odd sides."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("pictures") / "shot.png"
+    Image.fromarray(pixels).resize((131, 87), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def unlike(sound: Sound | None, expected: Tensor) -> float:
+    """The largest difference of two sounds."""
+    assert sound is not None
+    assert sound.samples.shape == expected.shape
+    return float((sound.samples - expected).abs().max())
+
+
+# ------------------------------------------------------------------------------------------- same as diffusers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_video_and_sound_as_diffusers(twins: Path, reference: Reference, name: str) -> None:
+    frames, sound = make(load(twins / name), REQUEST)
+    expected, heard = reference(name)
+    other, other_sound = reference(name, seed=8)
+    assert frames.float().std() > 10
+    assert apart(frames, expected) <= 1
+    assert apart(other, expected) > 20
+    assert unlike(sound, heard) < 1e-4
+    assert unlike(sound, other_sound) > 0.05
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_frames": 17, "fps": 12}, {"num_inference_steps": 1}, {"max_sequence_length": 8}, {"negative_prompt": None}],
+    ids=lambda c: next(iter(c)),
+)
+@pytest.mark.parametrize("name", ["ltx2", "ltx23"])
+def test_same_at_the_edges(twins: Path, reference: Reference, name: str, changes: dict[str, Any]) -> None:
+    frames, sound = make(load(twins / name), REQUEST | changes)
+    expected, heard = reference(name, **changes)
+    assert apart(frames, expected) <= 1
+    assert unlike(sound, heard) < 1e-4
+
+
+def test_without_guidance(twins: Path, reference: Reference) -> None:
+    """A scale of 1 turns every guidance of a checkpoint off."""
+    off = {name: GUIDANCE["ltx2"][name] for name in GUIDANCE["ltx2"] if name != "use_cross_timestep"}
+    for name in ("ltx2", "ltx23"):
+        expected, heard = reference(name, **off, guidance_scale=1.0)
+        frames, sound = make(load(twins / name), REQUEST | {"guidance_scale": 1.0})
+        assert apart(frames, expected) <= 1
+        assert unlike(sound, heard) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ltx2", "ltx23"])
+def test_a_picture_is_the_first_frame(twins: Path, reference: Reference, shot: Path, name: str) -> None:
+    frames, sound = make(load(twins / name), REQUEST | {"image_path": [str(shot)]})
+    expected, heard = reference(name, image=Image.open(shot))
+    assert apart(frames, expected) <= 1
+    assert unlike(sound, heard) < 1e-4
+    assert apart(frames, reference(name)[0]) > 20
+
+
+def test_every_guidance_of_ltx23_counts(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = picture(load(twins / "ltx23"), REQUEST)
+    for change in ({"perturbed": 0.0}, {"isolated": 1.0}, {"rescale": 0.0}, {"audio_text": 1.5}, {"block": 0}):
+        with monkeypatch.context() as patch:
+            patch.setattr(ltx2, "LTX23_GUIDANCE", attrs.evolve(ltx2.LTX23_GUIDANCE, **change))
+            assert apart(picture(load(twins / "ltx23"), REQUEST), base) > 5, change
+
+
+# ------------------------------------------------------------------------------------------------------- ranks
+
+
+def on_rank(mesh: Mesh, folder: Path, request: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Frames, and samples if there is sound."""
+    frames, sound = make(load(folder, mesh, **settings), request, mesh)
+    return frames.numpy(), None if sound is None else sound.samples.numpy()
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "settings"),
+    [
+        (2, "ltx2", {"ulysses_degree": 2}),
+        (2, "ltx23", {"ring_degree": 2}),
+        (2, "ltx23", {"enable_cfg_parallel": True}),
+        (2, "ltx2", {"tp_size": 2}),
+        (4, "ltx2", {"ulysses_degree": 2, "ring_degree": 2}),
+    ],
+    ids=str,
+)
+def test_same_on_several_ranks(
+    twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, name: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.undo()  # the other processes know nothing of it
+    one, heard = make(load(twins / name), REQUEST)
+    (frames, sound), *others = on_ranks(world, tmp_path / "store", on_rank, twins / name, REQUEST, settings)
+    assert heard is not None
+    assert all(part.size == 0 and none is None for part, none in others)
+    assert apart(torch.from_numpy(frames), one) <= 1
+    assert float((torch.from_numpy(sound) - heard.samples).abs().max()) < 1e-3
+
+
+def test_a_picture_on_two_ranks(twins: Path, tmp_path: Path, shot: Path) -> None:
+    request = REQUEST | {"image_path": [str(shot)]}
+    one = picture(load(twins / "ltx2"), request)
+    assert apart(picture_of_ranks(2, tmp_path / "store", twins / "ltx2", request, ulysses_degree=2), one) <= 1
+
+
+# --------------------------------------------------------------------------------------------------- full size
+
+FULL = {
+    "num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "in_channels": 128,
+    "out_channels": 128, "audio_num_attention_heads": 32, "audio_attention_head_dim": 64,
+    "audio_cross_attention_dim": 2048, "audio_in_channels": 128, "audio_out_channels": 128, "num_layers": 48,
+    "caption_channels": 3840, "rope_type": "split",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["ltx2", "ltx23"])
+def test_full_size_state(tmp_path: Path, newer: bool) -> None:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    config = FULL | (twins_of.NEWER if newer else {})
+    with torch.device("meta"), Uninitialized():
+        theirs = LTX2VideoTransformer3DModel(**config)
+        (tmp_path / "config.json").write_text(json.dumps(dict(theirs.config)))
+        ours = LTX2Transformer(ltx2_config(tmp_path / "config.json"), Mesh.solo(), TORCH)
+    same_state(ours, theirs)
+    billions = sum(p.numel() for p in ours.parameters()) / 1e9
+    assert 18 < billions < 20
+
+
+# ----------------------------------------------------------------------------------------- memory and precision
+
+OFFLOADS = (
+    {"text_encoder_cpu_offload": True, "vae_cpu_offload": True, "dit_cpu_offload": True},
+    {"dit_layerwise_offload": True},
+)
+
+
+@pytest.mark.parametrize("settings", OFFLOADS, ids=lambda s: next(iter(s)))
+def test_offload_changes_nothing(twins: Path, shot: Path, settings: dict[str, Any]) -> None:
+    request = REQUEST | {"image_path": [str(shot)]}
+    frames, sound = make(load(twins / "ltx23"), request)
+    other, heard = make(load(twins / "ltx23", **settings), request)
+    assert sound is not None
+    assert heard is not None
+    assert torch.equal(frames, other)
+    assert torch.equal(sound.samples, heard.samples)
+
+
+def test_half_precision(twins: Path) -> None:
+    family = load(twins / "ltx23", precision="bf16")
+    assert isinstance(family, ltx2.LTX2)
+    assert {part.dtype for part in (family._transformer, family._text, family._connectors)} == {torch.bfloat16}
+    frames, sound = make(family, REQUEST)
+    assert apart(frames, picture(load(twins / "ltx23"), REQUEST)) > 0
+    assert sound is not None
+    assert sound.samples.isfinite().all()
+
+
+def test_a_tile_of_one_latent(twins: Path) -> None:
+    """13 latents side by side leave one for the last tile, which the decoder could not reflect."""
+    family, wide = load(twins / "ltx2"), REQUEST | {"width": 416, "num_inference_steps": 1}
+    frames = picture(family, wide)
+    whole = picture(load(twins / "ltx2", vae_config=VaeConfig(use_tiling=False)), wide)
+    assert frames.shape == whole.shape == (9, 64, 416, 3)
+    assert apart(frames[:, :, :32], whole[:, :, :32]) <= 1  # far from the seams
+    assert picture(family, wide | {"width": 32}).shape == (9, 64, 32, 3)
+
+
+# -------------------------------------------------------------------------------------------------------- LoRA
+
+
+def original(name: str) -> str:
+    """An adapter's key in the authors' names."""
+    layer, part = name.removeprefix("transformer.").split(".lora_")
+    for pattern, replacement in ltx2.LTX2_ORIGINAL:
+        layer = re.sub(pattern, replacement, layer)
+    return f"diffusion_model.{layer}.lora_{part}"
+
+
+def test_lora(twins: Path, tmp_path: Path, reference: Reference) -> None:
+    family = load(twins / "ltx23")
+    assert isinstance(family, ltx2.LTX2)
+    before = picture(family, REQUEST)
+    file = write_lora(tmp_path / "a.safetensors", family._transformer)
+    wear(family, file)
+    worn = picture(family, REQUEST)
+    assert apart(worn, before) > 20
+    assert apart(worn, reference("ltx23", lora=file)[0]) <= 1
+    theirs = {original(name): x for name, x in load_file(file).items()}
+    for expected in ("av_ca_a2v_gate_adaln_single.linear", "audio_prompt_adaln_single.linear", "patchify_proj"):
+        assert f"diffusion_model.{expected}.lora_A.weight" in theirs
+    save_file(theirs, tmp_path / "b.safetensors")
+    again = load(twins / "ltx23")
+    wear(again, tmp_path / "b.safetensors")
+    assert torch.equal(picture(again, REQUEST), worn)
+    family.lora["transformer"].apply([], "merge")
+    assert torch.equal(picture(family, REQUEST), before)
+
+
+# ---------------------------------------------------------------------------------------------------- requests
+
+
+def test_info(twins: Path) -> None:
+    info = load(twins / "ltx2").info
+    assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("LTX2Pipeline", "video", 32, 8)
+    assert (info.audio, info.max_pictures, info.min_pictures, info.starts_from_picture) == (True, 1, 0, False)
+    assert info.tasks == ("text-to-video", "text-to-image", "image-to-video")
+    assert info.memory is not None
+    wanted = {
+        "num_inference_steps": 40,
+        "guidance_scale": 4.0,
+        "width": 768,
+        "height": 512,
+        "num_frames": 121,
+        "fps": 24,
+    }
+    assert wanted.items() <= info.defaults.items()
+    newer = load(twins / "ltx23", vae_config=VaeConfig(load_encoder=False)).info
+    assert {"num_inference_steps": 30, "guidance_scale": 3.0}.items() <= newer.defaults.items()
+    assert (newer.max_pictures, newer.tasks) == (0, ("text-to-video", "text-to-image"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 80}, "width: 80 is not a multiple of 32"),
+        ({"max_sequence_length": 30}, "max_sequence_length: 30 is not a multiple of 8"),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale: this model cannot use it"),
+        ({"strength": 0.5, "image_path": ["x.png"]}, "strength: this model cannot use it"),
+        ({"image_path": ["x.png", "y.png"]}, "image_path: 2 given; this model takes"),
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be_met(twins: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(SgldError, match=says):
+        make(load(twins / "ltx2"), REQUEST | changes)
+
+
+def test_a_picture_too_small_to_be_seen(twins: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 40)).save(tmp_path / "thin.png")
+    with pytest.raises(BadRequest, match="image_path: 1x40: at least 2"):
+        make(load(twins / "ltx2"), REQUEST | {"image_path": [str(tmp_path / "thin.png")]})
+
+
+def test_a_single_frame_is_silent_and_a_long_prompt_is_cut(twins: Path) -> None:
+    family = load(twins / "ltx2")
+    assert make(family, REQUEST | {"num_frames": 1})[1] is None
+    params, _ = resolve(REQUEST | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info)
+    condition, notes = family.encode(params, [])
+    assert notes == ["prompt cut from 101 to 8 tokens, the most this request allows"]
+    assert condition.prompt_tokens == 8
+
+
+def test_previews_are_the_first_frame(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, shown = load(twins / "ltx23"), []
+    preview = ltx2.LTX2.preview
+    monkeypatch.setattr(ltx2.LTX2, "preview", lambda *given: shown.append(preview(*given)) or shown[-1])
+    make(family, REQUEST, previews=2)
+    assert [tuple(frame.shape) for frame in shown] == [(1, 64, 96, 3)] * 2
+
+
+# ---------------------------------------------------------------------------------------------- wrong checkpoints
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("transformer/config.json", {"ff_bias": False}, r"transformer/config.json: ff_bias is False; only True"),
+        ("transformer/config.json", {"rope_type": "other"}, "rope_type is 'other'"),
+        ("transformer/config.json", {"audio_num_attention_heads": 2}, "num_attention_heads is 4 and audio"),
+        ("transformer/config.json", {"num_layers": 3}, r"tensors missing: transformer_blocks\.2\."),
+        ("transformer/config.json", {"in_channels": 8}, "proj_in.weight"),
+        ("text_encoder/config.json", {"model_type": "gemma4"}, "model_type is 'gemma4'; only 'gemma3'"),
+        ("vae/config.json", {"timestep_conditioning": True}, "timestep_conditioning is True"),
+        ("vae/config.json", {"spatial_compression_ratio": 16}, "16 pixels a latent of the vae; 32 are needed"),
+        ("audio_vae/config.json", {"_class_name": "Other"}, "_class_name is 'Other'; only AutoencoderKLLTX2Audio"),
+        ("vocoder/config.json", {"_class_name": "Other"}, "only LTX2Vocoder, LTX2VocoderWithBWE"),
+        ("model_index.json", {"vocoder": [None, None]}, "lacks vocoder"),
+    ],
+    ids=str,
+)
+def test_a_model_that_does_not_fit_is_refused(
+    twins: Path, tmp_path: Path, file: str, changes: dict[str, Any], says: str
+) -> None:
+    copy = Path(shutil.copytree(twins / "ltx2", tmp_path / "model"))
+    (copy / file).write_text(json.dumps(read_json(copy / file) | changes))
+    with pytest.raises(ModelError, match=says) as caught:
+        load(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "connectors", "audio_vae"])
+def test_a_missing_component_is_named(twins: Path, tmp_path: Path, part: str) -> None:
+    copy = Path(shutil.copytree(twins / "ltx2", tmp_path / "model"))
+    shutil.rmtree(copy / part)
+    with pytest.raises(ModelError, match=part):
+        load(copy)

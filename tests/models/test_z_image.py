@@ -1,0 +1,498 @@
+"""Z-Image against diffusers: pictures, ranks, adapters, a picture to start from; and what the family says of itself."""
+
+import json
+import shutil
+from collections.abc import Callable
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sgld.config import VaeConfig
+from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
+from sgld.messages import Preview
+from sgld.models.z_image import ZImage, ZImageTransformer, z_image_config
+from sgld.nn.attention import TORCH
+from sgld.nn.lora import Use
+from sgld.nn.lora_formats import read_adapter
+from sgld.nn.parallel import Mesh
+from sgld.nn.weights import Uninitialized, read_json
+from sgld.params import resolve
+from sgld.worker.hook import Hook
+from sgld.worker.sampler import sample
+from tests.models.parity import apart, levels, load, make, picture, picture_of_ranks, same_state, wear, write_lora
+from tests.nn.ranks import on_ranks
+from tools.twins.z_image import MAKERS
+
+REQUEST = {
+    "prompt": "a red cat & the green ball, 猫", "negative_prompt": "blurred", "height": 32, "width": 48,
+    "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 7,
+}  # fmt: skip
+PUBLISHED = {  # transformer/config.json of Tongyi-MAI/Z-Image and Z-Image-Turbo
+    "all_f_patch_size": [1], "all_patch_size": [2], "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560, "dim": 3840, "in_channels": 16, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30,
+    "n_refiner_layers": 2, "norm_eps": 1e-05, "qk_norm": True, "rope_theta": 256.0, "t_scale": 1000.0,
+}  # fmt: skip
+WHOLE: dict[str, Any] = {"text_encoder_cpu_offload": True, "dit_cpu_offload": True, "vae_cpu_offload": True}
+SPLITS: tuple[dict[str, Any], ...] = (
+    {"ulysses_degree": 2, "tp_size": 2},
+    {"ring_degree": 2},
+    {"enable_cfg_parallel": True},
+)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the twins `z-image` and `z-image-turbo`."""
+    folder = tmp_path_factory.mktemp("z-image")
+    for name, make_twin in MAKERS.items():
+        make_twin(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> Callable[[Path], Any]:
+    """The pipeline of diffusers for a folder, in float32."""
+    from diffusers import ZImagePipeline
+
+    loaded: dict[Path, Any] = {}
+
+    def pipeline(folder: Path) -> Any:
+        if folder not in loaded:
+            loaded[folder] = ZImagePipeline.from_pretrained(folder)
+            loaded[folder].set_progress_bar_config(disable=True)
+        return loaded[folder]
+
+    return pipeline
+
+
+def theirs(pipeline: Any, **changes: Any) -> Tensor:
+    """Frames u8 [1, H, W, 3] of `REQUEST` with changes, as that pipeline makes them."""
+    request = {"cfg_normalization": 1.0} | REQUEST | changes
+    generator = torch.Generator().manual_seed(request.pop("seed"))
+    return levels(pipeline(**request, generator=generator, output_type="np").images)
+
+
+def slope(file: Path) -> Path:
+    """A picture, 48 x 32, written to that file."""
+    Image.fromarray(np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)).save(file)
+    return file
+
+
+# --------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("z-image", 5.0), ("z-image-turbo", 0.0), ("z-image-turbo", 3.0)])
+@pytest.mark.proves("ZImagePipeline", "text-to-image")
+def test_same_seed_same_picture_as_diffusers(
+    twins: Path, pipelines: Callable[[Path], Any], name: str, guidance: float
+) -> None:
+    pipeline = pipelines(twins / name)
+    changes = {"guidance_scale": guidance, "cfg_normalization": 1.0}
+    ours = picture(load(twins / name), REQUEST | changes)
+    assert ours.float().std() > 10  # not a blank picture, on which everything agrees
+    assert apart(ours, theirs(pipeline, **changes)) <= 1
+    assert apart(ours, theirs(pipeline, **changes, seed=8)) > 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cfg_normalization": 0.0},
+        {"cfg_normalization": 0.6},
+        {"guidance_scale": 0.5},  # from 0 on it counts, not from 1
+        {"height": 64, "width": 144},  # 36 tokens, filled up to 64
+        {"height": 64, "width": 128},  # 32 tokens
+        {"num_inference_steps": 1},
+        {"max_sequence_length": 12},
+        {"prompt": ""},
+        {"prompt": "cat " * 20, "negative_prompt": ""},  # another multiple of 32 tokens than the negative prompt's
+    ],
+    ids=str,
+)
+def test_same_picture_at_the_edges(twins: Path, pipelines: Callable[[Path], Any], changes: dict[str, Any]) -> None:
+    folder = twins / "z-image"
+    assert apart(picture(load(folder), REQUEST | changes), theirs(pipelines(folder), **changes)) <= 1
+
+
+def test_a_schedule_shifted_by_the_size(twins: Path, tmp_path: Path) -> None:
+    from diffusers import ZImagePipeline
+
+    folder = Path(shutil.copytree(twins / "z-image", tmp_path / "model"))
+    edit(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    pipeline = ZImagePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    ours = picture(load(folder), REQUEST)
+    assert apart(ours, theirs(pipeline)) <= 1
+    assert apart(ours, picture(load(folder), REQUEST | {"flow_shift": 6.0})) > 5
+
+
+def test_padding_is_seen(twins: Path, tmp_path: Path) -> None:
+    """The tokens that fill picture and text up take part, as in diffusers."""
+    expected = picture(load(twins / "z-image"), REQUEST)
+    for name in ("x_pad_token", "cap_pad_token"):
+        folder = Path(shutil.copytree(twins / "z-image", tmp_path / name))
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors[name] = -tensors[name]
+        save_file(tensors, file)
+        assert apart(picture(load(folder), REQUEST), expected) > 5
+
+
+def _splits(mesh: Mesh, folder: Path) -> Any:
+    return [make(load(folder, mesh, **split), REQUEST, mesh)[0].numpy() for split in SPLITS]
+
+
+@pytest.mark.proves("ZImagePipeline", "USP", "CFG parallel")
+def test_same_picture_on_two_ranks(twins: Path, pipelines: Callable[[Path], Any], tmp_path: Path) -> None:
+    first, second = on_ranks(2, tmp_path / "store", _splits, twins / "z-image")
+    assert all(part.size == 0 for part in second)
+    for frames in first:
+        assert apart(torch.from_numpy(frames), theirs(pipelines(twins / "z-image"))) <= 1
+
+
+@pytest.mark.parametrize(
+    ("world", "split"),
+    [(4, {"enable_cfg_parallel": True, "ulysses_degree": 2}), (3, {"ring_degree": 3})],  # 32 tokens on 3 ranks
+    ids=str,
+)
+def test_same_picture_on_more_ranks(
+    twins: Path, pipelines: Callable[[Path], Any], tmp_path: Path, world: int, split: dict[str, Any]
+) -> None:
+    frames = picture_of_ranks(world, tmp_path / "store", twins / "z-image", REQUEST, **split)
+    assert apart(frames, theirs(pipelines(twins / "z-image"))) <= 1
+
+
+def test_the_published_transformer_has_the_keys_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import ZImageTransformer2DModel
+
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PUBLISHED))
+    with torch.device("meta"), Uninitialized():
+        ours = ZImageTransformer(z_image_config(file), Mesh.solo(), TORCH)
+        expected = ZImageTransformer2DModel(**PUBLISHED)
+    same_state(ours, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.proves("ZImagePipeline", "offload")
+def test_offload_changes_nothing(twins: Path, precision: str) -> None:
+    plain = load(twins / "z-image", precision=precision)
+    expected = picture(plain, REQUEST)
+    assert apart(expected, picture(plain, REQUEST | {"seed": 8})) > 20
+    for settings in (WHOLE, {"dit_layerwise_offload": True}, WHOLE | {"dit_layerwise_offload": True}):
+        family = load(twins / "z-image", precision=precision, **settings)
+        for _ in range(2):
+            assert torch.equal(picture(family, REQUEST), expected)
+
+
+def test_precision(twins: Path) -> None:
+    family = load(twins / "z-image", precision="bf16")
+    assert isinstance(family, ZImage)
+    assert {p.dtype for p in family._transformer.parameters()} == {torch.bfloat16}
+    assert family._text.dtype == torch.bfloat16
+    assert family._vae.dtype == torch.float32
+    assert 0 < apart(picture(family, REQUEST), picture(load(twins / "z-image"), REQUEST)) < 128
+
+
+def _status(name: str) -> int:
+    """Bytes, by a name of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
+    """Bytes above the loaded and warm model, estimated and measured."""
+    family = load(folder, mesh)
+    picture(family, REQUEST | {"num_inference_steps": 1})
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    request = REQUEST | {"num_inference_steps": 1} | size
+    picture(family, request)
+    params, _ = resolve(request, family.info)
+    return max(family.info.memory_needs(params).values()), _status("VmHWM") - before
+
+
+def test_the_memory_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
+    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twins / "z-image", {"height": 512, "width": 512})
+    assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+
+
+def test_the_published_size_is_estimated_linearly(twins: Path) -> None:
+    info = load(twins / "z-image").info
+    assert info.memory is not None
+    small, large = (
+        max(info.memory_needs(resolve({"height": side, "width": side}, info)[0]).values()) - info.memory.base
+        for side in (512, 1024)
+    )
+    assert large == 4 * small > 0
+
+
+# ----------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture(scope="module")
+def adapter(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for every linear layer, in diffusers' names."""
+    family = load(twins / "z-image")
+    assert isinstance(family, ZImage)
+    return write_lora(tmp_path_factory.mktemp("lora") / "lora.safetensors", family._transformer)
+
+
+@pytest.mark.proves("ZImagePipeline", "LoRA")
+def test_lora_gives_the_picture_of_diffusers_and_comes_off_again(twins: Path, adapter: Path) -> None:
+    from diffusers import ZImagePipeline
+
+    pipeline = ZImagePipeline.from_pretrained(twins / "z-image")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(adapter)
+    family = load(twins / "z-image")
+    plain = picture(family, REQUEST)
+    wear(family, adapter)
+    worn = picture(family, REQUEST)
+    assert apart(worn, theirs(pipeline)) <= 1
+    assert apart(worn, plain) > 20
+    layerwise = load(twins / "z-image", dit_layerwise_offload=True)
+    wear(layerwise, adapter)
+    assert torch.equal(picture(layerwise, REQUEST), worn)
+    family.lora["transformer"].apply([], "merge")
+    assert torch.equal(picture(family, REQUEST), plain)
+
+
+def comfy_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter with query, key and value in one layer of three times the rank."""
+    found = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("transformer.")
+        if ".to_q." in name:
+            q, k, v = (tensors[key.replace(".to_q.", f".to_{part}.")] for part in "qkv")
+            fused = torch.cat([q, k, v]) if ".lora_A." in name else torch.block_diag(q, k, v)
+            found[f"diffusion_model.{name.replace('.to_q.', '.qkv.')}"] = fused
+        elif ".to_k." not in name and ".to_v." not in name:
+            for ours, comfy in (("attention.to_out.0.", "attention.out."), ("all_x_embedder.2-1.", "x_embedder.")):
+                name = name.replace(ours, comfy)
+            found[f"diffusion_model.{name.replace('all_final_layer.2-1.', 'final_layer.')}"] = tensor
+    return found
+
+
+def kohya_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Underscored, with the parts named down and up."""
+    found = {}
+    for key, tensor in tensors.items():
+        layer, part, _ = key.rsplit(".", 2)
+        layer = layer.removeprefix("transformer.").removeprefix("diffusion_model.").replace(".", "_")
+        found[f"lora_unet_{layer}.{part.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}.weight"] = tensor
+    return found
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        comfy_names,
+        kohya_names,
+        lambda tensors: kohya_names(comfy_names(tensors)),
+        lambda tensors: {key.replace("transformer.", "diffusion_model."): x for key, x in tensors.items()},
+    ],
+    ids=["comfy", "kohya", "kohya-fused", "prefix"],
+)
+def test_other_spellings_of_the_same_adapter(
+    twins: Path, adapter: Path, tmp_path: Path, spell: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """Only sums are taken in another order: every weight is the same but for that."""
+    family = load(twins / "z-image")
+    wear(family, adapter)
+    expected = picture(family, REQUEST)
+    save_file(spell(load_file(adapter)), tmp_path / "other.safetensors")
+    wear(family, tmp_path / "other.safetensors")
+    assert apart(picture(family, REQUEST), expected) <= 1
+
+
+def test_an_adapter_of_another_model_is_refused(twins: Path, adapter: Path, tmp_path: Path) -> None:
+    tensors = {key.replace(".layers.", ".blocks."): x for key, x in load_file(adapter).items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    layers = load(twins / "z-image").lora["transformer"]
+    with pytest.raises(BadRequest, match=r"lora_path.*blocks\.0\.attention"):
+        layers.apply([Use(layers.fit(read_adapter(tmp_path / "other.safetensors")))], "merge")
+
+
+# ------------------------------------------------------------------------------------- a picture to start from
+
+
+@pytest.mark.proves("ZImagePipeline", "image-to-image")
+def test_a_picture_to_start_from(twins: Path, tmp_path: Path) -> None:
+    """As diffusers' pipeline, told to take the picture's mean latents, noised with the same noise."""
+    from diffusers import ZImageImg2ImgPipeline
+
+    file = slope(tmp_path / "slope.png")
+    pipeline = ZImageImg2ImgPipeline.from_pretrained(twins / "z-image")
+    pipeline.set_progress_bar_config(disable=True)
+    vae = pipeline.vae
+    pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        clean = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(7))
+    sigma = 6 * 0.5 / (1 + 5 * 0.5)  # of the third step of four, shifted by 6
+    latents = (1 - sigma) * clean + sigma * noise
+    expected = theirs(pipeline, image=Image.open(file), strength=0.5, latents=latents)
+    family = load(twins / "z-image")
+    ours = picture(family, REQUEST | {"image_path": [str(file)], "strength": 0.5})
+    assert apart(ours, expected) <= 1
+    assert apart(ours, picture(family, REQUEST)) > 20
+
+
+def test_a_mask_leaves_the_rest(twins: Path, tmp_path: Path) -> None:
+    file, mask = slope(tmp_path / "slope.png"), tmp_path / "mask.png"
+    pixels = np.zeros((32, 48), np.uint8)
+    pixels[:, 24:] = 255
+    Image.fromarray(pixels).save(mask)
+    request = REQUEST | {"image_path": [str(file)], "strength": 0.8, "mask_path": str(mask)}
+    frames = picture(load(twins / "z-image"), request)
+    before = torch.from_numpy(np.array(Image.open(file)))[None]
+    assert apart(frames[:, :, :24], before[:, :, :24]) == 0
+    assert apart(frames[:, :, 24:], before[:, :, 24:]) > 20
+
+
+# -------------------------------------------------------------------------------------------- what it says of itself
+
+
+def test_info(twins: Path) -> None:
+    base, turbo = (load(twins / name).info for name in ("z-image", "z-image-turbo"))
+    assert (base.name, base.kind, base.size_multiple, base.frame_multiple) == ("ZImagePipeline", "image", 16, 1)
+    assert base.components == ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    assert base.tasks == ("text-to-image", "image-to-image")
+    assert base.defaults == {
+        "negative_prompt": "", "max_sequence_length": 512, "width": 1280, "height": 720, "num_inference_steps": 50,
+        "guidance_scale": 5.0, "cfg_normalization": 1.0,
+    }  # fmt: skip
+    assert turbo.defaults == {
+        "negative_prompt": "", "max_sequence_length": 512, "width": 1024, "height": 1024, "num_inference_steps": 9,
+        "guidance_scale": 0.0,
+    }  # fmt: skip
+    assert base.lora_targets == ("transformer",)
+    assert base.max_tokens == 544
+    without = load(twins / "z-image", vae_config=VaeConfig(load_encoder=False)).info
+    assert (without.tasks, without.max_pictures) == (("text-to-image",), 0)
+
+
+@pytest.mark.parametrize("name", ["true_cfg_scale", "guidance_scale_2", "boundary_ratio"])
+def test_fields_without_a_use(twins: Path, name: str) -> None:
+    with pytest.raises(NotBuilt, match=f"^{name}: this model cannot use it: ") as caught:
+        resolve(REQUEST | {name: 0.5}, load(twins / "z-image").info)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"height": 40}, "height: 40 is not a multiple of 16; the nearest valid size is 48x48"),
+        ({"num_frames": 5}, "num_frames: 5: this model makes single pictures; allowed is 1"),
+        ({"max_sequence_length": 600}, "max_sequence_length: 600 is more than this model takes; allowed is 1 to 544"),
+    ],
+)
+def test_requests_that_cannot_be_made(twins: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRequest, match=says):
+        resolve(REQUEST | changes, load(twins / "z-image").info)
+
+
+def test_a_prompt_that_is_cut_is_told(twins: Path) -> None:
+    params, _ = resolve(REQUEST | {"prompt": "cat " * 30, "max_sequence_length": 20}, load(twins / "z-image").info)
+    condition, notes = load(twins / "z-image").encode(params, [])
+    assert condition.prompt_tokens == 20
+    assert notes[0].startswith("prompt cut from ")
+    assert notes[1].startswith("negative prompt cut from ")
+
+
+@pytest.mark.proves("ZImagePipeline", "previews")
+def test_previews(twins: Path) -> None:
+    """The first, from pure noise, is what a single step without guidance makes."""
+    family = load(twins / "z-image")
+    params, _ = resolve(REQUEST, family.info)
+    ours, away = Pipe()
+    shown: list[Tensor] = []
+    with ours, away:
+        sample(family, params, Hook("job", Mesh.solo(), away), previews=3)
+        while ours.poll():
+            if isinstance(message := ours.recv(), Preview):
+                message.frames.receive(ours)
+                shown.append(torch.from_numpy(message.frames.array.copy()))
+    assert len(shown) == 3
+    assert apart(shown[0], picture(family, REQUEST | {"num_inference_steps": 1, "guidance_scale": 0.0})) <= 1
+    assert apart(shown[0], shown[1]) > 5
+
+
+# ------------------------------------------------------------------------------------------------- wrong checkpoints
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(read_json(file) | changes))
+
+
+@pytest.fixture
+def copy(twins: Path, tmp_path: Path) -> Path:
+    """A twin to break."""
+    return Path(shutil.copytree(twins / "z-image", tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "error", "says"),
+    [
+        ("model_index.json", {"vae": [None, None]}, ModelError, "lacks vae"),
+        ("transformer/config.json", {"siglip_feat_dim": 8}, NotBuilt, "siglip_feat_dim"),
+        ("transformer/config.json", {"qk_norm": False}, ModelError, "qk_norm is False; only True"),
+        ("transformer/config.json", {"n_kv_heads": 2}, ModelError, "n_kv_heads is 2; only 4"),
+        ("transformer/config.json", {"all_patch_size": [2, 4]}, ModelError, "all_patch_size"),
+        ("transformer/config.json", {"axes_dims": [4, 4, 2]}, ModelError, "axes_dims"),
+        ("transformer/config.json", {"n_layers": 3}, ModelError, r"missing: layers\.2\."),
+        ("transformer/config.json", {"cap_feat_dim": 40}, ModelError, "text of 40.*the text encoder makes 32"),
+        ("text_encoder/config.json", {"model_type": "qwen2"}, ModelError, "only 'qwen3' is supported"),
+        ("text_encoder/config.json", {"num_hidden_layers": 4}, ModelError, "text_encoder.*num_hidden_layers"),
+        ("vae/config.json", {"_class_name": "AutoencoderKLWan"}, ModelError, "only 'AutoencoderKL'"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, ModelError, "only 'FlowMatch"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    copy: Path, file: str, changes: dict[str, Any], error: type[SgldError], says: str
+) -> None:
+    edit(copy / file, **changes)
+    with pytest.raises(error, match=says) as caught:
+        load(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(copy: Path, part: str) -> None:
+    shutil.rmtree(copy / part)
+    with pytest.raises(ModelError, match=part):
+        load(copy)
+
+
+def test_a_tokenizer_that_cannot_be_used(copy: Path) -> None:
+    template = copy / "tokenizer" / "chat_template.jinja"
+    template.unlink()
+    with pytest.raises(ModelError, match="tokenizer has no chat_template"):
+        load(copy)
+    (copy / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="tokenizer: cannot be read"):
+        load(copy)
+
+
+def test_a_text_encoder_saved_with_its_head(twins: Path, copy: Path) -> None:
+    """The published files have the names of the language model, whose head is tied to the embedding."""
+    file = copy / "text_encoder" / "model.safetensors"
+    save_file({f"model.{name}": x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    edit(copy / "text_encoder" / "config.json", architectures=["Qwen3ForCausalLM"])
+    assert torch.equal(picture(load(copy), REQUEST), picture(load(twins / "z-image"), REQUEST))
+
+
+def test_generation_config_gives_the_defaults(copy: Path) -> None:
+    (copy / "generation_config.json").write_text('{"height": 64, "num_inference_steps": 4}')
+    assert load(copy).info.defaults == {"height": 64, "num_inference_steps": 4}
