@@ -215,7 +215,8 @@ def through_h264(frame: Frames, rate_factor: int) -> Frames:
         container.mux([*stream.encode(picture.reformat(format="yuv420p")), *stream.encode(None)])
     file.seek(0)
     with av.open(file) as container:
-        return next(container.decode(video=0)).to_ndarray(format="rgb24")
+        seen: Frames = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        return seen
 
 
 def _write_npy(path: Path, frames: Frames) -> None:

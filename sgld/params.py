@@ -282,6 +282,7 @@ class Memory:
     token: int = 0  # of the denoiser, for `size_multiple`^2 pixels of `frame_multiple` frames
     paired_tokens: int = 0  # up to so many tokens, guidance doubles them
     picture: int = 0  # of the denoiser, for each picture that it looks at
+    picture_pixels: int = 0  # of such a picture at most, which are encoded for what they would be decoded for
     pixel: int = 0  # of the frames, for each pixel of each
     chunk_pixel: int = 0  # of the decoder, for each pixel of the frames that it decodes at once
     chunk_pixels: int = 0  # as many it decodes at once, unless one latent frame has more
@@ -307,7 +308,7 @@ class ModelInfo:
     starts_from_picture: bool = True  # denoising begins in the middle, at the picture; else the model looks at it
     takes_picture_size: bool = True  # a request without a size takes the picture's shape
     enlarges_picture: bool = True  # to the area of the size that stands; else that is only the most
-    picture_multiple: int | None = None  # then sides are the nearest multiples of this, not cut to `size_multiple`
+    picture_multiple: int | None = None  # the sides are the nearest multiples of it; None: cut to `size_multiple`
     unguided: float = 1.0  # guidance_scale, or true_cfg_scale where it is given, up to which there is no guidance
     fixed_steps: int | None = None  # num_inference_steps, where no other number works
     audio: bool = False  # its videos have sound
@@ -325,6 +326,8 @@ class ModelInfo:
         tile = min(area, m.tile_pixels or area)
         chunk = min(params.num_frames * tile, max(m.chunk_pixels, self.frame_multiple * tile))
         decode = m.decoder_weights + m.pixel * params.num_frames * area + m.chunk_pixel * chunk
+        if params.image_path:
+            decode = max(decode, m.decoder_weights + m.chunk_pixel * m.picture_pixels)
         longest = max(len((text or "").encode()) for text in (params.prompt, params.negative_prompt))
         return {
             "num_frames" if params.num_frames > 1 else "height": m.base + max(denoise, decode),

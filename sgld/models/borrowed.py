@@ -11,13 +11,14 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sgld.errors import BadRequest, ModelError
 from sgld.models.parts import Parts
 from sgld.models.vae import Tiling, join_tiles, levels
 from sgld.nn.parallel import Axis
-from sgld.nn.weights import Source, listed
+from sgld.nn.weights import Source, listed, read_json
 
 # ------------------------------------------------------------------------------------------------ text encoders
 
@@ -87,16 +88,22 @@ def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, part: Part, a
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    file, needed = folder / "config.json", cls.config_class.model_type
+    if (kind := read_json(file).get("model_type")) != needed:  # else a model of its default size would be built
+        raise ModelError(f"{file}: model_type is {kind!r}; only {needed!r} is supported")
     try:
-        module, told = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        module, told = cls.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be read: {_first_line(error)}") from None
     except StrictDataclassError as error:  # its cause says what is wrong in the config
-        raise ModelError(f"{folder / 'config.json'}: {_first_line(error.__cause__ or error)}") from None
+        raise ModelError(f"{file}: {_first_line(error.__cause__ or error)}") from None
+    wrong = sorted(told["mismatched_keys"], key=str)
     faults = [
         listed("missing", sorted(told["missing_keys"])),
         listed("unexpected", sorted(told["unexpected_keys"])),
-        listed("of the wrong shape", sorted(str(key) for key in told["mismatched_keys"])),
+        listed("of the wrong shape", [f"{name} {list(a)} instead of {list(b)}" for name, a, b in wrong]),
     ]
     if any(faults):
         raise ModelError(f"{folder}: {'; '.join(filter(None, faults))}")
@@ -179,7 +186,8 @@ class Autoencoder:
     def decode(self, z: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """Latents [1, C, h, w] or [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU.
 
-        Ranks that share it all call it, and the first of them has the frames. `pulse` is called before each tile.
+        Ranks that share it all call it, and the first of them has the frames. `pulse` is called before each tile, by
+        all ranks equally often.
         """
 
         def whole(part: Tensor) -> Tensor:
@@ -195,11 +203,13 @@ class Autoencoder:
         t = self.tiling
         large = t is not None and (z.shape[-2] * self.spatial > t.height or z.shape[-1] * self.spatial > t.width)
         if t is not None and large:
-            y = self._in_tiles(whole, z, t)
+            y = self._in_tiles(whole, z, t, pulse)
         elif self.rows.index:
-            return torch.empty(0, 0, 0, 3, dtype=torch.uint8)  # too small to be shared
+            pulse()  # it is too small to be shared
         else:
             y = whole(z)
+        if self.rows.index:
+            return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
         video = y.transpose(1, 2).flatten(0, 1) if y.ndim == 5 else y  # [N, 3, H, W]
         return levels(video).permute(0, 2, 3, 1).cpu()
 
@@ -216,14 +226,17 @@ class Autoencoder:
         z: Tensor = self.module.encode(pictures.to(weight)).latent_dist.mode()
         return z
 
-    def _in_tiles(self, decode: Callable[[Tensor], Tensor], z: Tensor, t: Tiling) -> Tensor:
+    def _in_tiles(self, decode: Callable[[Tensor], Tensor], z: Tensor, t: Tiling, pulse: Callable[[], None]) -> Tensor:
         """Tile by tile, each rank its share; the first joins them, the others' answer means nothing."""
         s = self.spatial
         H, W = z.shape[-2:]
         tops, lefts = range(0, H, t.stride_height // s), range(0, W, t.stride_width // s)
         cells = [z[..., i : i + t.height // s, j : j + t.width // s] for i in tops for j in lefts]
         ranks = self.rows if len(cells) >= self.rows.size else Axis()
-        tiles = [_filled(decode(cell), t) for cell in ranks.share_list(cells)]
+        own = ranks.share_list(cells)
+        tiles = [_filled(decode(cell), t) for cell in own]
+        for _ in range(len(own), -(-len(cells) // ranks.size)):
+            pulse()  # other ranks have a tile more
         whole = ranks.join(torch.stack(tiles), 0, len(cells))
         if ranks.index or self.rows.index:
             return whole[0]

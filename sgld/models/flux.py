@@ -134,7 +134,7 @@ def pack(z: Tensor) -> Tensor:
 
 def unpack(x: Tensor, grid: Grid) -> Tensor:
     """Tokens [1, h*w, 4C] to latents [1, C, 2h, 2w]."""
-    return F.pixel_shuffle(x.mT.unflatten(2, grid), 2)
+    return F.pixel_shuffle(x.mT.reshape(len(x), -1, *grid), 2)
 
 
 # -------------------------------------------------------------------------------------------------- family
@@ -279,7 +279,8 @@ class Flux(Native):
     def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
         self.parts.residency.need("vae")
         pulse()
-        return (self._vae.encode(frames) - self._shift) * self._scale
+        z: Tensor = (self._vae.encode(frames) - self._shift) * self._scale
+        return z
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         side = self._vae.spatial

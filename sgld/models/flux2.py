@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import attrs
 import numpy as np
@@ -21,8 +20,8 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.borrowed import text_encoder
 from sgld.models.family import Conditioning, Schedule
+from sgld.models.flux2_text import READERS, PromptEncoder
 from sgld.models.flux2_vae import flux2_autoencoder
 from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
 from sgld.nn.attention import Backend
@@ -125,7 +124,7 @@ class FusedAttention(nn.Module):
         return self._join(y, hidden), self._join(z, text_hidden)
 
     def _heads(self, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, -1))
+        q, k, v = qkv.view(*qkv.shape[:-1], 3, self.heads, -1).unbind(-3)
         return turned(self.norm_q(q), rope), turned(self.norm_k(k), rope), v
 
     def _join(self, y: Tensor, hidden: Tensor) -> Tensor:
@@ -143,11 +142,12 @@ class DoubleBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: Place) -> tuple[Tensor, Tensor]:
         """x [1, S/n, C], text [1, L, C]"""
-        own, told = mod.picture, mod.text
-        y, z = self.attn(modulate(x, *own[:2]), modulate(text, *told[:2]), place)
-        x, text = x + own[2] * y, text + told[2] * z
-        x = x + own[5] * self.ff(modulate(x, *own[3:5]))
-        return x, text + told[5] * self.ff_context(modulate(text, *told[3:5]))
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = mod.picture
+        text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = mod.text
+        y, z = self.attn(modulate(x, shift, scale), modulate(text, text_shift, text_scale), place)
+        x, text = x + gate * y, text + text_gate * z
+        x = x + ff_gate * self.ff(modulate(x, ff_shift, ff_scale))
+        return x, text + text_ff_gate * self.ff_context(modulate(text, text_ff_shift, text_ff_scale))
 
 
 class SingleBlock(nn.Module):
@@ -214,7 +214,7 @@ class Flux2Transformer(Denoiser):
         for block in self.walk(itertools.chain(self.transformer_blocks, self.single_transformer_blocks)):
             y, text = block(y, text, mod, told.place)
         y = split.gather(self.proj_out(self.norm_out(y, emb)), 1, told.place.tokens)
-        return y[:, : own.shape[1]].mT.unflatten(2, x.shape[2:])
+        return y[:, : own.shape[1]].mT.reshape(x.shape)
 
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
@@ -250,97 +250,6 @@ FLUX2_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to 
     (r"_mlp\.linear_in$", "_mlp.0"),
     (r"_mlp\.linear_out$", "_mlp.2"),
 )
-
-# ---------------------------------------------------------------------------------------------------- text
-
-
-@attrs.frozen
-class Reader:
-    """How a pipeline reads prompts: with the first layers of a chat model, some of whose hidden states it joins."""
-
-    model: str  # class of transformers
-    body: str  # the submodule with the layers
-    layers: tuple[int, int, int]  # hidden states after so many layers
-    system: str | None = None
-
-    def messages(self, prompt: str) -> list[dict[str, Any]]:
-        """The chat."""
-        if self.system is None:
-            return [{"role": "user", "content": prompt}]
-        texts = {"system": self.system, "user": prompt.replace("[IMG]", "")}  # which stands for a picture
-        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
-
-    def part(self, whole: Any) -> nn.Module:
-        """Of the chat model the layers that are needed, without the norm after its last."""
-        body: Any = whole.get_submodule(self.body)
-        if len(body.layers) < self.layers[-1]:
-            raise ModelError(f"text_encoder: has {len(body.layers)} layers; at least {self.layers[-1]} are needed")
-        body.layers, body.norm = body.layers[: self.layers[-1]], nn.Identity()
-        found: nn.Module = body
-        return found
-
-
-SYSTEM = (
-    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
-    "relationships, object\nattribution and actions without speculation."
-)
-READERS = {
-    "Flux2Pipeline": Reader("Mistral3ForConditionalGeneration", "model.language_model", (10, 20, 30), SYSTEM),
-    "Flux2KleinPipeline": Reader("Qwen3ForCausalLM", "model", (9, 18, 27)),
-}
-
-
-class PromptEncoder:
-    """Prompts to hidden states of a chat model. Nothing masks the padding: it is part of what the denoiser sees."""
-
-    def __init__(self, parts: Parts, reader: Reader):
-        import transformers
-
-        self.reader = reader
-        self.tokenizer = load_tokenizer(parts.path("tokenizer"))
-        self.model: Any = text_encoder(
-            parts, "text_encoder", getattr(transformers, reader.model), "layers", part=reader.part
-        )
-        self.width = len(reader.layers) * self.model.config.hidden_size
-
-    def encode(self, prompt: str, length: int) -> tuple[Tensor, str | None]:
-        """Text [1, length, C], and a warning when the prompt was cut."""
-        told = self.reader.messages(prompt)
-        chat = self.tokenizer.apply_chat_template(
-            told, tokenize=False, add_generation_prompt=self.reader.system is None, enable_thinking=False
-        )
-        tokenize = partial(self.tokenizer, chat, add_special_tokens=self.reader.system is None)
-        count, note = len(tokenize()["input_ids"]), None
-        if count > length:
-            note = f"prompt cut from {count} to {length} tokens, the most this request allows"
-        tokens = tokenize(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        found = self.model(
-            input_ids=tokens["input_ids"].to(self.model.device),
-            attention_mask=tokens["attention_mask"].to(self.model.device),
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states
-        return torch.cat([found[i] for i in self.reader.layers], -1), note
-
-    def count(self, prompt: str) -> int:
-        """Tokens of the prompt alone."""
-        return len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A tokenizer of transformers with its chat template. Raises `ModelError`."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ModelError(f"{folder}: cannot be read: {error}") from None
-    if not tokenizer.chat_template:
-        raise ModelError(f"{folder}: has no chat template")
-    return tokenizer
-
 
 # -------------------------------------------------------------------------------------------------- family
 
@@ -443,12 +352,12 @@ class Flux2(Native):
         y: Tensor = self._transformer(x, t, told)
         return y
 
+    def guidance(self, t: Tensor, params: SamplingParams) -> float:
+        return self._scale(params)
+
     def _scale(self, params: SamplingParams) -> float:
         """Of classifier-free guidance."""
         return (params.true_cfg_scale or 1.0) if self._config.guidance_embeds else params.guidance_scale
-
-    def guidance(self, t: Tensor, params: SamplingParams) -> float:
-        return self._scale(params)
 
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self._vae.decode(x, pulse)
@@ -483,7 +392,8 @@ class Flux2(Native):
             token=token,
             picture=REFERENCE_PIXELS // self._vae.multiple**2 * token,
             pixel=27,
-            chunk_pixel=self._vae.dtype.itemsize * 4 * 128,
+            picture_pixels=REFERENCE_PIXELS,
+            chunk_pixel=self._vae.pixel_bytes,
             tile_pixels=tile.height * tile.width if tile else None,
         )
 

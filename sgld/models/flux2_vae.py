@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgld.errors import ModelError
@@ -110,6 +111,11 @@ class Flux2Tiny(Autoencoder):
         super().__init__(parts, Flux2TinyAutoEncoder, self.multiple)
         self.channels: int = self.module.extra_encoder.out_channels
 
+    @property
+    def pixel_bytes(self) -> int:
+        widest = max(self.config.get("decoder_block_out_channels", (64,)))
+        return int(4 * widest * self.dtype.itemsize)
+
     def encode(self, pictures: Tensor) -> Tensor:
         z: Tensor = self.module.encode(pictures.to(next(self.module.parameters())))
         return z.float()
@@ -117,20 +123,22 @@ class Flux2Tiny(Autoencoder):
 
 def flux2_autoencoder(parts: Parts) -> Flux2Autoencoder | Flux2Tiny:
     """The one of the folder. Raises `ModelError` for another class."""
-    known = {"AutoencoderKLFlux2": Flux2Autoencoder, "Flux2TinyAutoEncoder": Flux2Tiny}
+    known: dict[str, type[Flux2Autoencoder] | type[Flux2Tiny]] = {
+        "AutoencoderKLFlux2": Flux2Autoencoder,
+        "Flux2TinyAutoEncoder": Flux2Tiny,
+    }
     name = str(parts.config("vae").get("_class_name"))
     if name not in known:
         file = parts.path("vae") / "config.json"
         raise ModelError(f"{file}: _class_name is {name!r}; only {' and '.join(known)} are supported")
-    vae: Flux2Autoencoder | Flux2Tiny = known[name](parts)
-    return vae
+    return known[name](parts)
 
 
 def patched(z: Tensor) -> Tensor:
     """[1, C, 2 h, 2 w] -> [1, 4 C, h, w]"""
-    return nn.functional.pixel_unshuffle(z, PATCH)
+    return F.pixel_unshuffle(z, PATCH)
 
 
 def unpatched(z: Tensor) -> Tensor:
     """[1, 4 C, h, w] -> [1, C, 2 h, 2 w]"""
-    return nn.functional.pixel_shuffle(z, PATCH)
+    return F.pixel_shuffle(z, PATCH)

@@ -82,7 +82,7 @@ class Told:
 
     text: Tensor
     pooled: Tensor
-    guidance: Tensor  # [1], a thousand times the scale
+    guidance: Tensor  # [1], a thousand times the scale, in the precision of the weights as in training
 
 
 class TimeText(nn.Module):
@@ -98,7 +98,8 @@ class TimeText(nn.Module):
         emb: Tensor = self.timestep_embedder(sinusoid(t, TIME_DIM).to(pooled.dtype))
         if self.guidance_embedder is not None and guidance is not None:
             emb = emb + self.guidance_embedder(sinusoid(guidance, TIME_DIM).to(pooled.dtype))
-        return emb + self.text_embedder(pooled)
+        summary: Tensor = self.text_embedder(pooled)
+        return emb + summary
 
 
 class TextAttention(nn.Module):
@@ -140,7 +141,8 @@ class RefinerBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         gate, ff_gate = self.norm_out(emb)
         x = x + gate * self.attn(self.norm1(x))
-        return x + ff_gate * self.ff(self.norm2(x))
+        y: Tensor = self.ff(self.norm2(x))
+        return x + ff_gate * y
 
 
 class Refiner(nn.Module):
@@ -421,7 +423,7 @@ class HunyuanVideo(Native):
         return true_cfg(params.true_cfg_scale)
 
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self.decode(x0[:, :, :1], pulse)  # the decoder is causal: the first latent frame is the first frame
+        return self.decode(x0[:, :, :1], pulse)  # the first latent frame stands for the first frame alone
 
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self._vae.decode(x / self._scaling, pulse)
@@ -434,7 +436,7 @@ class HunyuanVideo(Native):
         return frames // pt, params.height // (side * ph), params.width // (side * pw)
 
     def _describe(self) -> ModelInfo:
-        c = self._config
+        c, pictures = self._config, int(self.parts.settings.vae_config.load_encoder)
         lacks = NO_NORMALIZATION | dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer")
         if not c.guidance_embeds:
             lacks["guidance_scale"] = "this checkpoint has no embedded guidance; use true_cfg_scale"
@@ -445,11 +447,11 @@ class HunyuanVideo(Native):
             size_multiple=self._vae.spatial * c.patch_size,
             frame_multiple=self._vae.temporal * c.patch_size_t,
             components=self.parts.names,
-            max_pictures=1,
+            max_pictures=pictures,
             unsupported=lacks,
             lora_targets=tuple(self.lora),
             degrees=attrs.asdict(self.parts.degrees),
-            tasks=TASKS,
+            tasks=TASKS[: 2 + 2 * pictures],
             memory=self._memory(),
         )
 
@@ -462,7 +464,7 @@ class HunyuanVideo(Native):
             token=self.parts.token_bytes(c.dim, hidden, dtype) + 48 * c.in_channels * math.prod(c.patch),
             pixel=27,
             chunk_pixel=16 * self._vae.config["block_out_channels"][0] * self._vae.dtype.itemsize,
-            chunk_pixels=CHUNK_FRAMES * (tile.height * tile.width if tile else 2**30),
+            chunk_pixels=CHUNK_FRAMES * (tile.height * tile.width if tile else 1280 * 720),
             tile_pixels=tile.height * tile.width if tile else None,
         )
 

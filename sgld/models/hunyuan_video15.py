@@ -329,7 +329,7 @@ class HunyuanVideo15(Native):
         return y
 
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self.decode(x0[:, :, :1], pulse)  # the decoder is causal: the first latent frame is the first frame
+        return self.decode(x0[:, :, :1], pulse)  # the first latent frame stands for the first frame alone
 
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self._vae.decode(x / self._scaling, pulse)
@@ -367,7 +367,7 @@ class HunyuanVideo15(Native):
             token=self.parts.token_bytes(c.dim, int(c.mlp_ratio * c.dim), dtype)
             + 48 * c.in_channels * math.prod(c.patch),
             pixel=48,
-            chunk_pixel=8 * self._vae.config["block_out_channels"][0] * self._vae.dtype.itemsize,
+            chunk_pixel=16 * self._vae.config["block_out_channels"][0] * self._vae.dtype.itemsize,
             chunk_pixels=2**40,  # all frames of a tile
             tile_pixels=tile.height * tile.width if tile else None,
         )

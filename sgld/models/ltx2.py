@@ -70,22 +70,17 @@ class Guidance:
     rescale: float = 0.0  # Lin et al. 2023, https://arxiv.org/abs/2305.08891
     block: int = 28  # that is perturbed
 
-    def weights(self, text: float) -> list[float]:
-        """What each of `branches` but the first weighs, of those that count."""
-        return [text - 1, *([self.perturbed] if self.perturbed else []), *([self.isolated - 1] * (self.isolated != 1))]
-
     def branches(self, told: Sequence[Told]) -> list[Branch]:
-        """What is predicted at each step: for the prompt first, which with guidance comes with the negative one."""
+        """What is predicted at each step: for the prompt, and with a negative one also the weaker ones that count."""
         first, *other = (Branch(text) for text in told)
-        if not other:
-            return [first]
-        weaker = [Branch(first.told, self.block)] * (self.perturbed != 0)
-        return [first, *other, *weaker, *[Branch(first.told, isolated=True)] * (self.isolated != 1)]
+        weaker = [(self.perturbed, Branch(first.told, self.block)), (self.isolated - 1, Branch(first.told, None, True))]
+        return [first, *other, *(branch for weight, branch in weaker if weight and other)]
 
     def __call__(self, x: Tensor, sigma: float, velocities: Tensor, text: float) -> Tensor:
         """The velocity to follow at one stream's latents x [1, N], from those of the branches [k, N]; float32."""
-        own, *others = velocities.float().split(1)
-        v = own + sum(w * (own - other) for w, other in zip(self.weights(text), others, strict=True))
+        own, *others = velocities[:, None].unbind()
+        weights = [text - 1, *(weight for weight in (self.perturbed, self.isolated - 1) if weight)]
+        v = own + sum(weight * (own - other) for weight, other in zip(weights, others, strict=True))
         if self.rescale:
             clean, guided = x - sigma * own, x - sigma * v
             v = (x - guided * (1 + self.rescale * (clean.std() / guided.std() - 1))) / sigma
@@ -118,24 +113,19 @@ class Layout:
         """Of the video."""
         return math.prod(self.grid)
 
-    @property
-    def frame(self) -> int:
-        """Numbers in one latent frame."""
-        return self.channels * self.tokens // self.grid[0]
-
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[k, N] as what is of the video and what is of the audio."""
-        video, audio = x.split([self.tokens * self.channels, self.length * self.audio_channels], 1)
-        return video, audio
+        n = self.tokens * self.channels
+        return x[:, :n], x[:, n:]
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Video tokens [1, S, C] and audio tokens [1, A, C]."""
         video, audio = self.parts(x)
-        return video.unflatten(1, (-1, self.channels)), audio.unflatten(1, (-1, self.audio_channels))
+        return video.view(1, -1, self.channels), audio.view(1, -1, self.audio_channels)
 
     def video(self, x: Tensor) -> Tensor:
         """[1, C, T, h, w]"""
-        return self.streams(x)[0].mT.unflatten(2, self.grid)
+        return self.streams(x)[0].mT.reshape(1, self.channels, *self.grid)
 
 
 @attrs.frozen(eq=False)
@@ -324,7 +314,7 @@ class LTX2(Native):
         )
         return torch.cat([video.flatten(1), audio.flatten(1)], 1).float()
 
-    def settle(self, x: Tensor, condition: LTX2Conditioning) -> Tensor:  # type: ignore[override]
+    def settle(self, x: Tensor, condition: LTX2Conditioning) -> Tensor:
         return condition.begun(x)
 
     # ----------------------------------------------------------------------------------------------- decoding
@@ -371,7 +361,8 @@ class LTX2(Native):
         )
 
     def _memory(self) -> Memory:
-        """The text encoder's states of all layers are held three times while they are brought together."""
+        """Measured on a CPU: 48 copies of the decoder's last features; the text's states of all layers three times."""
+        vae = self._vae.module.config
         c, text, tile, dtype = self._config, self._text.config, self._vae.tiling, self._transformer.dtype
         states = text.hidden_size * (text.num_hidden_layers + 1)
         return self.parts.memory(
@@ -379,16 +370,11 @@ class LTX2(Native):
             text_pair=4 * text.num_attention_heads * self._text.dtype.itemsize,
             token=self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels,
             pixel=27,
-            chunk_pixel=self._chunk_pixel_bytes,
+            chunk_pixel=int(48 * vae.decoder_block_out_channels[0] / vae.upsample_factor[0] / vae.patch_size**2)
+            * self._vae.dtype.itemsize,
             chunk_pixels=2**40,  # all frames at once
             tile_pixels=tile.height * tile.width if tile else None,
         )
-
-    @property
-    def _chunk_pixel_bytes(self) -> int:
-        c = self._vae.config
-        widest = c["decoder_block_out_channels"][0] / c["upsample_factor"][0]
-        return int(4 * widest / c["patch_size"] ** 2 * self._vae.dtype.itemsize)
 
 
 def _language(whole: Any) -> Any:

@@ -151,7 +151,7 @@ def rotations(c: LTX2Config, positions: Tensor, most: Sequence[float], dim: int)
 
 def turn_neighbours(x: Tensor, rope: Tensor) -> Tensor:
     """Turn pairs of neighbouring channels of x [B, S, H, D] by rope [S, H, D/2]."""
-    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    z = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(z * rope).flatten(-2).type_as(x)
 
 
@@ -173,7 +173,7 @@ class Moments:
 
     def by(self, table: Tensor) -> tuple[Tensor, ...]:
         """With a block's own table [P, C]: P tensors [1 or S/n, C]."""
-        parts = (table + self.rows.unflatten(-1, (-1, table.shape[-1]))).unbind(1)
+        parts = (table + self.rows.view(len(self.rows), -1, table.shape[-1])).unbind(1)
         return parts if self.which is None else tuple(part[self.which] for part in parts)
 
 
@@ -257,7 +257,7 @@ class LTX2Attention(nn.Module):
         return self.split(q), self.split(k), self.split(self.to_v(other))
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # [B, S, H, D]
+        return x.view(*x.shape[:-1], self.heads, -1)  # [B, S, H, D]
 
     def join(self, y: Tensor, x: Tensor) -> Tensor:
         """The heads' outputs [B, S, H, D], each weighed by what asked."""

@@ -67,7 +67,8 @@ class Parts:
             raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
         self.residency = Residency.of(self.settings, platform, self.names)
         self._chooser = Chooser(self.settings, platform)
-        self._chooser.check((*self.encoders, *(name for name in TRANSFORMERS if name in self.names), "vae"))
+        others = (name for name in (*TRANSFORMERS, "connectors") if name in self.names)
+        self._chooser.check((*self.encoders, *others, "vae"))
         weighed = [name for name in self.names if (self.path(name) / "config.json").is_file()]
         self._progress, self._loaded, self._total = progress, 0, len(weighed)
 

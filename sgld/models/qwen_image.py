@@ -101,9 +101,9 @@ class QwenImageBlock(nn.Module):
         """x [1, S/n, C] and text [1, L, C] at the embeddings [1 or 2, C] of the time, and of time 0."""
         mod, own = self.img_mod(emb).chunk(6, -1), self.txt_mod(emb[:1])[:, None].chunk(6, -1)
         each = partial(spread, told.still)
-        y, z = self.attn(modulate(x, *map(each, mod[:2])), modulate(text, *own[:2]), told.place)
+        y, z = self.attn(modulate(x, each(mod[0]), each(mod[1])), modulate(text, *own[:2]), told.place)
         x, text = x + each(mod[2]) * y, text + own[2] * z
-        x = x + each(mod[5]) * self.img_mlp(modulate(x, *map(each, mod[3:5])))
+        x = x + each(mod[5]) * self.img_mlp(modulate(x, each(mod[3]), each(mod[4])))
         text = text + own[5] * self.txt_mlp(modulate(text, *own[3:5]))
         return finite(x), finite(text)
 
@@ -218,7 +218,7 @@ class PromptEncoder:
             raise ModelError(
                 f"{parts.path('tokenizer')}: it makes {known} tokens of the model's own words, not {form.drop}"
             )
-        self.processor = image_processor(parts.path("processor")) if sees else None
+        self.processor: Any = image_processor(parts.path("processor")) if sees else None
         whole, layers = Qwen2_5_VLForConditionalGeneration, "language_model.layers"
         self.module = text_encoder(parts, "text_encoder", whole, layers, partial(trunk, sees))
 
@@ -277,7 +277,7 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_TOKENS = 1024
 MADE_FOR = 3  # input pictures, where there may be several
 SPACE = " "
-CHINESE = (  # what the pictures of Qwen-Image-2512 shall not be: coarse, deformed, waxen, smooth, confused, blurred
+NEGATIVE_2512 = (  # coarse, deformed, oversaturated, waxen, too smooth, confused, blurred text
     "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。"
     "文字模糊，扭曲。"
 )
@@ -448,7 +448,7 @@ class QwenImage(Native):
         width, height = (1024, 1024) if form.most else (1280, 720)
         return self.parts.defaults(
             {"width": width, "height": height, "num_inference_steps": form.steps, "guidance_scale": 4.0,
-             "negative_prompt": CHINESE if later else SPACE, "max_sequence_length": 512}
+             "negative_prompt": NEGATIVE_2512 if later else SPACE, "max_sequence_length": 512}
         )  # fmt: skip
 
 

@@ -22,11 +22,14 @@ from sgld.nn.weights import Keeper, load_module, pick, read_json
 
 
 class Past(dict[nn.Module, Tensor]):
-    """What each layer remembers of the chunks before, and the ranks that share the rows of pictures [T, C, H, W]."""
+    """What each layer remembers of the chunks before, and the ranks that share the rows of pictures [T, C, H, W].
+
+    Of the `last` chunk nothing is remembered.
+    """
 
     def __init__(self, rows: Axis | None = None):
         super().__init__()
-        self.rows = rows or Axis()
+        self.rows, self.last = rows or Axis(), False
 
     def pad(self, x: Tensor, side: int) -> Tensor:
         """Rows above and below, for a convolution that reaches `side` (0 or 1) pixels: those of other ranks."""
@@ -76,12 +79,17 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor, past: Past) -> Tensor:  # [T, C, H, W]
         x = past.pad(x, self.side)
+        weight: Tensor = self.weight
         if self.back:
-            before = past.get(self)
-            x = torch.cat([x.new_zeros(self.back, *x.shape[1:]) if before is None else before, x])
-            past[self] = x[-self.back :].clone()  # a view would keep the whole chunk
-            x = torch.cat([x[i : len(x) - self.back + i] for i in range(self.back + 1)], 1)  # [T, taps*C, H, W]
-        weight = self.weight.transpose(1, 2).flatten(1, 2)  # [out, taps*in, kh, kw]
+            before = past.pop(self, None)
+            if before is None and past.last and len(x) == 1:
+                weight = weight[:, :, -1:]  # a picture: the other taps see zeros
+            else:
+                x = torch.cat([x.new_zeros(self.back, *x.shape[1:]) if before is None else before, x])
+                if not past.last:
+                    past[self] = x[-self.back :].clone()  # a view would keep the whole chunk
+                x = torch.cat([x[i : len(x) - self.back + i] for i in range(self.back + 1)], 1)  # [T, taps*C, H, W]
+        weight = weight.transpose(1, 2).flatten(1, 2)  # [out, taps*in, kh, kw]
         return F.conv2d(x, weight, self.bias, padding=past.padding(self.side))
 
 
@@ -238,6 +246,7 @@ class WanDecoder(nn.Module):
         parts = []
         for i, chunk in enumerate(chunks):
             pulse()
+            past.last = own.last = i == len(chunks) - 1
             parts.append(self.decoder(self.post_quant_conv(chunk, past), past, own, first=i == 0))
         return self.unpatch(torch.cat(parts))
 

@@ -130,9 +130,11 @@ class WanEncoder(nn.Module):
         past = Past()
         frames = self.config.scale_factor_temporal
         many = max(1, CHUNK_PIXELS // (x[0, 0].numel() * frames))  # latent frames
+        chunks = (x[:1], *(torch.split(x[1:], many * frames) if len(x) > 1 else ()))
         parts = []
-        for chunk in (x[:1], *(torch.split(x[1:], many * frames) if len(x) > 1 else ())):
+        for i, chunk in enumerate(chunks):
             pulse()
+            past.last = i == len(chunks) - 1
             chunk = self.patch(chunk.to(self.quant_conv.weight)).contiguous(memory_format=torch.channels_last)
             parts.append(self.quant_conv(self.encoder(chunk, past), past))
         return torch.cat(parts)[:, : self.config.z_dim]  # the other half are log variances

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Generator, Tensor, nn
 
 from sgld.config import TRANSFORMERS
-from sgld.errors import ModelError
+from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models.family import Conditioning, Schedule
 from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
@@ -440,6 +440,8 @@ class Wan(Native):
         """What the transformer is shown of pictures that have the size of the output."""
         if self._expands:
             return Shown(first=self.encode_frames(clip_of(pictures, 1)))
+        if frames < len(pictures):
+            raise BadRequest(f"num_frames: {frames}: it is too few for {len(pictures)} pictures", "num_frames")
         tokens = None if self._image_encoder is None else self._image_encoder.encode(pictures)
         return Shown(channels_of(pictures, frames, self.encode_frames), tokens=tokens)
 

@@ -126,7 +126,8 @@ class Block(nn.Module):
         """x [1, S, C], emb [1, E]"""
         scale, gate, ff_scale, ff_gate = self.modulation(emb)
         x = x + gate * self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rope, attend))
-        return x + ff_gate * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * ff_scale))
+        y: Tensor = x + ff_gate * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * ff_scale))
+        return y
 
     def modulation(self, emb: Tensor | None) -> tuple[Tensor | float, ...]:
         """Scale and gate [1, 1, C] of the attention, and of the feed-forward layer."""
@@ -144,7 +145,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_DIM, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        y: Tensor = self.mlp(sinusoid(t, TIME_DIM).to(self.mlp[0].weight.dtype))
+        y: Tensor = self.mlp(sinusoid(t, TIME_DIM).to(next(self.parameters()).dtype))
         return y
 
 
@@ -308,7 +309,8 @@ class ZImage(Native):
         self.lora = parts.lora({"transformer": self._transformer}, Z_IMAGE_ORIGINAL)
         levels = len(parts.config("vae").get("block_out_channels", [0]))
         self._vae = Autoencoder(parts, AutoencoderKL, 2 ** (levels - 1))
-        self._scale, self._shift = self._vae.module.config.scaling_factor, self._vae.module.config.shift_factor or 0.0
+        self._scale: float = self._vae.module.config.scaling_factor
+        self._shift: float = self._vae.module.config.shift_factor or 0.0
         self.together = load.settings.parallel_decode
         self._takes_pictures = load.settings.vae_config.load_encoder
         mesh.meet()  # until all ranks have loaded, memory is not what it will be
@@ -425,7 +427,7 @@ class ZImage(Native):
         c, tile = self._config, self._vae.tiling
         block = self.parts.token_bytes(c.dim, c.hidden, self._transformer.dtype)
         return self.parts.memory(
-            base=2**25 + TEXT_TOKENS * block,
+            base=2**26 + TEXT_TOKENS * block,
             text_pair=4 * self._text.config.num_attention_heads * self._text.dtype.itemsize,
             token=block + 48 * c.in_channels * c.patch**2,
             pixel=27,

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 VERSION = 1
+_CACHE_KIB = 256  # a document is written and forgotten: pages are read again at the next start alone
 _APPLICATION = int.from_bytes(b"sgld", "big")
 _EMPTY, _OURS = (0, 0), (_APPLICATION, VERSION)
 _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
@@ -127,6 +128,7 @@ class Journal:
             self._resources.callback(self._connection.close)
             self._check()
             self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
             self._connection.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
 
     def _lock(self) -> None:

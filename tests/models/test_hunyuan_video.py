@@ -208,14 +208,16 @@ def test_the_same_picture_with_offloaded_weights(twin: Path, guided: Tensor, set
     assert torch.equal(picture(family, GUIDED), guided)
 
 
-def test_precisions(twin: Path, plain: Tensor) -> None:
+def test_precisions(twin: Path) -> None:
+    """A thousand times a guidance scale of 8 is the same number in bf16; one of 6 is not, and says something else."""
+    request = REQUEST | {"guidance_scale": 8.0}
     family = load(twin, precision="bf16", text_encoder_precisions=["fp16", "fp32"], vae_precision="bf16")
     assert isinstance(family, HunyuanVideo)
     modules = family._transformer, family._prompts.llama, family._prompts.clip, family._vae.module
     kinds = [{p.dtype for p in module.parameters()} for module in modules]
     assert kinds == [{torch.bfloat16}, {torch.float16}, {torch.float32}, {torch.bfloat16}]
-    lowered = picture(family, REQUEST)
-    assert 0 < (lowered.float() - plain.float()).abs().mean() < 10
+    difference = picture(family, request).float() - picture(load(twin), request).float()
+    assert 0 < difference.abs().mean() < 10
 
 
 @pytest.mark.proves("HunyuanVideoPipeline", "image-to-video")
@@ -415,6 +417,11 @@ def test_info(family: HunyuanVideo) -> None:
     assert resolve({**REQUEST, "num_frames": 12}, info)[0].num_frames == 13
 
 
+def test_without_the_autoencoders_encoder_it_takes_no_picture(twin: Path) -> None:
+    info = load(twin, vae_config=VaeConfig(load_encoder=False)).info
+    assert (info.max_pictures, info.tasks) == (0, ("text-to-video", "text-to-image"))
+
+
 def test_fasthunyuan_takes_six_steps_of_another_schedule(tmp_path: Path) -> None:
     params, _ = resolve(
         REQUEST | {"num_inference_steps": None}, load(twins.make_fasthunyuan(tmp_path / "FastHunyuan")).info
@@ -430,8 +437,10 @@ def test_flow_shift(twin: Path, family: HunyuanVideo, plain: Tensor) -> None:
 
 def test_generation_config_gives_the_defaults(copy: Path) -> None:
     (copy / "generation_config.json").write_text('{"true_cfg_scale": 2.0}')
-    guided = load(copy, Mesh(0, 1, torch.device("cpu")))
-    assert guided.info.defaults == {"true_cfg_scale": 2.0}
+    assert load(copy).info.defaults == {"true_cfg_scale": 2.0}
+    (copy / "generation_config.json").write_text('{"true_cfg_scal": 2.0}')
+    with pytest.raises(ModelError, match=r"generation_config\.json.*true_cfg_scale"):
+        load(copy)
 
 
 def warnings(family: HunyuanVideo, **changes: Any) -> list[str]:
@@ -444,9 +453,9 @@ def test_warnings(family: HunyuanVideo) -> None:
     assert warnings(family, negative_prompt="dogs") == [
         "negative_prompt: it has no effect without a true_cfg_scale above 1"
     ]
-    long = {"negative_prompt": "red " * 30, "max_sequence_length": 20, "true_cfg_scale": 2.0}
+    long = {"negative_prompt": "red " * 30, "max_sequence_length": 24, "true_cfg_scale": 2.0}
     assert warnings(family, **long) == [
-        "negative_prompt cut from 32 to 20 tokens, the most this request allows",
+        "negative_prompt cut from 33 to 24 tokens, the most this request allows",
     ]
     assert warnings(family, prompt="ball " * 20) == [
         "prompt: the second of two text encoders reads 77 of its 82 tokens"
@@ -471,17 +480,19 @@ def test_the_class_that_a_tokenizer_names_does_not_matter(copy: Path, plain: Ten
     assert torch.equal(picture(load(copy), REQUEST), plain)
 
 
+@pytest.mark.proves("HunyuanVideoPipeline", "previews")
 def test_previews(family: HunyuanVideo, plain: Tensor) -> None:
     ours, theirs = Pipe()
-    made, _ = sample(family, resolve(REQUEST, family.info)[0], Hook("job", Mesh.solo(), theirs), previews=2)
-    events = []
-    while ours.poll():
-        events.append(ours.recv())
-    shown = [event.frames.array for event in events if isinstance(event, Preview)]
-    assert [frames.shape for frames in shown] == [(1, 32, 48, 3)] * 2
+    shown: list[Tensor] = []
+    with ours, theirs:
+        made, _ = sample(family, resolve(REQUEST, family.info)[0], Hook("job", Mesh.solo(), theirs), previews=2)
+        while ours.poll():
+            if isinstance(message := ours.recv(), Preview):
+                message.frames.receive(ours)
+                shown.append(torch.from_numpy(message.frames.array.copy()))
+    assert [tuple(frames.shape) for frames in shown] == [(1, 32, 48, 3)] * 2
+    assert apart(shown[0], shown[1]) > 5
     assert torch.equal(made, plain)
-    ours.close()
-    theirs.close()
 
 
 # -------------------------------------------------------------------------------------------- what does not fit
@@ -556,5 +567,5 @@ def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_the_memory_estimate_is_near_the_measured_peak(twin: Path, tmp_path: Path) -> None:
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twin, {"height": 256, "width": 256, "num_frames": 33})
+    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twin, {"height": 256, "width": 256, "num_frames": 17})
     assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
-from sgld.messages import Load
+from sgld.messages import Load, Preview
 from sgld.models.parts import Parts
 from sgld.models.vae import WanDecoder, WanVaeConfig
 from sgld.models.vae_encoder import WanEncoder
@@ -37,6 +37,9 @@ REQUEST = {
 }  # fmt: skip
 TI2V = REQUEST | {"height": 64}
 EXPERTS = REQUEST | {"guidance_scale_2": 2.5}
+TEXT, PICTURE = "WanPipeline", "WanImageToVideoPipeline"
+FEW_TEXT, FEW_PICTURE = "WanDMDPipeline", "WanImageToVideoDmdPipeline"
+proves = pytest.mark.proves
 FEW = {"guidance_scale": 1.0, "num_inference_steps": 3}
 
 
@@ -122,6 +125,7 @@ def wan(folder: Path, **settings: Any) -> Wan:
 # ---------------------------------------------------------------------------------------------- image to video
 
 
+@proves(PICTURE, "image-to-video")
 @pytest.mark.parametrize(("name", "request_of"), [("wan21-i2v-480p", REQUEST), ("wan22-i2v-a14b", EXPERTS)])
 def test_a_picture_moves_as_with_diffusers(
     folders: Folders, pictures: list[str], name: str, request_of: dict[str, Any]
@@ -136,6 +140,8 @@ def test_the_last_frame_may_be_given_too(folders: Folders, pictures: list[str]) 
     family = wan(folders("wan22-i2v-a14b"))
     both = check(family, EXPERTS | {"image_path": pictures})
     assert apart(both, picture(family, EXPERTS | {"image_path": pictures[:1]})) > 20
+    with pytest.raises(BadRequest, match="^num_frames: 1: it is too few for 2 pictures$"):
+        picture(family, EXPERTS | {"image_path": pictures, "num_frames": 1})
 
 
 def test_two_pictures_for_an_encoder_that_tells_them_apart(tmp_path: Path, pictures: list[str]) -> None:
@@ -145,6 +151,7 @@ def test_two_pictures_for_an_encoder_that_tells_them_apart(tmp_path: Path, pictu
     check(family, REQUEST | {"image_path": pictures})
 
 
+@proves(TEXT, "text-to-video", "image-to-video", "text-to-image")
 @pytest.mark.parametrize("frames", [1, 9])
 def test_tokens_with_times_of_their_own(folders: Folders, pictures: list[str], frames: int) -> None:
     family = wan(folders("wan22-ti2v-5b"))
@@ -158,6 +165,8 @@ def test_tokens_with_times_of_their_own(folders: Folders, pictures: list[str], f
 # -------------------------------------------------------------------------------------------------- few steps
 
 
+@proves(FEW_TEXT, "text-to-video", "image-to-video")
+@proves(FEW_PICTURE, "image-to-video")
 @pytest.mark.parametrize(
     ("name", "request_of", "shows", "times"),
     [
@@ -165,12 +174,13 @@ def test_tokens_with_times_of_their_own(folders: Folders, pictures: list[str], f
         ("fastwan22-ti2v-5b", TI2V, 0, FAST),
         ("fastwan22-ti2v-5b", TI2V, 1, FAST),
         ("wan22-i2v-a14b", REQUEST, 1, TURBO_PICTURE),
+        ("turbowan22-i2v-a14b", REQUEST, 1, TURBO),
     ],
 )
 def test_few_steps_as_with_diffusers(
     folders: Folders, pictures: list[str], name: str, request_of: dict[str, Any], shows: int, times: tuple[int, ...]
 ) -> None:
-    given = {} if times == FAST else {"dmd_denoising_steps": list(times)}
+    given = {"dmd_denoising_steps": list(times)} if name.startswith("wan22") else {}
     family = wan(folders(name), **given)
     request = request_of | FEW | {"num_inference_steps": len(times)}
     request |= {"image_path": pictures[:1]} if shows else {}
@@ -223,15 +233,19 @@ def _pictures(mesh: Mesh, cases: Sequence[tuple[Path, dict[str, Any], dict[str, 
     return [make(load(folder, mesh, **settings), request, mesh)[0].numpy() for folder, request, settings in cases]
 
 
+@proves(PICTURE, "USP", "CFG parallel")
+@proves(FEW_TEXT, "USP")
+@proves(FEW_PICTURE, "USP")
 def test_same_picture_on_two_ranks(folders: Folders, pictures: list[str], tmp_path: Path) -> None:
     shown = {"image_path": pictures[:1]}
     moving, times = (folders("wan21-i2v-480p"), REQUEST | shown), (folders("wan22-ti2v-5b"), TI2V | shown)
     fast = folders("fastwan22-ti2v-5b"), TI2V | FEW | shown
     ways = {"ulysses_degree": 2}, {"ring_degree": 2}, {"enable_cfg_parallel": True}
-    cases = [(*moving, way) for way in ways] + [(*times, ways[1]), (*fast, ways[0])]
+    turbo = folders("turbowan22-i2v-a14b"), REQUEST | FEW | {"num_inference_steps": 4} | shown
+    cases = [(*moving, way) for way in ways] + [(*times, ways[1]), (*fast, ways[0]), (*turbo, ways[0])]
     made, others = on_ranks(2, tmp_path / "store", _pictures, cases)
     assert all(frames.size == 0 for frames in others)
-    expected = {folder: picture(load(folder), request) for folder, request in (moving, times, fast)}
+    expected = {folder: picture(load(folder), request) for folder, request in (moving, times, fast, turbo)}
     for (folder, _, way), frames in zip(cases, made, strict=True):
         assert apart(torch.from_numpy(frames), expected[folder]) <= 1, (folder.name, way)
 
@@ -285,10 +299,24 @@ def test_the_full_size_autoencoder_of_ti2v_has_diffusers_keys() -> None:
 # ------------------------------------------------------------------------------- memory, precision and adapters
 
 
-def test_offloaded_weights_make_the_same_picture(folders: Folders, pictures: list[str]) -> None:
-    folder, request = folders("wan21-i2v-480p"), REQUEST | {"image_path": pictures[:1]}
+@pytest.mark.parametrize(
+    ("name", "request_of"),
+    [
+        pytest.param("wan21-i2v-480p", REQUEST, marks=proves(PICTURE, "offload")),
+        pytest.param("fastwan22-ti2v-5b", TI2V | FEW, marks=proves(FEW_TEXT, "offload")),
+        pytest.param(
+            "turbowan22-i2v-a14b", REQUEST | FEW | {"num_inference_steps": 4}, marks=proves(FEW_PICTURE, "offload")
+        ),
+    ],
+)
+def test_offloaded_weights_make_the_same_picture(
+    folders: Folders, pictures: list[str], name: str, request_of: dict[str, Any]
+) -> None:
+    folder, request = folders(name), request_of | {"image_path": pictures[:1]}
     stays = picture(load(folder), request)
-    rest = dict.fromkeys(("text_encoder_cpu_offload", "image_encoder_cpu_offload", "vae_cpu_offload"), True)
+    rest = dict.fromkeys(("text_encoder_cpu_offload", "vae_cpu_offload"), True)
+    if name == "wan21-i2v-480p":
+        rest["image_encoder_cpu_offload"] = True
     for transformer in ("dit_cpu_offload", "dit_layerwise_offload"):
         family = load(folder, **rest, **{transformer: True})
         assert torch.equal(picture(family, request), stays)
@@ -302,6 +330,7 @@ def test_half_precision(folders: Folders, pictures: list[str]) -> None:
         assert 0 < apart(half, whole) < 128
 
 
+@proves(PICTURE, "LoRA")
 def test_an_adapter_as_with_diffusers(folders: Folders, pictures: list[str], tmp_path: Path) -> None:
     family = wan(folders("wan21-i2v-480p"))
     request = REQUEST | {"image_path": pictures[:1]}
@@ -381,6 +410,64 @@ def test_what_a_picture_model_refuses(folders: Folders, pictures: list[str]) -> 
             resolve({"image_path": pictures[:count] or None}, info)
     with pytest.raises(NotBuilt, match="^strength: this model cannot use it"):
         resolve({"image_path": pictures[:1], "strength": 0.5}, info)
+
+
+@pytest.fixture
+def previewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """Makes a clip with two previews on the way, and tells both."""
+
+    def run(family: Wan, request: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        sent: list[Any] = []
+        monkeypatch.setattr("sgld.worker.hook.send", lambda connection, event: sent.append(event))
+        frames, _ = make(family, request, previews=2)
+        assert torch.equal(frames, picture(family, request)), "previews change nothing"
+        return frames, [torch.from_numpy(event.frames.array) for event in sent if isinstance(event, Preview)]
+
+    return run
+
+
+@proves(PICTURE, "previews")
+def test_previews_show_their_own_clip(
+    folders: Folders, pictures: list[str], previewed: Callable[..., tuple[Tensor, list[Tensor]]]
+) -> None:
+    family, request = wan(folders("wan21-i2v-480p")), REQUEST | {"image_path": pictures[:1]}
+    frames, shown = previewed(family, request)
+    assert [preview.shape for preview in shown] == [(1, 32, 64, 3)] * 2
+    other = picture(family, request | {"seed": 8})
+    away, nearby = ((shown[-1].float() - clip[4:5]).abs().mean() for clip in (other, frames))
+    assert nearby < 0.9 * away
+
+
+@proves(FEW_TEXT, "previews")
+@proves(FEW_PICTURE, "previews")
+@pytest.mark.parametrize(("name", "times"), [("fastwan22-ti2v-5b", FAST), ("turbowan22-i2v-a14b", TURBO)])
+def test_a_preview_is_the_clip_of_the_steps_so_far(
+    folders: Folders,
+    pictures: list[str],
+    previewed: Callable[..., tuple[Tensor, list[Tensor]]],
+    name: str,
+    times: tuple[int, ...],
+) -> None:
+    request = TI2V | FEW | {"image_path": pictures[:1]}
+    frames, shown = previewed(wan(folders(name)), request | {"num_inference_steps": len(times)})
+    for steps, preview in enumerate(shown, 1):
+        family = load(folders(name), dmd_denoising_steps=list(times[:steps]))
+        assert apart(preview, picture(family, request | {"num_inference_steps": steps})[4:5]) <= 1
+        assert apart(preview, frames[4:5]) > 20
+
+
+@proves(FEW_TEXT, "LoRA")
+@proves(FEW_PICTURE, "LoRA")
+@pytest.mark.parametrize("name", ["fastwan22-ti2v-5b", "turbowan22-i2v-a14b"])
+def test_an_adapter_of_few_steps(folders: Folders, pictures: list[str], name: str, tmp_path: Path) -> None:
+    family = wan(folders(name))
+    times = FAST if name.startswith("fast") else TURBO
+    request = TI2V | FEW | {"num_inference_steps": len(times), "image_path": pictures[:1]}
+    file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
+    wear(family, file)
+    theirs = their_picture(family.parts.folder, request, few_step_scheduler(times), file)
+    assert apart(picture(family, request), theirs) <= 1
+    assert apart(theirs, their_picture(family.parts.folder, request, few_step_scheduler(times))) > 20
 
 
 def test_a_preview_is_not_the_picture_that_was_given(folders: Folders, pictures: list[str]) -> None:

@@ -157,15 +157,9 @@ def test_same_picture_on_two_ranks(twins: Path, pipelines: Callable[[Path], Any]
         assert apart(torch.from_numpy(frames), theirs(pipelines(twins / "z-image"))) <= 1
 
 
-@pytest.mark.parametrize(
-    ("world", "split"),
-    [(4, {"enable_cfg_parallel": True, "ulysses_degree": 2}), (3, {"ring_degree": 3})],  # 32 tokens on 3 ranks
-    ids=str,
-)
-def test_same_picture_on_more_ranks(
-    twins: Path, pipelines: Callable[[Path], Any], tmp_path: Path, world: int, split: dict[str, Any]
-) -> None:
-    frames = picture_of_ranks(world, tmp_path / "store", twins / "z-image", REQUEST, **split)
+def test_same_picture_on_four_ranks(twins: Path, pipelines: Callable[[Path], Any], tmp_path: Path) -> None:
+    split: dict[str, Any] = {"enable_cfg_parallel": True, "ulysses_degree": 2}
+    frames = picture_of_ranks(4, tmp_path / "store", twins / "z-image", REQUEST, **split)
     assert apart(frames, theirs(pipelines(twins / "z-image"))) <= 1
 
 
@@ -223,7 +217,7 @@ def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_the_memory_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twins / "z-image", {"height": 512, "width": 512})
+    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twins / "z-image", {"height": 768, "width": 768})
     assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
 
 

@@ -59,9 +59,9 @@ def _make(
     for module in parts.values():
         tiny.stir(module, 0.15 if module is parts["transformer"] else 0.05)
     scheduler = FlowMatchEulerDiscreteScheduler(**SHIFTING if schedule is None else schedule)
-    getattr(diffusers, pipeline)(**parts, tokenizer=words, tokenizer_2=pieces, scheduler=scheduler).save_pretrained(
-        folder
-    )
+    made = getattr(diffusers, pipeline)(**parts, tokenizer=words, tokenizer_2=pieces, scheduler=scheduler)
+    made.save_pretrained(folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()  # the real checkpoints have only the two files it is made of
     return folder
 
 

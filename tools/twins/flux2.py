@@ -135,7 +135,7 @@ def mistral_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from sgld.models.flux2 import SYSTEM
+    from sgld.models.flux2_text import SYSTEM
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

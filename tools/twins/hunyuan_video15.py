@@ -78,7 +78,8 @@ def tokenizer() -> Any:
     for mark in SPECIAL:
         own = own.replace(mark, "\n")
     words = sorted({word for word, _ in split(own)}, key=lambda word: (not word.startswith("Ġ"), word))
-    merges = dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))
+    spaces = [("Ġ" * n, "Ġ" * n) for n in (1, 2, 4)]
+    merges = dict.fromkeys([*spaces, *((word[:i], word[i]) for word in words for i in range(1, len(word)))])
     vocabulary = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)])
     made = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, merges=list(merges))
     made.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in SPECIAL])

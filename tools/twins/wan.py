@@ -10,7 +10,8 @@ from typing import Any
 
 from tools.tiny import TEXT, TRANSFORMER, VAE, stir, tokenizer
 
-PICTURE_CHANNELS = 4 + VAE["z_dim"]  # a mask for each of the frames of a latent frame, and the picture's latents
+SHOWN = {"in_channels": 12}  # latents; a mask for each of the frames of a latent frame; and the picture's latents
+WITH_CLIP = SHOWN | {"image_dim": 16, "added_kv_proj_dim": 48}
 CLIP = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8, "hidden_act": "gelu",
@@ -19,20 +20,18 @@ RESIDUAL_VAE = VAE | {
     "is_residual": True, "decoder_base_dim": 12, "in_channels": 12, "out_channels": 12, "patch_size": 2,
     "scale_factor_spatial": 16,
 }  # fmt: skip
-CLIP_INPUT = {"in_channels": TRANSFORMER["in_channels"] + PICTURE_CHANNELS, "image_dim": 16, "added_kv_proj_dim": 48}
 
 
 def make_i2v(folder: Path, **transformer: Any) -> Path:
     """A twin of Wan 2.1 I2V; keyword arguments change the transformer's config."""
-    make(folder, "WanImageToVideoPipeline", CLIP_INPUT | transformer)
+    make(folder, "WanImageToVideoPipeline", WITH_CLIP | transformer)
     add(folder, "transformer", (f"blocks.{i}.attn2.norm_added_q.weight" for i in range(2)))
     return folder
 
 
-def make_i2v_a14b(folder: Path) -> Path:
+def make_i2v_a14b(folder: Path, name: str = "WanImageToVideoPipeline") -> Path:
     """A twin of the two-expert Wan 2.2 I2V A14B, which has no image encoder."""
-    changes = {"in_channels": TRANSFORMER["in_channels"] + PICTURE_CHANNELS}
-    return make(folder, "WanImageToVideoPipeline", changes, experts=2, boundary_ratio=0.9)
+    return make(folder, name, SHOWN, experts=2, boundary_ratio=0.9)
 
 
 def make_ti2v(folder: Path, name: str = "WanPipeline") -> Path:
@@ -111,6 +110,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "wan22-ti2v-5b": make_ti2v,
     "fastwan21": make_fast,
     "fastwan22-ti2v-5b": partial(make_ti2v, name="WanDMDPipeline"),
+    "turbowan22-i2v-a14b": partial(make_i2v_a14b, name="WanImageToVideoDmdPipeline"),
 }
 REAL_NAMES = {
     "wan21-i2v-480p": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
@@ -119,4 +119,5 @@ REAL_NAMES = {
     "wan22-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "fastwan21": "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
     "fastwan22-ti2v-5b": "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
+    "turbowan22-i2v-a14b": "loayrashid/TurboWan2.2-I2V-A14B-Diffusers",
 }
