@@ -141,8 +141,8 @@ class RefinerBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         gate, ff_gate = self.norm_out(emb)
         x = x + gate * self.attn(self.norm1(x))
-        y: Tensor = self.ff(self.norm2(x))
-        return x + ff_gate * y
+        y: Tensor = x + ff_gate * self.ff(self.norm2(x))
+        return y
 
 
 class Refiner(nn.Module):

@@ -369,7 +369,7 @@ class LTX2(Native):
             base=2**25 + 3 * TEXT_TOKENS * states * self._connectors.dtype.itemsize,
             text_pair=4 * text.num_attention_heads * self._text.dtype.itemsize,
             token=self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels,
-            pixel=27,
+            pixel=90 if tile else 27,  # tiles are held twice while they are joined
             chunk_pixel=int(48 * vae.decoder_block_out_channels[0] / vae.upsample_factor[0] / vae.patch_size**2)
             * self._vae.dtype.itemsize,
             chunk_pixels=2**40,  # all frames at once

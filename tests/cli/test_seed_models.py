@@ -91,7 +91,7 @@ def test_the_older_document_s_first_command(run: Run, tmp_path: Path) -> None:
     script = block("cli_older", "SERVER_ARGS=(", 'sglang generate "${SERVER_ARGS[@]}"')
     file = made(run(script, wan22_a14b=CLIP | {"guidance_scale": 4.0}), tmp_path)
     frames, _ = decode(file)
-    assert (file.name, frames.shape) == ("A_curious_raccoon.mp4", (5, 32, 32, 3))
+    assert (file.name, frames.shape) == ("A curious raccoon.mp4", (5, 32, 32, 3))
 
 
 def test_the_newer_document_s_raccoon(run: Run, tmp_path: Path) -> None:

@@ -414,12 +414,12 @@ def test_what_a_picture_model_refuses(folders: Folders, pictures: list[str]) -> 
 
 @pytest.fixture
 def previewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    """Makes a clip with two previews on the way, and tells both."""
+    """Makes a clip with that many previews on the way, and tells both."""
 
-    def run(family: Wan, request: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    def run(family: Wan, request: Mapping[str, Any], count: int) -> tuple[Tensor, list[Tensor]]:
         sent: list[Any] = []
         monkeypatch.setattr("sgld.worker.hook.send", lambda connection, event: sent.append(event))
-        frames, _ = make(family, request, previews=2)
+        frames, _ = make(family, request, previews=count)
         assert torch.equal(frames, picture(family, request)), "previews change nothing"
         return frames, [torch.from_numpy(event.frames.array) for event in sent if isinstance(event, Preview)]
 
@@ -430,12 +430,13 @@ def previewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, li
 def test_previews_show_their_own_clip(
     folders: Folders, pictures: list[str], previewed: Callable[..., tuple[Tensor, list[Tensor]]]
 ) -> None:
-    family, request = wan(folders("wan21-i2v-480p")), REQUEST | {"image_path": pictures[:1]}
-    frames, shown = previewed(family, request)
-    assert [preview.shape for preview in shown] == [(1, 32, 64, 3)] * 2
+    family = wan(folders("wan21-i2v-480p"))
+    request = REQUEST | {"image_path": pictures[:1], "guidance_scale": 1.0, "num_inference_steps": 6}
+    frames, shown = previewed(family, request, 5)
+    assert [preview.shape for preview in shown] == [(1, 32, 64, 3)] * 5
     other = picture(family, request | {"seed": 8})
     away, nearby = ((shown[-1].float() - clip[4:5]).abs().mean() for clip in (other, frames))
-    assert nearby < 0.9 * away
+    assert nearby < 0.75 * away
 
 
 @proves(FEW_TEXT, "previews")
@@ -449,7 +450,7 @@ def test_a_preview_is_the_clip_of_the_steps_so_far(
     times: tuple[int, ...],
 ) -> None:
     request = TI2V | FEW | {"image_path": pictures[:1]}
-    frames, shown = previewed(wan(folders(name)), request | {"num_inference_steps": len(times)})
+    frames, shown = previewed(wan(folders(name)), request | {"num_inference_steps": len(times)}, 2)
     for steps, preview in enumerate(shown, 1):
         family = load(folders(name), dmd_denoising_steps=list(times[:steps]))
         assert apart(preview, picture(family, request | {"num_inference_steps": steps})[4:5]) <= 1
