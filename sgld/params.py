@@ -308,6 +308,7 @@ class ModelInfo:
     starts_from_picture: bool = True  # denoising begins in the middle, at the picture; else the model looks at it
     takes_picture_size: bool = True  # a request without a size takes the picture's shape
     enlarges_picture: bool = True  # to the area of the size that stands; else that is only the most
+    shape_from: int = 0  # which of several pictures gives the shape
     picture_multiple: int | None = None  # the sides are the nearest multiples of it; None: cut to `size_multiple`
     unguided: float = 1.0  # guidance_scale, or true_cfg_scale where it is given, up to which there is no guidance
     fixed_steps: int | None = None  # num_inference_steps, where no other number works

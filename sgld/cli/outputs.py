@@ -109,7 +109,9 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
     notes: list[str] = []
     for given in plan.sampling:
         pictures = given.get("image_path")
-        resolved, more = params.resolve(given, info, picture=inputs.size_of(pictures[0]) if pictures else None)
+        resolved, more = params.resolve(
+            given, info, picture=inputs.size_of(pictures[info.shape_from]) if pictures else None
+        )
         sampling += resolved.outputs()
         more = [
             *more,

@@ -415,6 +415,7 @@ class QwenImage(Native):
             max_pictures=form.most or int(self._takes_pictures),
             min_pictures=int(form.most > 0),
             starts_from_picture=form.most == 0,
+            shape_from=-1,
             picture_multiple=PICTURE_MULTIPLE if form.most else None,
             unsupported=dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has a single transformer")
             | NO_NORMALIZATION,

@@ -413,6 +413,7 @@ class ZImage(Native):
             size_multiple=self._vae.spatial * self._config.patch,
             frame_multiple=1,
             components=self.parts.names,
+            unguided=0.0,
             max_pictures=int(self._takes_pictures),
             unsupported=NO_TRUE_CFG | dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer"),
             lora_targets=tuple(self.lora),

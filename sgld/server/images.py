@@ -143,7 +143,7 @@ async def _make(
     service.check_model(fields.model)
     _check(fields, sampling)
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
-    async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
+    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().shape_from) as kept:
         with as_sent(content.values):
             params, more = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
             media.check_encodable(

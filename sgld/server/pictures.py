@@ -86,18 +86,18 @@ class Kept:
 
     names: list[str] = attrs.field(factory=list)
     sampling: dict[str, Any] = attrs.field(factory=dict)  # the sampling fields that name them
-    size: tuple[int, int] | None = None  # width and height of the first
+    size: tuple[int, int] | None = None  # width and height of the one that gives the shape
 
 
 @asynccontextmanager
-async def kept(sources: list[Source], root: Path, fetcher: Fetcher) -> AsyncIterator[Kept]:
+async def kept(sources: list[Source], root: Path, fetcher: Fetcher, shape_from: int = 0) -> AsyncIterator[Kept]:
     """Pictures and mask, read, checked and stored; removed again when the body raises."""
     names = await keep(sources, root, fetcher)
     try:
         paths = [(source.field == MASK, str(root / name)) for source, name in zip(sources, names, strict=True)]
         pictures = [path for is_mask, path in paths if not is_mask]
         mask = next((path for is_mask, path in paths if is_mask), None)
-        size = await anyio.to_thread.run_sync(_check, pictures[0], mask) if pictures else None
+        size = await anyio.to_thread.run_sync(_check, pictures[shape_from], mask) if pictures else None
         sampling = {inputs.PICTURE: pictures or None, inputs.MASK: mask}
         yield Kept(names, {name: value for name, value in sampling.items() if value is not None}, size)
     except BaseException:

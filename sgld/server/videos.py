@@ -81,7 +81,7 @@ async def create(request: web.Request) -> web.Response:
     if service.loaded().kind == "image":
         raise BadRequest(f"model: {service.model_id!r} makes pictures; POST /v1/images/generations", "model")
     pictures.check(sources, service.loaded().max_pictures, service.model_id)
-    async with pictures.kept(sources, service.uploads, service.fetcher) as kept:
+    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().shape_from) as kept:
         asked = {**sampling, **_length(fields, sampling, service), **kept.sampling}
         with as_sent(content.values):
             params, more = service.params(asked, kept.size)

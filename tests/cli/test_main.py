@@ -113,7 +113,9 @@ def test_presets_load_and_are_short(preset: Path, capsys: pytest.CaptureFixture[
 def test_there_is_a_preset_for_every_model_the_readme_names() -> None:
     readme = (PRESETS[0].parents[1] / "README.md").read_text()
     rows = dict(re.findall(r"^\| `([\w./-]+)` \| `configs/([\w.-]+)\.yaml` \|$", readme, re.MULTILINE))
-    assert {yaml.safe_load(path.read_text())["model_path"]: path.stem for path in PRESETS if path.stem != "demo"} == rows
+    assert {
+        yaml.safe_load(path.read_text())["model_path"]: path.stem for path in PRESETS if path.stem != "demo"
+    } == rows
 
 
 def test_the_printed_configuration_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from PIL import Image
 
 from sgld import config, media
 from sgld.cli import flags
@@ -380,3 +381,20 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 )  # fmt: skip
 def test_adapters_that_contradict(words: list[str], line: str) -> None:
     assert refusal(*SEED, *words).startswith(line)
+
+
+def test_the_shape_comes_from_the_picture_that_the_model_says(tmp_path: Path) -> None:
+    for name, size in (("wide.png", (64, 32)), ("tall.png", (32, 64))):
+        Image.new("RGB", size).save(tmp_path / name)
+    words = ["--prompt", "a", "--image-path", str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
+    info = attrs.evolve(INFO, max_pictures=2, starts_from_picture=False)
+    first, last = (outputs_of(plan(*words), attrs.evolve(info, shape_from=i))[0][0].params for i in (0, -1))
+    assert first.width > first.height
+    assert last.width < last.height
+
+
+def test_a_negative_prompt_is_idle_where_the_model_s_guidance_ends() -> None:
+    words = ["--prompt", "a", "--negative-prompt", "b", "--guidance-scale", "0.5"]
+    notes = [outputs_of(plan(*words), attrs.evolve(INFO, unguided=scale))[1] for scale in (1.0, 0.0)]
+    assert notes == [["--negative-prompt: ignored; guidance_scale 0.5 turns it off"], []]
+    assert outputs_of(plan(*words, "--true-cfg-scale", "4"), INFO)[1] == []
