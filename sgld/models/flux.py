@@ -7,7 +7,7 @@ attribute names of the transformer are the keys of the diffusers checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +212,10 @@ class Flux(Native):
         self._t5 = text_encoder(parts, "text_encoder_2", T5EncoderModel, "encoder")
         self._transformer = parts.transformer(
             "transformer",
-            lambda own, cross: FluxTransformer(c, mesh, own),
+            partial(FluxTransformer, c, mesh),
             c.attention_head_dim,
             ("transformer_blocks", "single_transformer_blocks"),
+            crosses=False,
         )
         self.lora = parts.lora({"transformer": self._transformer}, FLUX_ORIGINAL)
         self._vae = Autoencoder(parts, AutoencoderKL, 8)

@@ -186,7 +186,7 @@ class TimeGuidanceEmbed(nn.Module):
 class Flux2Transformer(Denoiser):
     """Velocity of latents x [1, C, h, w] at one time."""
 
-    def __init__(self, c: Flux2Config, mesh: Mesh, backend: Backend, cross: Backend | None = None):
+    def __init__(self, c: Flux2Config, mesh: Mesh, backend: Backend):
         super().__init__()
         self.config, self.mesh = c, mesh
         among = SequenceAttention(mesh, backend)
@@ -280,7 +280,7 @@ class Flux2(Native):
         mesh = parts.share(c.num_attention_heads, guided)
         self._text = PromptEncoder(parts, READERS[name])
         make = partial(Flux2Transformer, c, mesh)
-        self._transformer = parts.transformer("transformer", make, c.attention_head_dim, BLOCKS)
+        self._transformer = parts.transformer("transformer", make, c.attention_head_dim, BLOCKS, crosses=False)
         self.lora = parts.lora({"transformer": self._transformer}, FLUX2_ORIGINAL)
         self._vae = flux2_autoencoder(parts)
         self.together = load.settings.parallel_decode

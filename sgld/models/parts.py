@@ -15,7 +15,7 @@ from sgld.convert import structure
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models.family import Family
-from sgld.nn.attention import CROSS, SELF, Backend, Chooser
+from sgld.nn.attention import CROSS, SELF, Chooser
 from sgld.nn.blocks import Denoiser
 from sgld.nn.lora import LoraLayers
 from sgld.nn.lora_formats import Renames
@@ -121,22 +121,25 @@ class Parts:
     def transformer(
         self,
         name: str,
-        make: Callable[[Backend, Backend], D],
+        make: Callable[..., D],
         head: int,
         layers: Sequence[str] = ("blocks",),
         unused: Iterable[str] = (),
+        crosses: bool = True,
     ) -> D:
-        """The transformer that `make` builds with kernels for its attention to itself, and across.
+        """The transformer that `make` builds with a kernel for its attention to itself and, if it `crosses`, across.
 
         `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`;
         tensors of the file whose names begin with one of `unused` are passed over.
         """
         dtype, ring = self.dtype(name), self.mesh.ring.size > 1
         own = self._chooser.choose(name, SELF, dtype, head, ring)
-        cross = self._chooser.choose(name, CROSS, dtype, head)
+        kernels = [own, self._chooser.choose(name, CROSS, dtype, head)] if crosses else [own]
+        if not crosses:
+            self._chooser.refuse(f"{name}.{CROSS}", "it attends to picture and text as one sequence")
         keeper = self.residency.keeper(name, layers)
         folder, device = self.path(name), self.mesh.device
-        module = load_module(lambda: make(own, cross), folder, dtype, device, unused=unused, offload=keeper)
+        module = load_module(lambda: make(*kernels), folder, dtype, device, unused=unused, offload=keeper)
         module.walk = self.residency.walker(name)
         return self.loaded(module)
 

@@ -121,7 +121,7 @@ def finite(x: Tensor) -> Tensor:
 class QwenImageTransformer(Denoiser):
     """Velocity of latents x [1, C, 1, h, w] at one time."""
 
-    def __init__(self, c: QwenImageConfig, mesh: Mesh, backend: Backend, cross: Backend | None = None):
+    def __init__(self, c: QwenImageConfig, mesh: Mesh, backend: Backend):
         super().__init__()
         self.config, self.mesh = c, mesh
         among = SequenceAttention(mesh, backend)
@@ -299,7 +299,9 @@ class QwenImage(Native):
         parts.torch_only("vae", "its attention has a single head of many channels")
         self._text = PromptEncoder(parts, form)
         make = partial(QwenImageTransformer, c, mesh)
-        self._transformer = parts.transformer("transformer", make, c.attention_head_dim, ("transformer_blocks",))
+        self._transformer = parts.transformer(
+            "transformer", make, c.attention_head_dim, ("transformer_blocks",), crosses=False
+        )
         self.lora = parts.lora({"transformer": self._transformer}, ())
         vae, rows = parts.dtype("vae"), mesh.all if s.parallel_decode else None
         self._vae = Vae(parts.path("vae"), s, vae, mesh.device, keep.keeper("vae"), rows)

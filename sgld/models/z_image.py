@@ -302,9 +302,10 @@ class ZImage(Native):
         self._text = text_encoder(parts, "text_encoder", Qwen3Model, "layers", states_before_last)
         self._transformer = parts.transformer(
             "transformer",
-            lambda own, cross: ZImageTransformer(c, mesh, own),
+            partial(ZImageTransformer, c, mesh),
             c.dim // c.n_heads,
             ("noise_refiner", "layers"),  # the text is refined once for all steps
+            crosses=False,
         )
         self.lora = parts.lora({"transformer": self._transformer}, Z_IMAGE_ORIGINAL)
         levels = len(parts.config("vae").get("block_out_channels", [0]))

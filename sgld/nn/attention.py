@@ -210,6 +210,12 @@ class Chooser:
             path = f"component_attention_backends.{component}"
             raise BadRequest(f"{path}: {name} cannot be used: {why}; use torch_sdpa", path)
 
+    def refuse(self, name: str, why: str) -> None:
+        """Raise `BadRequest` where a backend is chosen for what this model has not."""
+        if name in self.settings.component_attention_backends:
+            path = f"component_attention_backends.{name}"
+            raise BadRequest(f"{path}: this model has no such attention: {why}; leave it out", path)
+
     def choose(self, component: str, role: str, dtype: torch.dtype, head: int, ring: bool = False) -> Backend:
         """The backend for a transformer's attention to itself, or across, with heads of so many channels.
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sgld.media import decode
+from sgld.media import decode, decode_sound
 from tools import tiny
 
 SEEDS = Path(__file__).parent / "seeds"
@@ -105,6 +105,21 @@ def test_qwen_image(run: Run, tmp_path: Path) -> None:
     script = after("cli_newer", "### Generate", "sglang generate", "  --save-output")
     file = made(run(script, qwen_image=SMALL | {"guidance_scale": 4.0, "negative_prompt": " "}), tmp_path)
     assert (file.suffix, decode(file)[0].shape) == (".png", (1, 32, 32, 3))
+
+
+def test_ltx_23_with_another_kernel_for_its_text(run: Run, tmp_path: Path) -> None:
+    """The command says no prompt, and asks for flash attention, which a CPU cannot run."""
+    script = after("cli_newer", "## Component Attention", "sglang generate", "  --component-attention-backends text")
+    prompt, defaults = '--prompt "a red cat"', CLIP | {"num_frames": 9, "guidance_scale": 1.0}
+    refused = run(script, prompt, ltx23=defaults)
+    _, told = refused.communicate(timeout=150)
+    assert refused.returncode == 2
+    assert "attention-backend: fa cannot run here" in told and told.rstrip().endswith("these can: torch_sdpa")
+    file = made(run(script.replace("backend fa", "backend torch_sdpa"), prompt, ltx23=defaults), tmp_path)
+    assert decode(file)[0].shape == (9, 32, 32, 3)
+    sound = decode_sound(file)
+    assert sound is not None
+    assert sound.samples.shape[1] / sound.rate > 0.9  # of 9 frames at 8 a second
 
 
 def test_the_config_of_fast_hunyuan(run: Run, tmp_path: Path) -> None:

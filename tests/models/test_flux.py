@@ -434,6 +434,12 @@ def test_bad_requests(dev: Flux, cat: Path) -> None:
         resolve(REQUEST | {"image_path": [str(cat)] * 2}, dev.info)
 
 
+def test_attention_that_it_has_not(twins: Path) -> None:
+    with pytest.raises(BadRequest, match=r"transformer\.cross: this model has no such attention: .*; leave it out"):
+        load(twins / "flux1-dev", component_attention_backends={"transformer.cross": "torch_sdpa"})
+    load(twins / "flux1-dev", component_attention_backends={"transformer.self": "torch_sdpa"})
+
+
 def notes(family: Flux, **changes: Any) -> list[str]:
     with torch.inference_mode():
         return family.encode(resolve(REQUEST | changes, family.info)[0], [])[1]
