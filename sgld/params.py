@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from sgld.convert import knob, refuse_unbuilt, structure
+from sgld.convert import default_of, fields_of, knob, refuse_unbuilt, structure
 from sgld.errors import BadRequest, NotBuilt, TooLarge
 
 PROMPT, SIZE, SAMPLING, OUTPUT = "prompt", "size", "sampling", "output"
@@ -375,7 +375,7 @@ def resolve(
     own = {name: value for name, value in given.items() if value is not None}
     asked = {**(base or {}), **own}
     for name, reason in info.unsupported.items():
-        if name in asked:
+        if name in asked and asked[name] != default_of(fields_of(SamplingParams)[name]):
             raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
     params = structure({**info.defaults, **asked}, SamplingParams)
     refuse_unbuilt(params)

@@ -255,3 +255,11 @@ def test_a_size_that_is_given_stands() -> None:
     own_size = attrs.evolve(TAKES, takes_picture_size=False)
     params, notes = resolve({"image_path": ["a.png"]}, own_size, picture=(100, 100))
     assert (params.width, params.height, notes) == (832, 480, []), "a model for which a picture's shape means nothing"
+
+
+def test_a_field_without_a_use_may_have_its_default() -> None:
+    """As in a file's metadata, from which the file can be made again."""
+    info = attrs.evolve(INFO, unsupported={"cfg_normalization": "it has none"})
+    assert resolve({"cfg_normalization": 0.0}, info)[0].cfg_normalization == 0.0
+    with pytest.raises(NotBuilt, match="cfg_normalization: this model cannot use it: it has none"):
+        resolve({"cfg_normalization": 0.5}, info)
