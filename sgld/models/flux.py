@@ -150,7 +150,6 @@ KONTEXT_SIZES = [  # widths and heights of the pictures that it was trained to s
     (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
     (1568, 672),
 ]  # fmt: skip
-ONE_EXPERT = "this model has a single transformer"
 NO_EMBEDDING = "this checkpoint was trained without guidance; true_cfg_scale guides it all the same"
 
 FLUX_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors', and to XLabs'
@@ -289,9 +288,7 @@ class Flux(Native):
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        steps = params.num_inference_steps
-        mu = shift_of(x.shape[-2] * x.shape[-1] // 4, self.scheduler)
-        return Schedule(params.flow_shift, mu, np.linspace(1, 1 / steps, steps).tolist())
+        return self.shifted_by_length(params, x.shape[-2] * x.shape[-1] // 4)
 
     def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
         self.parts.residency.need("transformer")
@@ -309,22 +306,16 @@ class Flux(Native):
 
     def _describe(self) -> ModelInfo:
         known = KONTEXT if self._edits else DEV if self._config.guidance_embeds else SCHNELL
-        lacks = NO_NORMALIZATION | dict.fromkeys(("guidance_scale_2", "boundary_ratio"), ONE_EXPERT)
-        if not self._config.guidance_embeds:
-            lacks |= {"guidance_scale": NO_EMBEDDING}
+        lacks = NO_NORMALIZATION | ({} if self._config.guidance_embeds else {"guidance_scale": NO_EMBEDDING})
         takes_pictures = self.parts.settings.vae_config.load_encoder
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="image",
             defaults=self.parts.defaults(known),
             size_multiple=self._side,
             frame_multiple=1,
-            components=self.parts.names,
             max_pictures=int(takes_pictures),
             starts_from_picture=not self._edits,
             unsupported=lacks,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
             tasks=TASKS if takes_pictures else TASKS[:1],
             max_tokens=MAX_TOKENS,
             memory=self._memory(),
@@ -332,16 +323,16 @@ class Flux(Native):
 
     def _memory(self) -> Memory:
         """As `Parts.token_bytes` measured it; the text, and what Kontext sees, are tokens too."""
-        c, dtype, tile = self._config, self._transformer.dtype, self._vae.tiling
+        c, dtype = self._config, self._transformer.dtype
         token = self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels
         beside = MAX_TOKENS + self._edits * max(w * h for w, h in KONTEXT_SIZES) // self._side**2
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25 + beside * token,
             text_pair=4 * self._t5.config.num_heads * self._t5.dtype.itemsize,
             token=token,
             pixel=27,
             chunk_pixel=self._vae.pixel_bytes,
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
 
@@ -349,14 +340,6 @@ def tokens(tokenizer: Any, prompt: str, length: int) -> tuple[Tensor, int]:
     """The prompt's tokens [1, length], cut or padded, and how many it has."""
     ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     return ids, len(tokenizer(prompt).input_ids)
-
-
-def shift_of(length: int, scheduler: dict[str, Any]) -> float:
-    """mu, which grows linearly with the number of tokens, by the numbers of a scheduler_config.json."""
-    short, long = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    mu: float = low + (high - low) * (length - short) / (long - short)
-    return mu
 
 
 def flux_config(file: Path) -> FluxConfig:

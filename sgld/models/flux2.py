@@ -257,7 +257,6 @@ TEXT_TOKENS = 512
 MAX_PICTURES = 10
 REFERENCE_PIXELS, REFERENCE_SIDE, REFERENCE_ASPECT = 1024**2, 64, 8
 REFERENCE_TIME = 10  # between one picture and the next
-ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer for all of the noise")
 
 BASE = {
     "negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "width": 1024, "height": 1024, "num_inference_steps": 50,
@@ -364,37 +363,33 @@ class Flux2(Native):
 
     def _describe(self) -> ModelInfo:
         takes_pictures = self.parts.settings.vae_config.load_encoder
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="image",
             defaults=self._defaults,
             size_multiple=self._vae.multiple,
             frame_multiple=1,
-            components=self.parts.names,
-            unsupported=ONE_TRANSFORMER | NO_NORMALIZATION | ({} if self._config.guidance_embeds else NO_TRUE_CFG),
+            unsupported=NO_NORMALIZATION | ({} if self._config.guidance_embeds else NO_TRUE_CFG),
             tasks=("text-to-image", "image-to-image")[: 1 + takes_pictures],
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
             max_pictures=MAX_PICTURES * takes_pictures,
             starts_from_picture=False,
             enlarges_picture=False,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
         )
 
     def _memory(self) -> Memory:
         """The text is always padded to its full length, and is hidden states of all layers while it is read."""
-        c, dtype, tile = self._config, self._transformer.dtype, self._vae.tiling
+        c, dtype = self._config, self._transformer.dtype
         token = self.parts.token_bytes(c.dim, 2 * c.hidden, dtype) + 48 * c.in_channels
         text = TEXT_TOKENS * (self._text.reader.layers[-1] + 20) * self._text.model.config.hidden_size
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25 + TEXT_TOKENS * token + text * self._text.model.dtype.itemsize,
             token=token,
             picture=REFERENCE_PIXELS // self._vae.multiple**2 * token,
             pixel=27,
             picture_pixels=REFERENCE_PIXELS,
             chunk_pixel=self._vae.pixel_bytes,
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
 

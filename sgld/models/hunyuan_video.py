@@ -359,7 +359,7 @@ class HunyuanVideo(Native):
         self.scheduler = parts.scheduler
         self._config = c = hunyuan_config(parts.path("transformer") / "config.json")
         self._defaults = parts.defaults(FAST if "fasthunyuan" in load.settings.model_path.lower() else HUNYUAN)
-        mesh = parts.share(c.num_attention_heads, true_cfg(self._defaults.get("true_cfg_scale")) > 1)
+        mesh = parts.share(c.num_attention_heads, (self._defaults.get("true_cfg_scale") or 1) > 1)
         self._prompts = Prompts.load(parts)
         make = partial(HunyuanVideoTransformer, c, mesh)
         self._transformer = parts.transformer("transformer", make, c.attention_head_dim, LAYERS)
@@ -385,7 +385,7 @@ class HunyuanVideo(Native):
             )
 
     def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
-        guided = true_cfg(params.true_cfg_scale) > 1
+        guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = [] if guided else self.unguided()
         if params.negative_prompt and not guided:
@@ -420,7 +420,7 @@ class HunyuanVideo(Native):
         return y
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
-        return true_cfg(params.true_cfg_scale)
+        return params.true_cfg_scale or 1.0
 
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self.decode(x0[:, :, :1], pulse)  # the first latent frame stands for the first frame alone
@@ -437,20 +437,16 @@ class HunyuanVideo(Native):
 
     def _describe(self) -> ModelInfo:
         c, pictures = self._config, int(self.parts.settings.vae_config.load_encoder)
-        lacks = NO_NORMALIZATION | dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer")
+        lacks = dict(NO_NORMALIZATION)
         if not c.guidance_embeds:
             lacks["guidance_scale"] = "this checkpoint has no embedded guidance; use true_cfg_scale"
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,
             frame_multiple=self._vae.temporal * c.patch_size_t,
-            components=self.parts.names,
             max_pictures=pictures,
             unsupported=lacks,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
             tasks=TASKS[: 2 + 2 * pictures],
             memory=self._memory(),
         )
@@ -459,19 +455,14 @@ class HunyuanVideo(Native):
         c, tile, dtype = self._config, self._vae.tiling, self._transformer.dtype
         llama, hidden = self._prompts.llama.config, int(c.mlp_ratio * c.dim)
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25,
             text_pair=2 * llama.num_attention_heads * self._prompts.llama.dtype.itemsize,
             token=self.parts.token_bytes(c.dim, hidden, dtype) + 48 * c.in_channels * math.prod(c.patch),
             pixel=27,
             chunk_pixel=16 * self._vae.config["block_out_channels"][0] * self._vae.dtype.itemsize,
             chunk_pixels=CHUNK_FRAMES * (tile.height * tile.width if tile else 1280 * 720),
-            tile_pixels=tile.height * tile.width if tile else None,
         )
-
-
-def true_cfg(scale: float | None) -> float:
-    """The scale of classifier-free guidance; 1 is without it."""
-    return 1.0 if scale is None else scale
 
 
 def hunyuan_config(file: Path) -> HunyuanVideoConfig:

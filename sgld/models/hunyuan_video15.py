@@ -343,25 +343,21 @@ class HunyuanVideo15(Native):
 
     def _describe(self) -> ModelInfo:
         c = self._config
-        one = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer")
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,
             frame_multiple=self._vae.temporal * c.patch_size_t,
-            components=self.parts.names,
-            unsupported=NO_TRUE_CFG | NO_NORMALIZATION | one,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
+            unsupported=NO_TRUE_CFG | NO_NORMALIZATION,
             tasks=("text-to-video", "text-to-image"),
             memory=self._memory(),
         )
 
     def _memory(self) -> Memory:
-        c, tile, dtype = self._config, self._vae.tiling, self._transformer.dtype
+        c, dtype = self._config, self._transformer.dtype
         qwen = self._prompts.qwen
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25,
             text_pair=2 * qwen.config.num_attention_heads * qwen.dtype.itemsize,
             token=self.parts.token_bytes(c.dim, int(c.mlp_ratio * c.dim), dtype)
@@ -369,7 +365,6 @@ class HunyuanVideo15(Native):
             pixel=48,
             chunk_pixel=16 * self._vae.config["block_out_channels"][0] * self._vae.dtype.itemsize,
             chunk_pixels=2**40,  # all frames of a tile
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
 

@@ -20,7 +20,7 @@ from sgld.models.borrowed import Autoencoder, text_encoder
 from sgld.models.family import Conditioning, Schedule, Sound
 from sgld.models.ltx2_sound import SoundDecoder
 from sgld.models.ltx2_transformer import LTX2Transformer, Place, Told, ltx2_config
-from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
+from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Length, Native, Parts
 from sgld.models.text import load_tokenizer
 from sgld.nn.lora_formats import Renames
 from sgld.nn.parallel import Mesh
@@ -39,6 +39,7 @@ BASE = {
     "negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "width": 768, "height": 512, "num_frames": 121,
     "fps": 24,
 }  # fmt: skip
+LENGTH = Length(1024, 4096, 0.95, 2.05)
 LTX2_DEFAULTS = BASE | {"num_inference_steps": 40, "guidance_scale": 4.0}
 LTX23_DEFAULTS = BASE | {"num_inference_steps": 30, "guidance_scale": 3.0}
 
@@ -287,11 +288,7 @@ class LTX2(Native):
         return torch.cat([video.flatten(2).mT.flatten(1), audio.transpose(1, 2).flatten(1)], 1).to(self.mesh.device)
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        n, s = params.num_inference_steps, self.scheduler
-        short, long = s.get("base_image_seq_len", 1024), s.get("max_image_seq_len", 4096)
-        least, most = s.get("base_shift", 0.95), s.get("max_shift", 2.05)
-        mu = least + (most - least) * (self._layout_of(params).tokens - short) / (long - short)
-        return Schedule(params.flow_shift, mu, [1 - i / n for i in range(n)])
+        return self.shifted_by_length(params, self._layout_of(params).tokens, LENGTH)
 
     def velocities(self, x: Tensor, t: Tensor, condition: LTX2Conditioning) -> tuple[Tensor, Tensor | None]:
         """The guided one. Where two ranks share guidance, each has half of the branches."""
@@ -341,39 +338,34 @@ class LTX2(Native):
 
     def _describe(self) -> ModelInfo:
         pictures = self.parts.settings.vae_config.load_encoder
-        lacks = NO_TRUE_CFG | NO_NORMALIZATION
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial,
             frame_multiple=self._vae.temporal,
-            components=self.parts.names,
-            unsupported=lacks | dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer"),
+            unsupported=NO_TRUE_CFG | NO_NORMALIZATION,
             tasks=TASKS + (PICTURE_TASKS if pictures else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
             max_pictures=int(pictures),
             starts_from_picture=False,
             audio=True,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
         )
 
     def _memory(self) -> Memory:
         """Measured on a CPU: 48 copies of the decoder's last features; the text's states of all layers three times."""
         vae = self._vae.module.config
-        c, text, tile, dtype = self._config, self._text.config, self._vae.tiling, self._transformer.dtype
+        c, text, dtype = self._config, self._text.config, self._transformer.dtype
         states = text.hidden_size * (text.num_hidden_layers + 1)
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25 + 3 * TEXT_TOKENS * states * self._connectors.dtype.itemsize,
             text_pair=4 * text.num_attention_heads * self._text.dtype.itemsize,
             token=self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels,
-            pixel=90 if tile else 27,  # tiles are held twice while they are joined
+            pixel=90 if self._vae.tiling else 27,  # tiles are held twice while they are joined
             chunk_pixel=int(48 * vae.decoder_block_out_channels[0] / vae.upsample_factor[0] / vae.patch_size**2)
             * self._vae.dtype.itemsize,
             chunk_pixels=2**40,  # all frames at once
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ from sgld.config import TRANSFORMERS
 from sgld.convert import structure
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.family import Family
+from sgld.models.family import Family, Schedule
+from sgld.models.vae import Tiling
 from sgld.nn.attention import CROSS, SELF, Chooser
 from sgld.nn.blocks import Denoiser
 from sgld.nn.lora import LoraLayers
@@ -22,11 +24,12 @@ from sgld.nn.lora_formats import Renames
 from sgld.nn.parallel import Degrees, Mesh
 from sgld.nn.residency import Residency
 from sgld.nn.weights import load_module, read_json
-from sgld.params import Memory, SamplingParams
+from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
 D = TypeVar("D", bound=Denoiser)
 M = TypeVar("M", bound=nn.Module)
+ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
 NO_NORMALIZATION = {"cfg_normalization": "it is of another family's guidance"}
 LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
@@ -180,7 +183,7 @@ class Parts:
             raise ModelError(f"{file}: {error.message}") from None
         return given
 
-    def memory(self, **estimate: int | None) -> Memory:
+    def memory(self, tiling: Tiling | None, **estimate: int) -> Memory:
         """The estimate of what an output takes, with what there is, and the offloaded weights that come for it."""
         copies = self.mesh.local_world if self.platform.ranks_share_memory else 1
         coming = self.residency.held_bytes
@@ -189,7 +192,8 @@ class Parts:
             text_weights=copies * max((coming(name) for name in self.encoders), default=0),
             denoiser_weights=copies * max(coming(name) for name in TRANSFORMERS),
             decoder_weights=copies * coming("vae"),
-            **estimate,  # type: ignore[arg-type]
+            tile_pixels=None if tiling is None else tiling.height * tiling.width,
+            **estimate,
         )
 
     def token_bytes(self, width: int, hidden: int, dtype: torch.dtype) -> int:
@@ -202,6 +206,16 @@ class Parts:
         if self.platform.ranks_share_memory:
             return block * self.mesh.cfg.size
         return block // self.mesh.tokens.size
+
+
+@attrs.frozen
+class Length:
+    """How the time shift grows from a short sequence to a long one, as in scheduler_config.json."""
+
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
 
 
 class Native(Family):
@@ -230,6 +244,30 @@ class Native(Family):
             positive, negative = self.mesh.cfg.gather(self.predict(x, t, own), 0).chunk(2)
             return positive, negative
         return self.predict(x, t, condition.positive), self.predict(x, t, condition.negative)
+
+    def describe(self, unsupported: Mapping[str, str], **own: Any) -> ModelInfo:
+        """What every family says alike, and what this one says of itself."""
+        parts = self.parts
+        lacks = {} if "transformer_2" in parts.names else ONE_TRANSFORMER
+        return ModelInfo(
+            name=parts.index["_class_name"],
+            components=parts.names,
+            unsupported={**lacks, **unsupported},
+            lora_targets=tuple(self.lora),
+            degrees=attrs.asdict(parts.degrees),
+            **own,
+        )
+
+    def shifted_by_length(self, params: SamplingParams, tokens: int, known: Length = Length()) -> Schedule:
+        """Levels evenly from 1 to 1/steps, shifted by mu, which grows linearly with the number of tokens.
+
+        By the numbers of scheduler_config.json, else by those that are `known`.
+        """
+        steps, c = params.num_inference_steps, attrs.asdict(known)
+        c |= {name: self.scheduler[name] for name in c if name in self.scheduler}
+        slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
+        mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
+        return Schedule(params.flow_shift, mu, [1 - i / steps for i in range(steps)])
 
     def unguided(self) -> list[str]:
         """The warning for an output without guidance whose branches have ranks of their own."""

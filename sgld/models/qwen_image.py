@@ -376,11 +376,7 @@ class QwenImage(Native):
         return self._encoder.encode(frames, pulse)
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        s, steps, tokens = self.scheduler, params.num_inference_steps, x[0, 0].numel() // PATCH**2
-        base, most = s.get("base_image_seq_len", 256), s.get("max_image_seq_len", 4096)
-        low, high = s.get("base_shift", 0.5), s.get("max_shift", 1.15)
-        mu = low + (high - low) * (tokens - base) / (most - base)
-        return Schedule(params.flow_shift, mu, np.linspace(1, 1 / steps, steps).tolist())
+        return self.shifted_by_length(params, x[0, 0].numel() // PATCH**2)
 
     def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
         self.parts.residency.need("transformer")
@@ -407,22 +403,17 @@ class QwenImage(Native):
     def _describe(self) -> ModelInfo:
         form = self._form
         edits = "image-to-image" if self._takes_pictures else None
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="image",
             defaults=self._defaults,
             size_multiple=PATCH * self._vae.spatial,
             frame_multiple=1,
-            components=self.parts.names,
             max_pictures=form.most or int(self._takes_pictures),
             min_pictures=int(form.most > 0),
             starts_from_picture=form.most == 0,
             shape_from=-1,
             picture_multiple=PICTURE_MULTIPLE if form.most else None,
-            unsupported=dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has a single transformer")
-            | NO_NORMALIZATION,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
+            unsupported=NO_NORMALIZATION,
             tasks=tuple(filter(None, (None if form.most else "text-to-image", edits))),
             max_tokens=MAX_TOKENS,
             memory=self._memory(),
@@ -430,18 +421,18 @@ class QwenImage(Native):
 
     def _memory(self) -> Memory:
         """As Wan's. The base holds the tokens of the text, and of as many input pictures as the model was made for."""
-        c, tile, dtype = self._config, self._vae.tiling, self._transformer.dtype
+        c, dtype = self._config, self._transformer.dtype
         text = self._text.module.config.text_config
         token = self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels
         pictures = min(self._form.most, MADE_FOR) * PICTURE_AREA // (PATCH * self._vae.spatial) ** 2
         word = (3 * text.intermediate_size + 8 * text.hidden_size) * self._text.module.dtype.itemsize
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25 + pictures * token + max(MAX_TOKENS * token, (MAX_TOKENS + pictures) * word),
             token=token,
             pixel=27,
             chunk_pixel=self._vae.chunk_pixel_bytes,
             chunk_pixels=CHUNK_PIXELS,
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
     def _read_defaults(self, load: Load) -> dict[str, Any]:

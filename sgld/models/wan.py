@@ -523,25 +523,17 @@ class Wan(Native):
 
     def _describe(self) -> ModelInfo:
         pt, ph, pw = self._config.patch_size
-        lacks = NO_TRUE_CFG | NO_NORMALIZATION
-        if self._experts.low is None:
-            reason = "this checkpoint has no second expert (transformer_2)"
-            lacks |= dict.fromkeys(("guidance_scale_2", "boundary_ratio"), reason)
         least, most = self._pictures()
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * math.lcm(ph, pw),
             frame_multiple=self._vae.temporal * pt,
-            components=self.parts.names,
             max_pictures=most,
             min_pictures=least,
             starts_from_picture=not self._looks,
             fixed_steps=None if self._steps is None else len(self._steps),
-            unsupported=lacks,
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
+            unsupported=NO_TRUE_CFG | NO_NORMALIZATION,
             tasks=(() if least else TEXT_TASKS) + (PICTURE_TASKS[: 1 if self._looks else 2] if most else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
@@ -559,9 +551,10 @@ class Wan(Native):
 
         Times of their own take two vectors for each token.
         """
-        c, tile, dtype = self._config, self._vae.tiling, self._experts.high.dtype
+        c, dtype = self._config, self._experts.high.dtype
         text = self._text.encoder
         return self.parts.memory(
+            self._vae.tiling,
             base=2**25 + 4 * c.num_layers * TEXT_TOKENS * c.dim * dtype.itemsize,
             text_pair=4 * text.heads * text.shared.weight.element_size(),
             token=self.parts.token_bytes(c.dim, c.ffn_dim, dtype)
@@ -571,7 +564,6 @@ class Wan(Native):
             pixel=27,
             chunk_pixel=self._vae.chunk_pixel_bytes,
             chunk_pixels=CHUNK_PIXELS,
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
     def _read_defaults(self) -> dict[str, Any]:

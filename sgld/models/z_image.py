@@ -375,11 +375,7 @@ class ZImage(Native):
         return ((z.float() - self._shift) * self._scale)[:, :, None]
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        n, s = params.num_inference_steps, self.scheduler
-        short, long = s.get("base_image_seq_len", 256), s.get("max_image_seq_len", 4096)
-        least, most = s.get("base_shift", 0.5), s.get("max_shift", 1.15)
-        mu = least + (most - least) * (self._tokens(params) - short) / (long - short)
-        return Schedule(params.flow_shift, mu, [1 - i / n for i in range(n)])
+        return self.shifted_by_length(params, self._tokens(params))
 
     def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
         self.parts.residency.need("transformer")
@@ -407,18 +403,14 @@ class ZImage(Native):
         return (params.height // side) * (params.width // side)
 
     def _describe(self) -> ModelInfo:
-        return ModelInfo(
-            name=self.parts.index["_class_name"],
+        return self.describe(
             kind="image",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * self._config.patch,
             frame_multiple=1,
-            components=self.parts.names,
             unguided=0.0,
             max_pictures=int(self._takes_pictures),
-            unsupported=NO_TRUE_CFG | dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has one transformer"),
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(self.parts.degrees),
+            unsupported=NO_TRUE_CFG,
             tasks=("text-to-image", *(["image-to-image"] if self._takes_pictures else [])),
             max_tokens=self._config.max_text,
             memory=self._memory(),
@@ -426,15 +418,15 @@ class ZImage(Native):
 
     def _memory(self) -> Memory:
         """12 copies of the latents; 6 numbers a pixel while the picture is made, and its 3 bytes."""
-        c, tile = self._config, self._vae.tiling
+        c = self._config
         block = self.parts.token_bytes(c.dim, c.hidden, self._transformer.dtype)
         return self.parts.memory(
+            self._vae.tiling,
             base=2**26 + TEXT_TOKENS * block,
             text_pair=4 * self._text.config.num_attention_heads * self._text.dtype.itemsize,
             token=block + 48 * c.in_channels * c.patch**2,
             pixel=27,
             chunk_pixel=self._vae.pixel_bytes,
-            tile_pixels=tile.height * tile.width if tile else None,
         )
 
 

@@ -65,20 +65,15 @@ class FlowMatchEuler(Solver):
         "num_train_timesteps", "shift", "use_dynamic_shifting", "shift_terminal", "time_shift_type",
         "stochastic_sampling",
     )  # fmt: skip
-    moot = (
-        "base_shift",
-        "max_shift",
-        "base_image_seq_len",
-        "max_image_seq_len",
-    )  # a family's own `Schedule` reads them
+    moot = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # a family's `Schedule` reads them
 
     def __init__(
         self,
         config: Config,
         steps: int,
-        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
-        first: int = 0,
-        generator: torch.Generator | None = None,
+        schedule: Schedule,
+        first: int,
+        generator: torch.Generator | None,
     ):
         train = config.get("num_train_timesteps", 1000)
         sigmas = self._levels(config, steps, schedule, train)
@@ -149,9 +144,9 @@ class UniPC(Solver):
         self,
         config: Config,
         steps: int,
-        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
-        first: int = 0,
-        generator: torch.Generator | None = None,
+        schedule: Schedule,
+        first: int,
+        generator: torch.Generator | None,
     ):
         assert schedule.sigmas is None and schedule.mu is None, "families with their own levels use FlowMatchEuler"
         train = config.get("num_train_timesteps", 1000)

@@ -22,7 +22,7 @@ from sgld.params import resolve
 from sgld.platform import Cpu
 from sgld.worker.hook import Hook
 from sgld.worker.sampler import sample
-from tests.nn.ranks import on_ranks
+from tests.nn.ranks import in_fresh_process, on_ranks
 
 Request = Mapping[str, Any]
 
@@ -60,6 +60,24 @@ def picture_of_ranks(world: int, store: Path, folder: Path, request: Request, **
     (frames, _), *others = on_ranks(world, store, _on_rank, folder, request, settings)
     assert all(part.size == 0 for part, _ in others)
     return torch.from_numpy(frames)
+
+
+def _memory(mesh: Mesh, folder: Path, warm: Request, request: Request) -> tuple[int, int]:
+    family = load(folder, mesh)
+    picture(family, warm, mesh)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = Cpu().peak_memory()
+    picture(family, request, mesh)
+    params, _ = resolve(request, family.info)
+    return max(family.info.memory_needs(params).values()), Cpu().peak_memory() - before
+
+
+def estimate_is_near_the_peak(
+    store: Path, folder: Path, warm: Request, request: Request, below: float = 1.3, slack: int = 2**25
+) -> None:
+    """Bytes that a request takes above the loaded and warm model: as estimated, and as a fresh process takes them."""
+    estimate, peak = in_fresh_process(store, _memory, folder, warm, request)
+    assert peak / below < estimate < 3 * peak + slack, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
 
 
 def levels(picture: npt.NDArray[Any]) -> Tensor:

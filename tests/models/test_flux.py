@@ -25,7 +25,7 @@ from sgld.nn.weights import read_json
 from sgld.params import resolve
 from sgld.worker.hook import Hook
 from sgld.worker.sampler import sample
-from tests.models.parity import apart, levels, load, picture, same_state, wear, write_lora
+from tests.models.parity import apart, estimate_is_near_the_peak, levels, load, picture, same_state, wear, write_lora
 from tests.nn.ranks import on_ranks
 from tools.twins.flux import MAKERS
 
@@ -481,27 +481,9 @@ def test_previews(dev: Flux) -> None:
     assert torch.equal(made, picture(dev, REQUEST | GUIDED | {"num_inference_steps": 4}))
 
 
-def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
-    """Bytes above the loaded and warm model, estimated and measured."""
-
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-    family = load(folder, mesh)
-    picture(family, REQUEST | {"num_inference_steps": 1}, mesh)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = status("VmRSS")
-    request = REQUEST | size | {"num_inference_steps": 1}
-    picture(family, request, mesh)
-    params, _ = resolve(request, family.info)
-    return max(family.info.memory_needs(params).values()), status("VmHWM") - before
-
-
 def test_the_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
-    size = {"height": 768, "width": 768}
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twins / "flux1-dev", size)
-    assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+    once = REQUEST | {"num_inference_steps": 1}
+    estimate_is_near_the_peak(tmp_path / "store", twins / "flux1-dev", once, once | {"height": 768, "width": 768})
 
 
 # -------------------------------------------------------------------------------------------------- other models

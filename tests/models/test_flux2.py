@@ -30,7 +30,18 @@ from sgld.params import resolve
 from sgld.platform import Cpu
 from sgld.worker.hook import Hook
 from sgld.worker.sampler import sample
-from tests.models.parity import apart, levels, load, make, picture, picture_of_ranks, same_state, wear, write_lora
+from tests.models.parity import (
+    apart,
+    estimate_is_near_the_peak,
+    levels,
+    load,
+    make,
+    picture,
+    picture_of_ranks,
+    same_state,
+    wear,
+    write_lora,
+)
 from tests.nn.ranks import on_ranks
 from tools.twins.flux2 import MAKERS, VAE
 
@@ -302,29 +313,12 @@ def test_only_the_layers_that_are_needed_are_kept(twins: Path) -> None:
         assert not any(part in key for key, _ in model.named_parameters() for part in ("vision", "lm_head"))
 
 
-def _status(name: str) -> int:
-    """Bytes, by a name of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _peak(mesh: Mesh, folder: Path, request: dict[str, Any]) -> tuple[int, int]:
-    """Bytes above the loaded and warm model, estimated and measured."""
-    family = load(folder, mesh)
-    picture(family, REQUEST | {"num_inference_steps": 1})
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    picture(family, request)
-    params, _ = resolve(request, family.info)
-    return max(family.info.memory_needs(params).values()), _status("VmHWM") - before
-
-
 def test_the_memory_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
     photo = str(tmp_path / "photo.png")
     Image.new("RGB", (1024, 1024), "green").save(photo)  # encoding it takes the most
-    request = REQUEST | {"num_inference_steps": 1, "height": 64, "width": 64, "image_path": [photo]}
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twins / KLEIN, request)
-    assert peak / 1.4 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+    once = REQUEST | {"num_inference_steps": 1}
+    request = once | {"height": 64, "width": 64, "image_path": [photo]}
+    estimate_is_near_the_peak(tmp_path / "store", twins / KLEIN, once, request, below=1.4)
 
 
 # ----------------------------------------------------------------------------------------------------- LoRA

@@ -24,7 +24,7 @@ from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
 from sgld.worker.hook import Hook
 from sgld.worker.sampler import sample
-from tests.models.parity import apart, levels, load, picture, same_state, wear, write_lora
+from tests.models.parity import apart, estimate_is_near_the_peak, levels, load, picture, same_state, wear, write_lora
 from tests.nn.ranks import on_ranks
 from tools.twins import hunyuan_video15 as twins
 
@@ -352,22 +352,6 @@ def test_a_missing_component_is_named(copy: Path, part: str) -> None:
         load(copy)
 
 
-def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
-    """Bytes above the loaded and warm model, estimated and measured."""
-
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-    family = load(folder, mesh)
-    picture(family, REQUEST | {"num_inference_steps": 1}, mesh)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = status("VmRSS")
-    request = REQUEST | size
-    picture(family, request | {"num_inference_steps": 1}, mesh)
-    return max(family.info.memory_needs(resolve(request, family.info)[0]).values()), status("VmHWM") - before
-
-
 def test_the_memory_estimate_is_near_the_measured_peak(twin: Path, tmp_path: Path) -> None:
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twin, {"height": 256, "width": 256, "num_frames": 17})
-    assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+    once = REQUEST | {"num_inference_steps": 1}
+    estimate_is_near_the_peak(tmp_path / "store", twin, once, once | {"height": 256, "width": 256, "num_frames": 17})

@@ -11,36 +11,20 @@ from sgld.errors import TooLarge
 from sgld.nn.parallel import Axis, Mesh
 from sgld.params import resolve
 from sgld.platform import Cpu, available_memory, room_in_groups
-from tests.models.conftest import generate, load
-from tests.nn.ranks import on_ranks
+from tests.models.conftest import REQUEST, load
+from tests.models.parity import estimate_is_near_the_peak
 
 DEMO = Path(sgld.__file__).parent / "demo"
 SIZES = ({"height": 96, "width": 96, "num_frames": 17}, {"height": 192, "width": 192, "num_frames": 17})
-
-
-def _status(name: str) -> int:
-    """Bytes, by a name of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
-    """Bytes above the loaded and warm model, estimated and measured."""
-    family = load(folder, mesh)
-    generate(family, mesh, height=48, width=48, num_frames=1, num_inference_steps=1)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    generate(family, mesh, **size, num_inference_steps=1)
-    params, _ = resolve(size, family.info)
-    return max(family.info.memory_needs(params).values()), _status("VmHWM") - before
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("model", ["demo", "wan21"])
 def test_the_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path, model: str, size: dict[str, Any]) -> None:
     folder = DEMO if model == "demo" else twins / model
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, folder, size)
-    assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+    once = REQUEST | {"num_inference_steps": 1}
+    warm = once | {"height": 48, "width": 48, "num_frames": 1}
+    estimate_is_near_the_peak(tmp_path / "store", folder, warm, once | size)
 
 
 def test_what_cannot_fit_is_refused_before_it_runs() -> None:

@@ -18,7 +18,7 @@ from sgld.nn.parallel import Mesh
 from sgld.params import resolve
 from tests.adapters import write_adapter
 from tests.models.conftest import REQUEST, generate, levels_apart, load
-from tests.nn.ranks import on_ranks
+from tests.nn.ranks import in_fresh_process, on_ranks
 from tools import tiny
 
 WHOLE: dict[str, Any] = {"text_encoder_cpu_offload": True, "dit_cpu_offload": True, "vae_cpu_offload": True}
@@ -157,7 +157,7 @@ def test_peak_memory_falls(large: Path, twins: Path, tmp_path: Path) -> None:
 
     def peak(**settings: Any) -> int:
         store = tmp_path / str(len(list(tmp_path.iterdir())))
-        [(measured, foreseen)] = on_ranks(1, store, _peak, large, twins / "wan21", settings)
+        measured, foreseen = in_fresh_process(store, _peak, large, twins / "wan21", settings)
         print(f"\n{settings}: {measured} MiB; foreseen beside what stays: {foreseen}")
         return int(measured)
 

@@ -26,7 +26,18 @@ from sgld.nn.weights import Uninitialized, read_json
 from sgld.params import resolve
 from sgld.worker.hook import Hook
 from sgld.worker.sampler import sample
-from tests.models.parity import apart, levels, load, make, picture, picture_of_ranks, same_state, wear, write_lora
+from tests.models.parity import (
+    apart,
+    estimate_is_near_the_peak,
+    levels,
+    load,
+    make,
+    picture,
+    picture_of_ranks,
+    same_state,
+    wear,
+    write_lora,
+)
 from tests.nn.ranks import on_ranks
 from tools.twins.z_image import MAKERS
 
@@ -198,27 +209,9 @@ def test_precision(twins: Path) -> None:
     assert 0 < apart(picture(family, REQUEST), picture(load(twins / "z-image"), REQUEST)) < 128
 
 
-def _status(name: str) -> int:
-    """Bytes, by a name of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _peak(mesh: Mesh, folder: Path, size: dict[str, Any]) -> tuple[int, int]:
-    """Bytes above the loaded and warm model, estimated and measured."""
-    family = load(folder, mesh)
-    picture(family, REQUEST | {"num_inference_steps": 1})
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    request = REQUEST | {"num_inference_steps": 1} | size
-    picture(family, request)
-    params, _ = resolve(request, family.info)
-    return max(family.info.memory_needs(params).values()), _status("VmHWM") - before
-
-
 def test_the_memory_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
-    [(estimate, peak)] = on_ranks(1, tmp_path / "store", _peak, twins / "z-image", {"height": 768, "width": 768})
-    assert peak / 1.3 < estimate < 3 * peak + 2**25, f"estimated {estimate >> 20} MiB, measured {peak >> 20} MiB"
+    once = REQUEST | {"num_inference_steps": 1}
+    estimate_is_near_the_peak(tmp_path / "store", twins / "z-image", once, once | {"height": 768, "width": 768})
 
 
 def test_the_published_size_is_estimated_linearly(twins: Path) -> None:

@@ -352,13 +352,15 @@ async def test_an_output_that_cannot_be_saved_ends_its_job(start: Start) -> None
     """The second is broken off, and the journal hears of the end as soon as it can."""
     client = await start()
     store = client.app[SERVICE].jobs
+    assert store._ledger._journal is not None
     video = await client.until(await client.create({"step_s": 0.3}, n=3), "in_progress")
+    while (await store._ledger._journal.all("job"))[0]["status"] == "queued":
+        await asyncio.sleep(0.01)  # a client may see it before the journal has written it down
     with full_disk(1):
         video = await client.until(video, "completed", "failed")
     assert (video["status"], video["error"]["code"]) == ("failed", "output_error")
     async with client.session.get(f"{client.url}/metrics") as answer:
         assert 'sgld_stage_seconds_count{stage="denoise"} 1.0' in await answer.text()
-    assert store._ledger._journal is not None
     assert [record["status"] for record in await store._ledger._journal.all("job")] == ["in_progress"], "the control"
     await client.until(await client.create(), "completed")
     assert (await store._ledger._journal.all("job"))[0]["status"] == "failed"
