@@ -132,21 +132,19 @@ class LoraPart:
     applied: MergeMode | None  # merge or dynamic; None: they were taken away
     skipped: int = 0  # keys that fit no layer
 
+    def commands(self) -> list[LoraCommand]:
+        """What brings ranks that have just loaded the model to this."""
+        found: list[LoraCommand] = [SetLora(self.loras, self.merge_mode)]
+        if self.applied is None:
+            found.append(UnmergeLora(self.loras[0].target))
+        return found
+
 
 @attrs.frozen
 class LoraState:
     """What holds for requests without adapters of their own; the answer to every LoRA command."""
 
     parts: dict[str, LoraPart] = attrs.field(factory=dict)  # by component
-
-    def commands(self) -> list[Command]:
-        """What brings ranks that have just loaded the model to this state."""
-        found: list[Command] = []
-        for component, part in self.parts.items():
-            found.append(SetLora(part.loras, part.merge_mode))
-            if part.applied is None:
-                found.append(UnmergeLora(component))
-        return found
 
 
 @attrs.frozen

@@ -346,7 +346,7 @@ async def fill_journal(folder: Path, count: int) -> list[str]:
     records = {}
     for number in range(count):
         job = Job(f"video_{uuid.uuid4().hex}", "video", "", params, "mp4", 1.0, MODEL, created_at=now - count + number)
-        job.artifacts = [Artifact(f"{job.id}.mp4", "video/mp4", 7000, 1, 17)]
+        job.artifacts = (Artifact(f"{job.id}.mp4", "video/mp4", 7000, 1, 17),)
         job.attempts, job.stage = 1, "decode"
         records[job.id] = job.record(**job.ending(None, 604_800))
     journal = await Journal.open(folder / JOURNAL)

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import attrs
+
 from sgld.cli.outputs import (
     Output,
     Saved,
@@ -26,6 +28,7 @@ from sgld.cli.screen import Screen, say
 from sgld.engine.engine import Engine
 from sgld.errors import Cancelled, SgldError
 from sgld.messages import Media
+from sgld.params import SamplingParams
 from sgld.storage.local import LocalStorage
 
 GRACE_S = 3.0  # from a kill to leaving, whatever still runs
@@ -88,6 +91,8 @@ class Run:
         outputs, notes = await asyncio.to_thread(outputs_of, self._plan, info)
         for note in notes:
             self._screen.line(f"warning: {note}")
+        for output in outputs:
+            await self._adapted(output.params)
         if self._plan.options.save_output:
             chosen = [output.name for output in outputs if output.chosen]
             await asyncio.to_thread(self._storage.check, chosen, self._plan.options.overwrite)
@@ -95,9 +100,14 @@ class Run:
 
     async def _generate(self, i: int, output: Output, title: str) -> None:
         self._screen.line(f"{title} seed {output.seed}".strip())
-        made = await self.engine.generate(f"generate-{i}", output.params, self._screen.follow(title))
+        params = await self._adapted(output.params)
+        made = await self.engine.generate(f"generate-{i}", params, self._screen.follow(title))
         await self._saved()
         self._saving = asyncio.create_task(self._save(output, made))
+
+    async def _adapted(self, params: SamplingParams) -> SamplingParams:
+        """With the files of its adapters, which are sought once."""
+        return attrs.evolve(params, loras=await self.engine.adapters.resolve(params.loras, "loras", local=True))
 
     async def _saved(self) -> None:
         """The file of the output before is written, and told of, even when ^C comes meanwhile."""

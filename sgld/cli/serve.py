@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sgld.server.auth import Keys
 
 logger = logging.getLogger("sgld")
+KEEP_ALIVE_S = 75.0  # of a connection that asks for nothing
 DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a config file become defaults of requests."
 
 
@@ -81,7 +82,7 @@ async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> in
 
     listener = listen(settings.host, settings.port)
     app = make_app(settings, sampling, keys=keys)
-    runner = Runner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
+    runner = Runner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5, keepalive_timeout=KEEP_ALIVE_S)
     await runner.setup()
     stopping = asyncio.Event()
     for number in heeded(signal.SIGINT, signal.SIGTERM):

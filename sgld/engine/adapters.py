@@ -16,11 +16,12 @@ from cattrs import BaseValidationError, Converter
 from sgld.config import Settings, user_path
 from sgld.engine.hub import download
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
-from sgld.messages import LoraState
+from sgld.messages import LoraPart, LoraState
 from sgld.params import LoraUse
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_SEARCHES = anyio.CapacityLimiter(8)  # a hub that does not answer holds up no thread that others need
 _ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:[:/](?P<file>[\w.-][\w./ -]*))?")
 _URL = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)"
@@ -156,15 +157,39 @@ class AdapterNames:
             names = ", ".join(sorted(self.known)) or "none"
             hint = nearest(lora.nickname, self.known) or f"; known: {names}"
             raise BadRequest(f"{param}: no adapter is called {lora.nickname!r}{hint}", param)
-        known = self.known[lora.nickname]
+        known = await self._known(lora.nickname)
         alpha = known.alpha if lora.alpha is None else lora.alpha
         return attrs.evolve(lora, path=str(known.path), alpha=alpha, strict=lora.strict and known.strict)
+
+    async def _known(self, nickname: str) -> Known:
+        """What a nickname stands for; a file that has gone is sought anew, for it may have been a download."""
+        known = self.known[nickname]
+        if not await anyio.Path(known.path).exists():
+            try:
+                path = await self._find(known.reference, "lora_path", local=True)
+            except BadRequest as error:  # whoever reads the file will say that it is not there
+                log.warning("the adapter %r has gone: %s", nickname, error)
+            else:
+                known = self.known[nickname] = attrs.evolve(known, path=path)
+        return known
+
+    async def sought_again(self, state: LoraState) -> LoraState:
+        """The same, with files that have gone sought anew by their nicknames."""
+        names = {lora.nickname for part in state.parts.values() for lora in part.loras}
+        known = {name: each for name, each in self.known.items() if name in names}
+        now = {str(each.path): str((await self._known(name)).path) for name, each in known.items()}
+
+        def present(part: LoraPart) -> LoraPart:
+            loras = [attrs.evolve(lora, path=now.get(lora.path or "", lora.path)) for lora in part.loras]
+            return attrs.evolve(part, loras=tuple(loras))
+
+        return LoraState({name: present(part) for name, part in state.parts.items()})
 
     async def _find(self, reference: str, param: str, local: bool) -> Path:
         path = self._found.get((reference, local))
         if path is None or not await anyio.Path(path).exists():
             find = partial(resolve_adapter, reference, param, local=local)
-            path = self._found[reference, local] = await anyio.to_thread.run_sync(find)
+            path = self._found[reference, local] = await anyio.to_thread.run_sync(find, limiter=_SEARCHES)
         return path
 
     def give(self, given: Sequence[LoraUse], resolved: Sequence[LoraUse]) -> None:

@@ -20,11 +20,12 @@ from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Emit, WorkerGroup
 from sgld.engine.hub import resolve_model
 from sgld.engine.node import Gate
-from sgld.errors import BadRequest, ModelError, NotReady, SgldError, WorkerDied
+from sgld.errors import ModelError, NotReady, SgldError, WorkerDied
 from sgld.messages import (
     Event,
     Generate,
     ListLoras,
+    Load,
     LoraCommand,
     LoraState,
     Media,
@@ -78,15 +79,11 @@ class Engine:
         loras = at_start(self.settings)
         found = await self.adapters.resolve(loras, "lora_path", local=True)
         try:
-            self.info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+            self.info = await self._bring_up(command, found, emit)
         except WorkerDied as error:
             log.warning("%s while the model was loaded; it is tried once more", error)
-            self.info = await self._in_executor(self.group.load, command, self._on_loop(emit))
-        if self.kept is not None:
-            await self._restore(self.kept)
-        elif loras:
-            check_loras(loras, self.info, "lora_path", "lora_target")
-            await self._in_executor(self.group.run, SetLora(tuple(found)))
+            self.info = await self._bring_up(command, found, emit)
+        if self.kept is None:
             self.adapters.give(loras, found)
         await self._remember()
         self._become_ready()
@@ -95,17 +92,25 @@ class Engine:
             log.info("%d workers: %s", self.settings.num_gpus, shares)
         return self.info
 
+    async def _bring_up(self, command: Load, loras: list[LoraUse], emit: Emit) -> ModelInfo:
+        """Workers with the model, and with the adapters of the settings or those that outlived the server before."""
+        info = await self._in_executor(self.group.load, command, self._on_loop(emit))
+        if self.kept is not None:
+            await self._restore(self.kept)
+        elif loras:
+            check_loras(loras, info, "lora_path", "lora_target")
+            await self._in_executor(self.group.run, SetLora(tuple(loras)))
+        return info
+
     async def _restore(self, kept: Kept) -> None:
         """Jobs that outlived a server are made with the adapters they were asked for, or not at all."""
         self.adapters.known.update(kept.known)
-        try:
-            for command in kept.state.commands():
-                await self._in_executor(self.group.run, command)
-        except BadRequest as error:
+        state = await self.adapters.sought_again(kept.state)
+        for reason in await self._in_executor(self.group.restore, state):
             raise ModelError(
-                f"the adapters that were set over HTTP cannot be set again: {error.message}; put them back, or give"
+                f"the adapters that were set over HTTP cannot be set again: {reason.message}; put them back, or give"
                 " others with --lora-path, or another --output-path"
-            ) from None
+            )
 
     async def _remember(self) -> None:
         settings = self.settings

@@ -37,6 +37,7 @@ from sgld.messages import (
     Failed,
     Generate,
     Load,
+    LoraCommand,
     LoraState,
     MergeLora,
     Progress,
@@ -121,7 +122,7 @@ class WorkerGroup:
         self._load: Load | None = None
         self._loaded = False  # whether the present ranks hold the model, and its adapters
         self.loras = LoraState()
-        self._bare = False  # whether the present ranks lack the adapters that are set
+        self._missing: set[str] = set()  # components whose adapters are set, and the present ranks lack
         self._closed = False
 
     @property
@@ -136,7 +137,7 @@ class WorkerGroup:
 
     def load(self, command: Load, emit: Emit = _ignore) -> ModelInfo:
         """Load a model, without adapters; a restarted group loads it again."""
-        self.loras = LoraState()
+        self.loras, self._missing = LoraState(), set()
         info: ModelInfo = self._call(command, emit, None)
         self._load, self._loaded = command, True
         return info
@@ -155,11 +156,11 @@ class WorkerGroup:
             raise CancelledError("cancelled before it started")
         if isinstance(command, Generate) and not command.params.loras:
             self._set_again()
-            if self._bare:
+            if self._missing:
                 raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
         value = self._call(command, emit, token)
         if isinstance(command, SetLora | MergeLora | UnmergeLora):
-            self.loras, self._bare = value, False
+            self._hold(value, command)
         return value
 
     def revive(self) -> None:
@@ -171,19 +172,37 @@ class WorkerGroup:
             self.kill()
         if self._load is not None and not self._loaded:
             self._call(self._load, _ignore, None)
-            self._loaded, self._bare = True, True
-            self._set_again()
+            self._loaded = True
+            self.restore(self.loras)
 
-    def _set_again(self) -> None:
-        """In a new group, the adapters that were set in the one before; without their files it stays bare."""
-        if not self._bare:
-            return
-        try:
-            for command in self.loras.commands():
-                self._call(command, _ignore, None)
-            self._bare = False
-        except BadRequest as error:
-            log.error("the adapters that were set cannot be set again: %s", error)
+    def restore(self, loras: LoraState) -> list[BadRequest]:
+        """Set these adapters in ranks without any; the reasons why some cannot be, without which no output is made."""
+        self.loras, self._missing = loras, set(loras.parts)
+        return self._set_again()
+
+    def _set_again(self) -> list[BadRequest]:
+        reasons: list[BadRequest] = []
+        for name in sorted(self._missing):
+            part = self.loras.parts[name]
+            try:
+                for command in part.commands():
+                    self._call(command, _ignore, None)
+            except BadRequest as error:
+                if part.applied is not None:
+                    log.error("the adapters that were set for %s cannot be set again: %s", name, error)
+                    reasons.append(error)
+                    continue
+                log.warning("the adapters that were taken away from %s cannot be merged again: %s", name, error)
+                self.loras = LoraState({other: each for other, each in self.loras.parts.items() if other != name})
+            self._missing.discard(name)
+        return reasons
+
+    def _hold(self, state: LoraState, command: LoraCommand) -> None:
+        """Take note of what the ranks hold after a command; what they lack stays wanted, unless it was taken away."""
+        if isinstance(command, UnmergeLora):
+            self._missing -= self._missing if command.target == "all" else {command.target}
+        self._missing -= state.parts.keys()
+        self.loras = LoraState({name: self.loras.parts[name] for name in self._missing} | state.parts)
 
     def close(self) -> None:
         """Start no ranks any more; safe to call from any thread."""

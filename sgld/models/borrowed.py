@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError
 from sgld.models.parts import Parts
 from sgld.models.vae import Tiling, join_tiles, levels
 from sgld.nn.parallel import Axis
 from sgld.nn.weights import Source, listed, read_json
+from sgld.params import SamplingParams
 
 # ------------------------------------------------------------------------------------------------ text encoders
 
@@ -51,7 +53,11 @@ class Reread(Source):
     """A module that is read from its folder anew, after the first time where it was `made` already."""
 
     make: Callable[[], nn.Module]  # on the CPU
+    kinds: Mapping[str, torch.dtype]  # of its tensors, some of which may be more precise than the others
     made: list[nn.Module] = attrs.field(factory=list)
+
+    def kind(self, name: str) -> torch.dtype:
+        return self.kinds[name]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         found = (self.made.pop() if self.made else self.make()).state_dict()
@@ -78,7 +84,8 @@ def text_encoder(parts: Parts, name: str, cls: Any, layers: str = "", part: Part
     module = make()
     if (keeper := parts.residency.keeper(name)) is not None:
         made = [] if parts.platform.offloads_to_files else [module]
-        keeper(module, Reread(parts.dtype(name), parts.mesh.device, make, made))
+        kinds = {key: x.dtype for key, x in module.state_dict().items()}
+        keeper(module, Reread(parts.dtype(name), parts.mesh.device, make, kinds, made))
     return parts.loaded(module.to(parts.mesh.device))
 
 
@@ -159,7 +166,7 @@ class Autoencoder:
     """An autoencoder of diffusers. Latents are as it takes them: scaling them is the family's.
 
     `spatial` and `temporal` are how many pixels and frames one latent stands for. Where `tiled`, large pictures are
-    decoded tile by tile unless the settings say otherwise. Ranks that share the decoding each take some of the tiles.
+    decoded tile by tile unless the settings say otherwise; so are all when ranks share the decoding, each some tiles.
     `least` is how many latents a side it can decode: where there are fewer, the last one is repeated.
     """
 
@@ -175,7 +182,15 @@ class Autoencoder:
         self.spatial, self.temporal, self.least = spatial, temporal, least
         self.rows = parts.mesh.all if s.parallel_decode else Axis()
         wanted = s.vae_tiling or (tiled if s.vae_config.use_tiling is None else s.vae_config.use_tiling)
-        self.tiling = Tiling.of(s.vae_config, spatial) if wanted or self.rows.size > 1 else None
+        if s.parallel_decode:  # on one worker too, so that any number of them makes the same picture
+            _check_shared_in_tiles(s)
+            wanted = True
+        self.tiling = Tiling.of(s.vae_config, spatial) if wanted else None
+
+    def grid(self, params: SamplingParams) -> tuple[int, int, int]:
+        """Frames, rows and columns of an output's latents."""
+        frames = (params.num_frames - 1) // self.temporal + 1
+        return frames, params.height // self.spatial, params.width // self.spatial
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,3 +266,13 @@ class Autoencoder:
 def _filled(tile: Tensor, t: Tiling) -> Tensor:
     """Of the full size, so that all tiles can be stacked."""
     return F.pad(tile, (0, t.width - tile.shape[-1], 0, t.height - tile.shape[-2]))
+
+
+def _check_shared_in_tiles(s: Settings) -> None:
+    """Refuse settings for a decode that is shared otherwise: its norms see the whole picture."""
+    if s.vae_config.use_tiling is False:
+        path = "vae_config.use_tiling"
+        raise BadRequest(f"{path}: false: this model's decode is shared tile by tile; leave it or vae_sp out", path)
+    if (mode := s.vae_config.parallel_decode_mode) not in (None, "auto"):
+        path = "vae_config.parallel_decode_mode"
+        raise BadRequest(f"{path}: {mode!r}: this model's decode is shared tile by tile; only auto is allowed", path)

@@ -36,6 +36,11 @@ class Schedule:
     exact: bool = False  # whether `sigmas` are to be taken as they are, without a shift
     times: Sequence[float] | None = None  # of `sigmas`, as the model takes them; None: in proportion to them
 
+    @classmethod
+    def even(cls, steps: int, shift: float | None, mu: float | None = None) -> Schedule:
+        """Levels evenly from 1 to 1/steps."""
+        return cls(shift, mu, [1 - i / steps for i in range(steps)])
+
 
 @attrs.frozen
 class Sound:
@@ -54,10 +59,13 @@ class Family(ABC):
     lora: Mapping[str, LoraLayers] = MappingProxyType({})  # by component
 
     @abstractmethod
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         """The prompt (and negative prompt, when guidance is on) as conditioning, and warnings for the user.
 
-        `pictures` are RGB and upright, as they are in their files; none where `info.starts_from_picture`.
+        `pictures` are RGB and upright, as they are in their files; none where `info.starts_from_picture`. `pulse` is
+        called between the parts of the work, by all ranks equally often.
         """
 
     @abstractmethod

@@ -203,6 +203,7 @@ class Flux(Native):
         needs = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "scheduler", "transformer")
         self.parts = parts = Parts(load, mesh, platform, progress, needs)
         self.scheduler = parts.scheduler
+        parts.needs_euler()
         self._edits = parts.index["_class_name"] == "FluxKontextPipeline"
         self._config = c = flux_config(parts.path("transformer") / "config.json")
         mesh = parts.share(c.num_attention_heads, guided=False)
@@ -236,7 +237,9 @@ class Flux(Native):
                 f"and {takes[2]}, the vae has {has[0]} channels, the text encoders make {has[1]} and {has[2]}"
             )
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = self.unguided() if not guided else []
@@ -272,8 +275,7 @@ class Flux(Native):
 
     def _see(self, picture: Image) -> Tensor:
         """Latents of a picture to edit, at that of the sizes seen in training whose shape is nearest."""
-        _, width, height = min((abs(picture.width / picture.height - w / h), w, h) for w, h in KONTEXT_SIZES)
-        pixels = np.asarray(picture.resize((width, height), Resampling.LANCZOS), np.float32)
+        pixels = np.asarray(picture.resize(seen_size(picture.size, self._side), Resampling.LANCZOS), np.float32)
         return self.encode_frames(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None], lambda: None)
 
     def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
@@ -322,18 +324,26 @@ class Flux(Native):
         )
 
     def _memory(self) -> Memory:
-        """As `Parts.token_bytes` measured it; the text, and what Kontext sees, are tokens too."""
+        """As `Parts.token_bytes` measured it; the text, and a picture that Kontext sees, are tokens too."""
         c, dtype = self._config, self._transformer.dtype
         token = self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels
-        beside = MAX_TOKENS + self._edits * max(w * h for w, h in KONTEXT_SIZES) // self._side**2
+        seen = self._edits * max(w * h for w, h in KONTEXT_SIZES)  # pixels
         return self.parts.memory(
             self._vae.tiling,
-            base=2**25 + beside * token,
+            base=2**25 + MAX_TOKENS * token,
             text_pair=4 * self._t5.config.num_heads * self._t5.dtype.itemsize,
             token=token,
+            picture=seen // self._side**2 * token,
+            picture_pixels=seen,
             pixel=27,
             chunk_pixel=self._vae.pixel_bytes,
         )
+
+
+def seen_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Of the widths and heights seen in training the nearest in shape, once both sides are cut to multiples."""
+    width, height = (max(1, side // multiple) for side in size)
+    return min(KONTEXT_SIZES, key=lambda known: (abs(width / height - known[0] / known[1]), known))
 
 
 def tokens(tokenizer: Any, prompt: str, length: int) -> tuple[Tensor, int]:

@@ -27,7 +27,7 @@ from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, sinusoid
 from sgld.nn.lora_formats import Renames
-from sgld.nn.mmdit import JointAttention, Modulation, OutNorm, Place, modulate, turned
+from sgld.nn.mmdit import JointAttention, Modulation, OutNorm, Place, finite, modulate, turned
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
@@ -147,7 +147,8 @@ class DoubleBlock(nn.Module):
         y, z = self.attn(modulate(x, shift, scale), modulate(text, text_shift, text_scale), place)
         x, text = x + gate * y, text + text_gate * z
         x = x + ff_gate * self.ff(modulate(x, ff_shift, ff_scale))
-        return x, text + text_ff_gate * self.ff_context(modulate(text, text_ff_shift, text_ff_scale))
+        text = text + text_ff_gate * self.ff_context(modulate(text, text_ff_shift, text_ff_scale))
+        return finite(x), finite(text)
 
 
 class SingleBlock(nn.Module):
@@ -161,7 +162,7 @@ class SingleBlock(nn.Module):
         """x [1, S/n, C], text [1, L, C]"""
         shift, scale, gate = mod.single
         y, z = self.attn(modulate(x, shift, scale), modulate(text, shift, scale), place)
-        return x + gate * y, text + gate * z
+        return finite(x + gate * y), finite(text + gate * z)
 
 
 class TimeGuidanceEmbed(nn.Module):
@@ -271,6 +272,7 @@ class Flux2(Native):
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
         self.parts = parts = Parts(load, mesh, platform, progress)
         self.scheduler = parts.scheduler
+        parts.needs_euler()
         name = parts.index["_class_name"]
         self._config = c = flux2_config(parts.path("transformer") / "config.json", name == "Flux2Pipeline")
         self._distilled = bool(parts.index.get("is_distilled"))
@@ -297,7 +299,9 @@ class Flux2(Native):
                 f"the vae has {has[0]} channels, the text encoder makes {has[1]}"
             )
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         clips = [reference(picture, self._vae.multiple) for picture in pictures]
         self.parts.residency.need("text_encoder")
         text, note = self._text.encode(params.prompt, params.max_sequence_length)
@@ -308,6 +312,8 @@ class Flux2(Native):
             notes.append(note and f"negative {note}")
         else:
             notes += self.unguided()
+        if params.negative_prompt and not guided and self._config.guidance_embeds:
+            notes.append("negative_prompt: it has no effect without a true_cfg_scale above 1")
         if guided and self._distilled:
             notes.append(f"guidance_scale: {params.guidance_scale}: this checkpoint was distilled to need none above 1")
         if clips:

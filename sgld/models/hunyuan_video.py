@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
@@ -33,7 +32,7 @@ from sgld.nn.mmdit import DualBlock, OutNorm, Place, SingleBlock
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json
+from sgld.nn.weights import pick, read_json, require
 from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
@@ -267,11 +266,7 @@ class Prompts:
     def states(self, name: str, prompt: str, most: int, notes: list[str]) -> Tensor:
         """Hidden states [1, n, C] of at most so many tokens; a prompt that is cut is noted by its name."""
         ids = self.tokenizer.encode(TEMPLATE.format(prompt)).ids
-        if (count := len(ids) - SYSTEM_TOKENS) > most:
-            notes.append(f"{name} cut from {count} to {most} tokens, the most this request allows")
-        tokens = torch.tensor([ids[: SYSTEM_TOKENS + most]], device=self.llama.device)
-        found: Tensor = self.llama(tokens, use_cache=False).last_hidden_state
-        return found[:, SYSTEM_TOKENS:]
+        return states_after(SYSTEM_TOKENS, self.llama, ids, most, name, notes)
 
     def summary(self, name: str, prompt: str, notes: list[str]) -> Tensor:
         """CLIP's one vector [1, P]; that it does not read all of a long prompt is noted."""
@@ -281,6 +276,15 @@ class Prompts:
             ids = [*ids[: most - 1], ids[-1]]
         found: Tensor = self.clip(torch.tensor([ids], device=self.clip.device)).pooler_output
         return found
+
+
+def states_after(system: int, model: Any, ids: list[int], most: int, name: str, notes: list[str]) -> Tensor:
+    """States [1, n, C] of the tokens after the first `system` ones, at most so many; that they are cut is noted."""
+    if (count := len(ids) - system) > most:
+        notes.append(f"{name} cut from {count} to {most} tokens, the most this request allows")
+    tokens = torch.tensor([ids[: system + most]], device=model.device)
+    found: Tensor = model(tokens, use_cache=False).last_hidden_state
+    return found[:, system:]
 
 
 def without_end(llama: Any) -> nn.Module:
@@ -384,7 +388,9 @@ class HunyuanVideo(Native):
                 f"make {text} and {pooled}"
             )
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = [] if guided else self.unguided()
@@ -393,16 +399,17 @@ class HunyuanVideo(Native):
         self.parts.residency.need("text_encoder")
         length, dtype = params.max_sequence_length, self._transformer.dtype
         states = [self._prompts.states(name, prompt, length, notes) for name, prompt in prompts.items()]
+        pulse()
         self.parts.residency.need("text_encoder_2")
         summaries = [self._prompts.summary(name, prompt, notes) for name, prompt in prompts.items()]
         guidance = torch.tensor([params.guidance_scale], dtype=dtype, device=self.mesh.device) * 1000
         told = [Told(s.to(dtype), p.to(dtype), guidance) for s, p in zip(states, summaries, strict=True)]
-        counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": math.prod(self._grid(params))}
+        tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
+        counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
-        latent = [n * p for n, p in zip(self._grid(params), self._config.patch, strict=True)]
-        shape = (1, self._config.in_channels, *latent)
+        shape = (1, self._config.in_channels, *self._vae.grid(params))
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
     def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
@@ -411,8 +418,7 @@ class HunyuanVideo(Native):
         return self._scaling * self._vae.encode(frames.transpose(0, 1)[None]).float()
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        steps = params.num_inference_steps
-        return Schedule(params.flow_shift, sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist())
+        return Schedule.even(params.num_inference_steps, params.flow_shift)
 
     def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
         self.parts.residency.need("transformer")
@@ -428,13 +434,6 @@ class HunyuanVideo(Native):
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self._vae.decode(x / self._scaling, pulse)
 
-    def _grid(self, params: SamplingParams) -> Patch:
-        """Tokens of one output in time, height and width."""
-        pt, ph, pw = self._config.patch
-        frames = (params.num_frames - 1) // self._vae.temporal + 1
-        side = self._vae.spatial
-        return frames // pt, params.height // (side * ph), params.width // (side * pw)
-
     def _describe(self) -> ModelInfo:
         c, pictures = self._config, int(self.parts.settings.vae_config.load_encoder)
         lacks = dict(NO_NORMALIZATION)
@@ -444,7 +443,7 @@ class HunyuanVideo(Native):
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,
-            frame_multiple=self._vae.temporal * c.patch_size_t,
+            frame_multiple=self._vae.temporal,
             max_pictures=pictures,
             unsupported=lacks,
             tasks=TASKS[: 2 + 2 * pictures],
@@ -471,8 +470,7 @@ def hunyuan_config(file: Path) -> HunyuanVideoConfig:
     Raises:
         ModelError: another architecture.
     """
-    config: HunyuanVideoConfig = pick(read_json(file), HunyuanVideoConfig, file)
-    for name, only in (("qk_norm", "rms_norm"), ("image_condition_type", None)):
-        if (value := getattr(config, name)) != only:
-            raise ModelError(f"{file}: {name} is {value!r}; only {only!r} is supported")
+    given = read_json(file)
+    require(given, file, {"qk_norm": "rms_norm", "image_condition_type": None, "patch_size_t": 1})
+    config: HunyuanVideoConfig = pick(given, HunyuanVideoConfig, file)
     return config

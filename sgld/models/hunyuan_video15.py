@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
@@ -23,7 +22,16 @@ from sgld.errors import ModelError
 from sgld.messages import Load
 from sgld.models.borrowed import Autoencoder, text_encoder, tokenizer
 from sgld.models.family import Conditioning, Schedule
-from sgld.models.hunyuan_video import TIME_DIM, Patch, Patches, TokenRefiner, grid_of, unpatch, without_end
+from sgld.models.hunyuan_video import (
+    TIME_DIM,
+    Patch,
+    Patches,
+    TokenRefiner,
+    grid_of,
+    states_after,
+    unpatch,
+    without_end,
+)
 from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, sinusoid
@@ -32,7 +40,7 @@ from sgld.nn.mmdit import DualBlock, OutNorm, Place
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json
+from sgld.nn.weights import pick, read_json, require
 from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
@@ -206,11 +214,7 @@ class Prompts:
     def states(self, name: str, prompt: str, most: int, notes: list[str]) -> Tensor:
         """Hidden states [1, n, C] of at most so many tokens; a prompt that is cut is noted by its name."""
         ids = self.tokenizer(TEMPLATE.format(prompt or " ")).input_ids
-        if (count := len(ids) - SYSTEM_TOKENS) > most:
-            notes.append(f"{name} cut from {count} to {most} tokens, the most this request allows")
-        tokens = torch.tensor([ids[: SYSTEM_TOKENS + most]], device=self.qwen.device)
-        found: Tensor = self.qwen(tokens, use_cache=False).last_hidden_state
-        return found[:, SYSTEM_TOKENS:]
+        return states_after(SYSTEM_TOKENS, self.qwen, ids, most, name, notes)
 
     def texts(self, name: str, prompt: str, notes: list[str]) -> Tensor | None:
         """ByT5's states [1, m, G] of the texts in the prompt, if it has any; that they are cut is noted."""
@@ -229,7 +233,10 @@ class Prompts:
 NEEDS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae", "scheduler", "transformer", "guider")
 SIZES = {640: (848, 480), 960: (1280, 720)}  # width and height by the side that a checkpoint is for
 BASE = {"negative_prompt": "", "max_sequence_length": 1000, "num_frames": 121, "fps": 24, "num_inference_steps": 50}
-GUIDER = {"use_original_formulation": False, "guidance_rescale": 0.0, "start": 0.0, "stop": 1.0}  # that we can follow
+GUIDER = {  # that we can follow
+    "_class_name": "ClassifierFreeGuidance", "use_original_formulation": False, "guidance_rescale": 0.0, "start": 0.0,
+    "stop": 1.0,
+}  # fmt: skip
 
 HUNYUAN15_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors'
     (r"^transformer_blocks\.", "double_blocks."),
@@ -301,27 +308,29 @@ class HunyuanVideo15(Native):
                 f"and {takes[2]}, the vae has {has[0]} channels, the text encoders make {has[1]} and {has[2]}"
             )
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         guided = params.guidance_scale > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = [] if guided else self.unguided()
         self.parts.residency.need("text_encoder")
         length, dtype = params.max_sequence_length, self._transformer.dtype
         states = [self._prompts.states(name, prompt, length, notes).to(dtype) for name, prompt in prompts.items()]
+        pulse()
         self.parts.residency.need("text_encoder_2")
         texts = [self._prompts.texts(name, prompt, notes) for name, prompt in prompts.items()]
         told = [Told(s, None if g is None else g.to(dtype)) for s, g in zip(states, texts, strict=True)]
-        counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": math.prod(self._grid(params))}
+        tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
+        counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
-        latent = [n * p for n, p in zip(self._grid(params), self._config.patch, strict=True)]
-        shape = (1, self._config.out_channels, *latent)
+        shape = (1, self._config.out_channels, *self._vae.grid(params))
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        steps = params.num_inference_steps
-        return Schedule(params.flow_shift, sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist())
+        return Schedule.even(params.num_inference_steps, params.flow_shift)
 
     def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
         self.parts.residency.need("transformer")
@@ -334,20 +343,13 @@ class HunyuanVideo15(Native):
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         return self._vae.decode(x / self._scaling, pulse)
 
-    def _grid(self, params: SamplingParams) -> Patch:
-        """Tokens of one output in time, height and width."""
-        pt, ph, pw = self._config.patch
-        frames = (params.num_frames - 1) // self._vae.temporal + 1
-        side = self._vae.spatial
-        return frames // pt, params.height // (side * ph), params.width // (side * pw)
-
     def _describe(self) -> ModelInfo:
         c = self._config
         return self.describe(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,
-            frame_multiple=self._vae.temporal * c.patch_size_t,
+            frame_multiple=self._vae.temporal,
             unsupported=NO_TRUE_CFG | NO_NORMALIZATION,
             tasks=("text-to-video", "text-to-image"),
             memory=self._memory(),
@@ -375,11 +377,7 @@ def guider_scale(file: Path) -> float:
         ModelError: guidance of another kind.
     """
     config = read_json(file)
-    if (name := config.get("_class_name")) != "ClassifierFreeGuidance":
-        raise ModelError(f"{file}: _class_name is {name!r}; only 'ClassifierFreeGuidance' is supported")
-    for key, needed in GUIDER.items():
-        if (value := config.get(key, needed)) != needed:
-            raise ModelError(f"{file}: {key} is {value!r}; only {needed!r} is supported")
+    require(config, file, GUIDER)
     scale: float = config.get("guidance_scale", 7.5) if config.get("enabled", True) else 1.0
     return scale
 
@@ -390,8 +388,7 @@ def hunyuan15_config(file: Path) -> HunyuanVideo15Config:
     Raises:
         ModelError: another architecture.
     """
-    config: HunyuanVideo15Config = pick(read_json(file), HunyuanVideo15Config, file)
-    for name, only in (("qk_norm", "rms_norm"), ("use_meanflow", False)):
-        if (value := getattr(config, name)) != only:
-            raise ModelError(f"{file}: {name} is {value!r}; only {only!r} is supported")
+    given = read_json(file)
+    require(given, file, {"qk_norm": "rms_norm", "use_meanflow": False, "patch_size_t": 1})
+    config: HunyuanVideo15Config = pick(given, HunyuanVideo15Config, file)
     return config

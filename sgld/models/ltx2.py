@@ -24,6 +24,7 @@ from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Length, Native, Par
 from sgld.models.text import load_tokenizer
 from sgld.nn.lora_formats import Renames
 from sgld.nn.parallel import Mesh
+from sgld.nn.weights import require
 from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
@@ -108,6 +109,7 @@ class Layout:
     length: int  # of the audio
     channels: int
     audio_channels: int
+    given: int  # frames of the grid that are a picture's
 
     @property
     def tokens(self) -> int:
@@ -187,8 +189,7 @@ class LTX2(Native):
             ("scheduler", "scheduler_config.json", "_class_name", "FlowMatchEulerDiscreteScheduler"),
         ):
             config = self.scheduler if name == "scheduler" else self.parts.config(name)
-            if config.get(key, needed) != needed:
-                raise ModelError(f"{self.parts.path(name) / file}: {key} is {config[key]!r}; only {needed!r}")
+            require(config, self.parts.path(name) / file, {key: needed})
 
     def _check_widths(self) -> None:
         """Raise `ModelError` when components that were put together do not fit."""
@@ -207,17 +208,21 @@ class LTX2(Native):
 
     # ------------------------------------------------------------------------------------------- conditioning
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[LTX2Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[LTX2Conditioning, list[str]]:
         length, guided = params.max_sequence_length, params.guidance_scale > 1
         self.parts.residency.need("text_encoder")
         prompts = [params.prompt, params.negative_prompt or ""][: 1 + guided]
         states, cuts = zip(*(self._read(prompt, length) for prompt in prompts), strict=True)
         notes = [note if i == 0 else f"negative {note}" for i, note in enumerate(cuts) if note]
         notes += [] if guided else self.unguided()
+        pulse()
         self.parts.residency.need("connectors")
         layout = self._layout_of(params)
         video, audio = self._transformer.places(layout.grid, layout.length, params.fps)
         told = [self._connect(state, length, video, audio) for state in states]
+        pulse()
         condition = LTX2Conditioning(
             self._guidance.branches(told),
             prompt_tokens=states[0].shape[1],
@@ -270,9 +275,9 @@ class LTX2(Native):
         seen = fromarray(through_h264(np.asarray(picture), PICTURE_RATE_FACTOR))
         seen = seen.resize((params.width, params.height), Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(seen)).to(self.mesh.device).float() / 255  # [H, W, 3]
-        z = self._vae.encode((2 * pixels - 1).permute(2, 0, 1)[None, :, None])  # [1, C, 1, h, w]
+        z = self._vae.encode((2 * pixels - 1).permute(2, 0, 1)[None, :, None]).float()  # [1, C, 1, h, w]
         mean, std = self._statistics()
-        return ((z - mean) / std).float().flatten(2).mT.flatten(1)
+        return ((z - mean) / std).flatten(2).mT.flatten(1)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of video latents [C, 1, 1, 1]."""
@@ -317,7 +322,8 @@ class LTX2(Native):
     # ----------------------------------------------------------------------------------------------- decoding
 
     def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self.decode(self._layout.video(x0)[:, :, :1], pulse)
+        """The first frame that is not the picture's."""
+        return self.decode(self._layout.video(x0)[:, :, : self._layout.given + 1], pulse)[-1:]
 
     def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
         """Also of video latents [1, C, T, h, w] alone."""
@@ -330,11 +336,9 @@ class LTX2(Native):
         return self._sound.decode(self._layout.streams(x)[1], pulse)
 
     def _layout_of(self, params: SamplingParams) -> Layout:
-        frames = (params.num_frames - 1) // self._vae.temporal + 1
-        side, c = self._vae.spatial, self._config
+        c = self._config
         length = max(1, round(params.num_frames / params.fps * c.audio_rate))
-        grid = frames, params.height // side, params.width // side
-        return Layout(grid, length, c.in_channels, c.audio_in_channels)
+        return Layout(self._vae.grid(params), length, c.in_channels, c.audio_in_channels, len(params.image_path or ()))
 
     def _describe(self) -> ModelInfo:
         pictures = self.parts.settings.vae_config.load_encoder

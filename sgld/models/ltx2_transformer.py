@@ -20,7 +20,7 @@ from sgld.nn.attention import Attention, Backend
 from sgld.nn.blocks import Denoiser, Embedder, FeedForward, gelu_tanh, sinusoid
 from sgld.nn.parallel import Mesh
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json
+from sgld.nn.weights import pick, read_json, require
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding of a time
 ONLY = {
@@ -92,10 +92,8 @@ def ltx2_config(file: Path) -> LTX2Config:
         ModelError: another architecture.
     """
     given = read_json(file)
-    for key, needed in ONLY.items():
-        if (value := given.pop(key, needed)) != needed:
-            raise ModelError(f"{file}: {key} is {value!r}; only {needed!r} is supported")
-    config: LTX2Config = pick(given, LTX2Config, file)
+    require(given, file, ONLY)
+    config: LTX2Config = pick({key: value for key, value in given.items() if key not in ONLY}, LTX2Config, file)
     if config.rope_type not in ("split", "interleaved"):
         raise ModelError(f"{file}: rope_type is {config.rope_type!r}; only 'split' and 'interleaved' are supported")
     for name in ("num_attention_heads", "cross_attn_mod"):

@@ -32,6 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
 NO_NORMALIZATION = {"cfg_normalization": "it is of another family's guidance"}
+EULER = "FlowMatchEulerDiscreteScheduler"
 LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
 
 
@@ -83,6 +84,12 @@ class Parts:
                 "text_encoder_precisions",
             )
 
+    def needs_euler(self) -> None:
+        """Raise `ModelError` for a scheduler that takes no noise levels of a family's own."""
+        if (name := self.scheduler.get("_class_name")) != EULER:
+            file = self.path("scheduler") / "scheduler_config.json"
+            raise ModelError(f"{file}: _class_name is {name!r}; only {EULER!r} is supported")
+
     def path(self, name: str) -> Path:
         """The folder of a component: its own, or the one that replaces it."""
         folder = self._replaced.get(name, self.folder / name)
@@ -115,8 +122,10 @@ class Parts:
         s = self.settings
         if component in self.encoders:
             own = s.text_encoder_precisions[self.encoders.index(component)] if s.text_encoder_precisions else None
+        elif component in (*TRANSFORMERS, "connectors"):
+            own = s.dit_precision
         else:
-            own = s.dit_precision if component in (*TRANSFORMERS, "connectors") else s.vae_precision or "fp32"
+            own = None if component == "image_encoder" else s.vae_precision or "fp32"
         name = own or s.precision
         known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         return known[name] if name else self.platform.dtype
@@ -129,11 +138,13 @@ class Parts:
         layers: Sequence[str] = ("blocks",),
         unused: Iterable[str] = (),
         crosses: bool = True,
+        precise: Iterable[str] = (),
     ) -> D:
         """The transformer that `make` builds with a kernel for its attention to itself and, if it `crosses`, across.
 
         `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`;
-        tensors of the file whose names begin with one of `unused` are passed over.
+        tensors of the file whose names begin with one of `unused` are passed over, and those that one of `precise` is
+        part of the name of are float32.
         """
         dtype, ring = self.dtype(name), self.mesh.ring.size > 1
         own = self._chooser.choose(name, SELF, dtype, head, ring)
@@ -142,7 +153,9 @@ class Parts:
             self._chooser.refuse(f"{name}.{CROSS}", "it attends to picture and text as one sequence")
         keeper = self.residency.keeper(name, layers)
         folder, device = self.path(name), self.mesh.device
-        module = load_module(lambda: make(*kernels), folder, dtype, device, unused=unused, offload=keeper)
+        module = load_module(
+            lambda: make(*kernels), folder, dtype, device, unused=unused, offload=keeper, precise=precise
+        )
         module.walk = self.residency.walker(name)
         return self.loaded(module)
 
@@ -263,11 +276,11 @@ class Native(Family):
 
         By the numbers of scheduler_config.json, else by those that are `known`.
         """
-        steps, c = params.num_inference_steps, attrs.asdict(known)
+        c = attrs.asdict(known)
         c |= {name: self.scheduler[name] for name in c if name in self.scheduler}
         slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
         mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
-        return Schedule(params.flow_shift, mu, [1 - i / steps for i in range(steps)])
+        return Schedule.even(params.num_inference_steps, params.flow_shift, mu)
 
     def unguided(self) -> list[str]:
         """The warning for an output without guidance whose branches have ranks of their own."""

@@ -27,7 +27,7 @@ from sgld.models.vae import CHUNK_PIXELS, Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, FeedForward, sinusoid
-from sgld.nn.mmdit import JointAttention, OutNorm, Place, modulate
+from sgld.nn.mmdit import JointAttention, OutNorm, Place, finite, modulate
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
@@ -111,11 +111,6 @@ class QwenImageBlock(nn.Module):
 def spread(still: Tensor | None, mod: Tensor) -> Tensor:
     """What modulates each token: [1, 1, C] of one time, or [1, S/n, C] of two, picked by 0 and 1."""
     return mod[:, None] if still is None else mod[still][None]
-
-
-def finite(x: Tensor) -> Tensor:
-    """Within the numbers of half precision, which this model's activations leave."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 class QwenImageTransformer(Denoiser):
@@ -273,7 +268,6 @@ def image_processor(folder: Path) -> Any:
 
 # -------------------------------------------------------------------------------------------------- family
 
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MAX_TOKENS = 1024
 MADE_FOR = 3  # input pictures, where there may be several
 SPACE = " "
@@ -290,8 +284,7 @@ class QwenImage(Native):
         self._form = form = FORMS[read_json(load.folder / "model_index.json")["_class_name"]]
         self.parts = parts = Parts(load, mesh, platform, progress, form.needs)
         self.scheduler = parts.scheduler
-        if (name := self.scheduler.get("_class_name")) != SCHEDULER:
-            raise ModelError(f"{parts.path('scheduler')}: _class_name is {name!r}; only {SCHEDULER!r} is supported")
+        parts.needs_euler()
         self._config = c = config_of(parts)
         self._defaults = self._read_defaults(load)
         mesh = parts.share(c.num_attention_heads, self._defaults.get("guidance_scale", 1.0) > 1)
@@ -325,7 +318,9 @@ class QwenImage(Native):
                 f"{c.joint_attention_dim}, the vae has {latent} channels, the text encoder makes {text}"
             )
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         check_shapes(pictures)
         residency, area = self.parts.residency, GLANCE_AREA if self._form.numbered else PICTURE_AREA
         residency.need("text_encoder")
@@ -420,16 +415,19 @@ class QwenImage(Native):
         )
 
     def _memory(self) -> Memory:
-        """As Wan's. The base holds the tokens of the text, and of as many input pictures as the model was made for."""
+        """As Wan's. The base holds the tokens of the text, and what the text encoder sees of a picture."""
         c, dtype = self._config, self._transformer.dtype
         text = self._text.module.config.text_config
         token = self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels
-        pictures = min(self._form.most, MADE_FOR) * PICTURE_AREA // (PATCH * self._vae.spatial) ** 2
+        seen = PICTURE_AREA if self._form.most else 0  # pixels
+        tokens = seen // (PATCH * self._vae.spatial) ** 2
         word = (3 * text.intermediate_size + 8 * text.hidden_size) * self._text.module.dtype.itemsize
         return self.parts.memory(
             self._vae.tiling,
-            base=2**25 + pictures * token + max(MAX_TOKENS * token, (MAX_TOKENS + pictures) * word),
+            base=2**25 + max(MAX_TOKENS * token, (MAX_TOKENS + tokens) * word),
             token=token,
+            picture=tokens * token,
+            picture_pixels=seen // 2,  # the encoder has half as many channels as the decoder
             pixel=27,
             chunk_pixel=self._vae.chunk_pixel_bytes,
             chunk_pixels=CHUNK_PIXELS,

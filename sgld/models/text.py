@@ -111,7 +111,8 @@ class GatedDense(nn.Module):
         self.wo = nn.Linear(c.d_ff // axis.size, c.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.axis.total(self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x)))
+        hidden = gelu_tanh(self.wi_0(x)) * self.wi_1(x)
+        return self.axis.total(self.wo(hidden.to(self.wo.weight.dtype)))
 
 
 class FeedForwardLayer(nn.Module):
@@ -198,6 +199,7 @@ class PromptEncoder:
             tied={"encoder.embed_tokens.weight": "shared.weight"},
             offload=offload,
             share=Share(axis, shared_dim) if axis.size > 1 else WHOLE,
+            precise=("wo",) if dtype == torch.float16 else (),  # whose sums fp16 cannot hold
         )
         return cls(load_tokenizer(tokenizer / "tokenizer.json"), module)
 

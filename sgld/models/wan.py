@@ -35,7 +35,7 @@ from sgld.nn.norm import LayerNorm32
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d, rotate
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json
+from sgld.nn.weights import pick, read_json, require
 from sgld.params import Memory, ModelInfo, SamplingParams
 from sgld.platform import Platform
 
@@ -216,7 +216,8 @@ class ConditionEmbedder(nn.Module):
 
     def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t [K] -> [K, C] and [K, 6, C]"""
-        emb = self.time_embedder(sinusoid(t, self.freq_dim).to(self.time_proj.weight.dtype))
+        emb = self.time_embedder(sinusoid(t, self.freq_dim).to(self.time_embedder.linear_1.weight))
+        emb = emb.to(self.time_proj.weight)
         return emb, self.time_proj(F.silu(emb)).unflatten(1, (6, -1))
 
 
@@ -237,6 +238,10 @@ class WanTransformer(Denoiser):
         self.norm_out = LayerNorm32(c.dim, c.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, c.dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
 
     def read(self, text: Tensor, bias: Tensor | None = None, picture: Tensor | None = None) -> TextKeys:
         """What text [B, L, C], with a bias [B, 1, 1, L] on the logits, and a picture [1, M, D] tell every block."""
@@ -288,9 +293,9 @@ class WanTransformer(Denoiser):
 
 TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
 UNUSED = ("attn2.norm_added_q", "to_gate_compress")  # of a block: what nothing reads, and a sparse kernel's gate
+PRECISE = ("time_embedder", "scale_shift_table", "norm1", "norm2")  # float32 in every precision, as with diffusers
 FEW_STEP_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}
 BATCH_TOKENS = 4096  # up to so many tokens, guidance runs as one batch of two
-
 
 WAN_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors'
     (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
@@ -385,7 +390,7 @@ class Wan(Native):
         config = wan_config(self.parts.path(name) / "config.json")
         make = partial(WanTransformer, config, self.mesh)
         unused = [f"blocks.{i}.{layer}." for i in range(config.num_layers) for layer in UNUSED]
-        return self.parts.transformer(name, make, config.attention_head_dim, unused=unused)
+        return self.parts.transformer(name, make, config.attention_head_dim, unused=unused, precise=PRECISE)
 
     def _load_image_encoder(self) -> ImageEncoder | None:
         """The one that the transformer has an input for.
@@ -419,31 +424,35 @@ class Wan(Native):
         """Whether the transformer is shown pictures."""
         return bool(self._config.beside) or self._expands
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[WanConditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[WanConditioning, list[str]]:
         self.parts.residency.need("text_encoder")
         length = params.max_sequence_length
         positive, note = self._text.encode(params.prompt, length)
         notes: list[str | None] = [note]
         negative = None
         if params.guidance_scale > 1:
+            pulse()
             negative, note = self._text.encode(params.negative_prompt or "", length)
             notes.append(note and f"negative {note}")
         else:
             notes += self.unguided()
         boundary = self._boundary_time(params)
         counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
-        shown = self._look(cut(pictures, params.width, params.height), params.num_frames) if pictures else NOTHING
+        shown = self._look(pictures, params, pulse) if pictures else NOTHING
         condition = WanConditioning(positive, negative, length=length, boundary=boundary, shown=shown, **counts)
         return condition, [n for n in notes if n]
 
-    def _look(self, pictures: Sequence[Image], frames: int) -> Shown:
-        """What the transformer is shown of pictures that have the size of the output."""
+    def _look(self, pictures: Sequence[Image], params: SamplingParams, pulse: Callable[[], None]) -> Shown:
+        """What the transformer is shown of pictures, which are cut to the size of the output."""
+        pictures, frames, encode = cut(pictures, params.width, params.height), params.num_frames, self.encode_frames
         if self._expands:
-            return Shown(first=self.encode_frames(clip_of(pictures, 1)))
+            return Shown(first=encode(clip_of(pictures, 1), pulse))
         if frames < len(pictures):
             raise BadRequest(f"num_frames: {frames}: it is too few for {len(pictures)} pictures", "num_frames")
         tokens = None if self._image_encoder is None else self._image_encoder.encode(pictures)
-        return Shown(channels_of(pictures, frames, self.encode_frames), tokens=tokens)
+        return Shown(channels_of(pictures, frames, partial(encode, pulse=pulse)), tokens=tokens)
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         latent = [n * p for n, p in zip(self._grid(params), self._config.patch_size, strict=True)]
@@ -580,12 +589,12 @@ def wan_config(file: Path) -> WanConfig:
     Raises:
         ModelError: another architecture.
     """
-    config: WanConfig = pick(read_json(file), WanConfig, file)
+    given = read_json(file)
+    require(given, file, {"qk_norm": "rms_norm_across_heads"})
+    config: WanConfig = pick(given, WanConfig, file)
     known = config.out_channels, 2 * config.out_channels + MASK_CHANNELS
     if config.in_channels not in known:
         raise ModelError(
             f"{file}: in_channels: {config.in_channels} is not supported; only {known[0]}, or {known[1]} with a picture"
         )
-    if config.qk_norm != "rms_norm_across_heads":
-        raise ModelError(f"{file}: qk_norm is {config.qk_norm!r}; only 'rms_norm_across_heads' is supported")
     return config

@@ -264,9 +264,9 @@ BASE = COMMON | {
 TURBO = COMMON | {"width": 1024, "height": 1024, "num_inference_steps": 9, "guidance_scale": 0.0}
 
 Z_IMAGE_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to those of ComfyUI's files
-    (r"\.attention\.to_q$", ".attention.qkv#0"),
-    (r"\.attention\.to_k$", ".attention.qkv#1"),
-    (r"\.attention\.to_v$", ".attention.qkv#2"),
+    (r"^(.*)\.attention\.to_q$", r"\1.attention.qkv#0|\g<0>"),  # some files fuse the three, some only rename the last
+    (r"^(.*)\.attention\.to_k$", r"\1.attention.qkv#1|\g<0>"),
+    (r"^(.*)\.attention\.to_v$", r"\1.attention.qkv#2|\g<0>"),
     (r"\.attention\.to_out\.0$", ".attention.out"),
     (r"\.attention\.norm_([qk])$", r".attention.\1_norm"),
     (r"^all_x_embedder\.\d+-1$", "x_embedder"),
@@ -320,13 +320,10 @@ class ZImage(Native):
     def _check_widths(self) -> None:
         """Raise `ModelError` for components that do not fit, or of another kind."""
         text, vae = (self.parts.config(name) for name in ("text_encoder", "vae"))
-        solver = self.scheduler.get("_class_name")
         if text.get("model_type") != "qwen3":
             file = self.parts.path("text_encoder") / "config.json"
             raise ModelError(f"{file}: model_type is {text.get('model_type')!r}; only 'qwen3' is supported")
-        if solver != "FlowMatchEulerDiscreteScheduler":
-            file = self.parts.path("scheduler") / "scheduler_config.json"
-            raise ModelError(f"{file}: _class_name is {solver!r}; only 'FlowMatchEulerDiscreteScheduler'")
+        self.parts.needs_euler()
         made, taken = (vae.get("latent_channels"), text.get("hidden_size")), self._config
         if made != (taken.in_channels, taken.cap_feat_dim):
             raise ModelError(
@@ -334,7 +331,9 @@ class ZImage(Native):
                 f"{taken.cap_feat_dim}, the vae has {made[0]} channels, the text encoder makes {made[1]}"
             )
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         self.parts.residency.need("text_encoder")
         positive, note = self._read(params.prompt, params.max_sequence_length)
         notes: list[str | None] = [note]

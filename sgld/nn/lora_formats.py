@@ -172,6 +172,8 @@ def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapt
         parts = layers.setdefault(component, {}).setdefault(layer, {})
         if part in parts:
             raise _bad(file, f"both {parts[part].key!r} and {key!r} are the {part} of one layer")
+        if part == "alpha" and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            tensor = tensor.float()  # as kohya's tools write it
         if not _is_finite(tensor):
             raise _bad(file, f"{key!r} holds values that are no finite floating-point numbers")
         parts[part] = Stored(key, tensor)

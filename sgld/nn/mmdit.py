@@ -93,6 +93,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tens
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
+def finite(x: Tensor) -> Tensor:
+    """Within the numbers of half precision, which the activations of these models leave."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
 class DualBlock(nn.Module):
     """Two streams, each with weights of its own, that attend to both (FLUX.1, HunyuanVideo)."""
 
@@ -108,7 +113,8 @@ class DualBlock(nn.Module):
         y, z = self.attn(modulate(x, *mod[:2]), modulate(text, *told[:2]), place)
         x, text = x + mod[2] * y, text + told[2] * z
         x = x + mod[5] * self.ff(modulate(x, *mod[3:5]))
-        return x, text + told[5] * self.ff_context(modulate(text, *told[3:5]))
+        text = text + told[5] * self.ff_context(modulate(text, *told[3:5]))
+        return finite(x), finite(text)
 
 
 class SingleBlock(nn.Module):
@@ -127,7 +133,8 @@ class SingleBlock(nn.Module):
         own, told = modulate(x, shift, scale), modulate(text, shift, scale)
         y, z = self.attn(own, told, place)
         x = x + gate * self.proj_out(torch.cat([y, gelu_tanh(self.proj_mlp(own))], -1))
-        return x, text + gate * self.proj_out(torch.cat([z, gelu_tanh(self.proj_mlp(told))], -1))
+        text = text + gate * self.proj_out(torch.cat([z, gelu_tanh(self.proj_mlp(told))], -1))
+        return finite(x), finite(text)
 
 
 class OutNorm(nn.Module):

@@ -30,9 +30,15 @@ class Offloaded:
     def __init__(self, module: nn.Module, stored: Source, platform: Platform, pin: bool, layers: Sequence[str] = ()):
         self.module, self._stored, self._platform = module, stored, platform
         self._changes: Mapping[str, Change] = {}
-        self._shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        nothing = torch.empty((), dtype=stored.dtype, device=stored.device)
-        self._placeholders = {name: nothing.expand(shape) for name, shape in self._shapes.items()}
+        tensors, tied = module.state_dict(keep_vars=True), dict[int, list[str]]()
+        for name, tensor in tensors.items():
+            tied.setdefault(id(tensor), []).append(name)
+        self._names = {names[0]: names for names in tied.values()}  # all that one tensor has
+        self._shapes = {name: tensors[name].shape for name in self._names}
+        self._placeholders = {
+            name: torch.empty((), dtype=stored.kind(name), device=stored.device).expand(shape)
+            for name, shape in self._shapes.items()
+        }
         self._host: dict[str, Tensor] | None = None
         if not platform.offloads_to_files:
             host = attrs.evolve(stored, device=torch.device("cpu"))
@@ -97,13 +103,14 @@ class Offloaded:
 
     @torch.inference_mode(False)
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, x in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(self.module.get_submodule(owner), leaf, nn.Parameter(x, requires_grad=False))
+        for first, x in tensors.items():
+            parameter = nn.Parameter(x, requires_grad=False)
+            for name in self._names[first]:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.module.get_submodule(owner), leaf, parameter)
 
     def _bytes(self, names: Iterable[str]) -> int:
-        total: int = self._stored.dtype.itemsize * sum(math.prod(self._shapes[name]) for name in names)
-        return total
+        return sum(self._stored.kind(name).itemsize * math.prod(self._shapes[name]) for name in names)
 
 
 OFFLOADED = {  # by the flag: the components, and the VAE's encoder, which is loaded apart

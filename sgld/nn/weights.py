@@ -66,6 +66,13 @@ def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
     return cls(**values)
 
 
+def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) -> None:
+    """Raise `ModelError` where a component's config.json says something else; what it does not say is as needed."""
+    for key, value in needed.items():
+        if (given := config.get(key, value)) != value:
+            raise ModelError(f"{file}: {key} is {given!r}; only {value!r} is supported")
+
+
 def _check_type(where: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
         raise ModelError(f"{where}: {shown(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
@@ -141,6 +148,10 @@ class Source(ABC):
     dtype: torch.dtype
     device: torch.device
 
+    def kind(self, name: str) -> torch.dtype:
+        """The type of one of them."""
+        return self.dtype
+
     @abstractmethod
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Those tensors, on the device."""
@@ -152,6 +163,10 @@ class Stored(Source):
 
     files: Mapping[str, tuple[Path, str]]  # by the module's name: the file, and the name there
     share: Share = WHOLE
+    precise: frozenset[str] = frozenset()  # parts of names, between dots, of what is float32
+
+    def kind(self, name: str) -> torch.dtype:
+        return self.dtype if self.precise.isdisjoint(name.split(".")) else torch.float32
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Those tensors; on a CPU they are the mapped files themselves where these hold the type that is wanted.
@@ -170,7 +185,7 @@ class Stored(Source):
                             tensor = self._get(tensors, name)
                         except SafetensorError as error:
                             raise ModelError(f"{file}: it has changed since it was checked: {error}") from None
-                        yield name, tensor.to(self.device, self.dtype)
+                        yield name, tensor.to(self.device, self.kind(name))
 
     def _get(self, file: Any, name: str) -> Tensor:
         key = self.files[name][1]
@@ -190,12 +205,14 @@ def load_module(
     unused: Iterable[str] = (),
     offload: Keeper | None = None,
     share: Share = WHOLE,
+    precise: Iterable[str] = (),
 ) -> M:
     """The module that `build` makes, with the weights of `folder`, ready for inference.
 
     `tied` names a tensor that may stand in the file under another name or twice; a file's tensors whose names
     begin with one of `unused` are passed over. With `offload` nothing is read but the headers: the module goes there
     on the meta device, to be filled later. `build` makes a module of the size that `share` leaves of each tensor.
+    Tensors that one of `precise` is part of the name of, between dots, are float32 whatever `dtype` is.
 
     Raises:
         ModelError: a file that is corrupt, or lacks tensors, or has more, or has other shapes.
@@ -207,7 +224,8 @@ def load_module(
     found = _shapes(files, tied or {}, tuple(unused))
     where = files[0] if len(files) == 1 else folder
     _check(where, wanted, {name: share.shape(name, shape) for name, (_, _, shape) in found.items()})
-    stored = Stored(dtype, device, {name: (file, key) for name, (file, key, _) in found.items()}, share)
+    places = {name: (file, key) for name, (file, key, _) in found.items()}
+    stored = Stored(dtype, device, places, share, frozenset(precise))
     module.eval().requires_grad_(False)
     if offload is None:
         module.load_state_dict(dict(stored.read(wanted)), assign=True)

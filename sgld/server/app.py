@@ -49,7 +49,7 @@ def make_app(
     engine = engine or Engine(settings)
     fetcher = Fetcher(settings.allow_private_urls)
     app[KEYS], app[METRICS] = keys if keys is not None else load_keys(settings), Metrics()
-    app[WEBHOOKS] = Webhooks(fetcher)
+    app[WEBHOOKS] = Webhooks(Fetcher(settings.allow_private_urls))  # slow endpoints hold up nobody's pictures
     model = settings.served_model_name or settings.model_path
     outputs = Outputs(_output_folder(settings), model, settings)
     results = outputs.root if _keeps_journal(settings) else None

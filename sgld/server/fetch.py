@@ -12,13 +12,15 @@ import ipaddress
 import re
 import socket
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin
 
 import aiohttp
 import anyio.to_thread
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from sgld import __version__
@@ -38,6 +40,7 @@ _USER_INFO = re.compile("//[^/]*@")
 _URL_CHARACTERS = 8192
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CONNECTIONS_PER_HOST = 16
+_DNS_THREADS = 4
 _DATA_HEADER = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
@@ -85,6 +88,29 @@ def _public_socket(addr_info: tuple[Any, ...]) -> socket.socket:
     if not is_public(address[0]):
         raise OSError("not a public address")
     return socket.socket(family, kind, protocol)
+
+
+class _Resolver(AbstractResolver):
+    """DNS in threads of its own: a name server that is slow holds up no file and no other work."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_DNS_THREADS, "sgld-dns")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        ask = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        return [
+            ResolveResult(
+                hostname=host, host=str(address[0]), port=int(address[1]), family=kind, proto=protocol, flags=numeric
+            )
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Fetcher:
@@ -176,7 +202,7 @@ class Fetcher:
         """The session; made at first use, for it needs a running loop."""
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                resolver=self._resolver or aiohttp.ThreadedResolver(),
+                resolver=self._resolver or _Resolver(),
                 socket_factory=None if self._allow_private else _public_socket,
                 limit_per_host=_CONNECTIONS_PER_HOST,
                 force_close=True,

@@ -133,6 +133,19 @@ async def _make(
     request: web.Request, cls: type[ImageFields], event: str, *, prompted: bool = True
 ) -> web.StreamResponse:
     service = request.app[SERVICE]
+    job, fields = await _submit(request, cls, prompted)
+    async with service.jobs.attend(job):
+        if fields.stream:
+            return await _stream(request, job, fields, event)
+        await job.wait()
+        if job.error is not None:
+            raise job.error
+        return await _answer(request, job, fields)
+
+
+async def _submit(request: web.Request, cls: type[ImageFields], prompted: bool) -> tuple[Job, ImageFields]:
+    """Queue what is asked for. While it waits, nothing of the body is held."""
+    service = request.app[SERVICE]
     content = await read_body(request, cls)
     sources = pictures.find_sources(content, PICTURE_FIELDS if cls is EditFields else ())
     fields, sampling, notes = split(content.values, cls)
@@ -166,13 +179,7 @@ async def _make(
             inputs=kept.names,
         )
         job = await service.submit(job)
-    async with service.jobs.attend(job):
-        if fields.stream:
-            return await _stream(request, job, fields, event)
-        await job.wait()
-        if job.error is not None:
-            raise job.error
-        return await _answer(request, job, fields)
+    return job, fields
 
 
 def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
@@ -207,7 +214,7 @@ async def _answer(request: web.Request, job: Job, fields: ImageFields) -> web.Re
         size=f"{job.params.width}x{job.params.height}",
         seeds=job.seeds,
         usage=usage(job),
-        warnings=job.notes,
+        warnings=list(job.notes),
         inference_time_s=round((job.completed_at or time.time()) - (job.started_at or job.created_at), 3),
     )
     text = await anyio.to_thread.run_sync(lambda: json.dumps(body(answer)))  # megabytes of base64

@@ -66,7 +66,7 @@ class Job:
     priority: str = "normal"
     previews: int = 0
     remixed_from: str | None = None
-    inputs: list[str] = attrs.field(factory=list)  # names of uploads
+    inputs: tuple[str, ...] = attrs.field(default=(), converter=tuple)  # names of uploads
     idempotency_key: str | None = None
     digest: str = ""  # of the request that has the key
     created_at: float = attrs.field(factory=time.time)
@@ -80,8 +80,8 @@ class Job:
     step: int = 0
     total: int = 0
     error: SgldError | None = None
-    artifacts: list[Artifact] = attrs.field(factory=list)
-    notes: list[str] = attrs.field(factory=list)
+    artifacts: tuple[Artifact, ...] = attrs.field(default=(), converter=tuple)
+    notes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     prompt_tokens: int = 0
     output_tokens: int = 0
     # of this process only
@@ -89,12 +89,15 @@ class Job:
     parked: bool = False  # it goes on in the next process, and tells nothing more in this one
     task: asyncio.Task[None] | None = None  # makes its outputs
     waiters: int = 0
-    _log: list[JobEvent] = attrs.field(factory=list)
+    arrival: int = 0  # its number in the catalog
+    _log: tuple[JobEvent, ...] = ()
     _number: int = 0
     _changed: asyncio.Event | None = None  # where somebody waits for the next event
     _followers: int = 0
 
-    VOLATILE: ClassVar = ("settled", "parked", "task", "waiters", "_log", "_number", "_changed", "_followers")
+    VOLATILE: ClassVar = (
+        "settled", "parked", "task", "waiters", "arrival", "_log", "_number", "_changed", "_followers",
+    )  # fmt: skip
 
     @property
     def ended(self) -> bool:
@@ -155,11 +158,10 @@ class Job:
     def publish(self, name: str, data: dict[str, Any]) -> None:
         """Add a line to the log and wake who follows it; of a job that has ended its fields tell as much."""
         self._number += 1
-        if self.ended:
-            self._log = []
-        if self._followers or not self.ended:
-            self._log.append(JobEvent(self._number, name, data))
-            del self._log[:-_LOG_EVENTS]
+        if self.ended and not self._followers:
+            self._log = ()
+        else:  # who reads slowly still gets what came before the end
+            self._log = (*self._log[1 - _LOG_EVENTS :], JobEvent(self._number, name, data))
         self._wake()
 
     def _wake(self) -> None:
@@ -190,7 +192,7 @@ class Job:
         finally:
             self._followers -= 1
             if self.ended and not self._followers:
-                self._log = []
+                self._log = ()
 
     async def wait(self) -> None:
         """Until its end, or until it is parked."""

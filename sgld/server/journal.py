@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 VERSION = 1
-_CACHE_KIB = 256  # a document is written and forgotten: pages are read again at the next start alone
+_CACHE_KIB = 64  # a document is written and forgotten: pages are read again at the next start alone
 _APPLICATION = int.from_bytes(b"sgld", "big")
 _EMPTY, _OURS = (0, 0), (_APPLICATION, VERSION)
 _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)

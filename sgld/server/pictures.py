@@ -97,12 +97,16 @@ async def kept(sources: list[Source], root: Path, fetcher: Fetcher, shape_from: 
         paths = [(source.field == MASK, str(root / name)) for source, name in zip(sources, names, strict=True)]
         pictures = [path for is_mask, path in paths if not is_mask]
         mask = next((path for is_mask, path in paths if is_mask), None)
-        size = await anyio.to_thread.run_sync(_check, pictures[shape_from], mask) if pictures else None
+        size = await _shape(pictures[shape_from], mask) if pictures else None
         sampling = {inputs.PICTURE: pictures or None, inputs.MASK: mask}
         yield Kept(names, {name: value for name, value in sampling.items() if value is not None}, size)
     except BaseException:
         await uploads.remove(names, root)
         raise
+
+
+async def _shape(picture: str, mask: str | None) -> tuple[int, int]:
+    return await anyio.to_thread.run_sync(_check, picture, mask, limiter=uploads.DECODERS)
 
 
 def _check(picture: str, mask: str | None) -> tuple[int, int]:

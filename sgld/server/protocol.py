@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import resource
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,13 +15,24 @@ from sgld.errors import BadRequest, SgldError
 from sgld.server.errors import INTERNAL, error_response, name_request, refusal
 
 log = logging.getLogger(__name__)
+RESERVED_DESCRIPTORS = 200
 MAX_LINE = 8190  # bytes of the request line, and of each header
 MALFORMED = f"the request is not valid HTTP, or its first line or a header is longer than {MAX_LINE} bytes"
 UNDECODABLE = "Content-Encoding: this server cannot decode it; gzip and deflate are allowed"
 
 
 class _Connection(web.RequestHandler):
-    """Its errors hold nothing of the request, of which any byte may be part of a key."""
+    """Its errors hold nothing of the request, of which any byte may be part of a key.
+
+    One too many is closed at once: descriptors must be left for jobs and files.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._manager is not None
+        if len(self._manager.connections) > most_connections():
+            log.warning("a connection is refused: there are %d, as many as descriptors allow", most_connections())
+            transport.close()
 
     def handle_error(
         self,
@@ -45,6 +58,11 @@ class _Connection(web.RequestHandler):
         """A body that cannot be read has been answered, and is no fault of this server."""
         if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **kw)
+
+
+def most_connections() -> int:
+    """As many as leave descriptors for everything else."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS)
 
 
 class _Server(web.Server):

@@ -68,8 +68,7 @@ class JobStore:
         self._metrics = metrics
         self._webhooks = webhooks
         self._ledger = Ledger()
-        self._jobs: dict[str, Job] = {}  # in the order of their arrival
-        self._catalog = Catalog()
+        self._jobs = Catalog()
         self._repeats: dict[tuple[str, str], Job] = {}  # by owner and Idempotency-Key
         self._queue: FairQueue[Job] = FairQueue()
         self._admitting: dict[Job, asyncio.Event] = {}  # until they are in the journal
@@ -107,7 +106,7 @@ class JobStore:
         for job in waiting:  # now that each has its place
             job.publish("queued", self.state(job))
         if journal is not None:
-            await uploads.sweep({name for job in self._jobs.values() for name in job.inputs}, self.uploads)
+            await uploads.sweep({name for job in self._jobs for name in job.inputs}, self.uploads)
             await self.outputs.sweep()
         self._spawn(self._sweep())
 
@@ -136,7 +135,7 @@ class JobStore:
     async def close(self) -> None:
         """Put what has not ended back into the journal, or fail it where there is none."""
         self.draining = True
-        for job in [job for job in self._jobs.values() if job.settle()]:
+        for job in [job for job in self._jobs if job.settle()]:
             if self._ledger.lasts and job.kind == "video":
                 job.park()
                 if job.status == "in_progress":  # a queued one is in the journal as it stands
@@ -202,7 +201,7 @@ class JobStore:
     ) -> tuple[list[Job], bool]:
         """At most `limit` jobs by age, from behind the id `after` on, and whether more follow."""
         owner = EVERYBODY if identity.admin else identity.name
-        return self._catalog.page(kind, owner, after=after, limit=limit, newest_first=newest_first)
+        return self._jobs.page(kind, owner, after=after, limit=limit, newest_first=newest_first)
 
     @asynccontextmanager
     async def attend(self, job: Job) -> AsyncIterator[None]:
@@ -383,7 +382,7 @@ class JobStore:
             self._begin(job)
         if isinstance(event, Note):
             if event.text not in job.notes:  # each output tells it
-                job.notes.append(event.text)
+                job.notes = (*job.notes, event.text)
         elif isinstance(event, Preview):
             previews.append(self._spawn(self._show(job, event, index, previews[-1:])))
         elif isinstance(event, Progress) and event.stage in job.SHARE:
@@ -430,7 +429,7 @@ class JobStore:
             if error is not None:
                 log.warning("failed: %s", error)
             else:
-                job.artifacts = list(artifacts)
+                job.artifacts = tuple(artifacts)
                 log.info("completed in %.2f s", time.time() - (job.started_at or job.created_at))
             await self._end(job, error)
 
@@ -489,7 +488,7 @@ class JobStore:
             OutputError: the video is damaged, or the disk is full.
         """
         name = await self.outputs.picture(job.artifacts[0], variant)
-        if job.id not in self._jobs:
+        if job not in self._jobs:
             await self._remove_files([job])
             raise NotFound(f"no {job.kind} {job.id!r}", "id")
         return name
@@ -499,7 +498,7 @@ class JobStore:
         while True:
             await self._ledger.pay()
             now = time.time()
-            old = [job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now]
+            old = [job for job in self._jobs if job.expires_at is not None and job.expires_at <= now]
             try:
                 await self._erase(old)
             except Exception:  # the next round may fare better
@@ -511,14 +510,13 @@ class JobStore:
             await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
 
     def _remember(self, job: Job) -> None:
-        self._jobs[job.id] = job
-        self._catalog.add(job)
+        self._jobs.add(job)
         if job.idempotency_key is not None and job.status != "failed":
             self._repeats[job.owner, job.idempotency_key] = job
 
     def _forget(self, job: Job) -> None:
-        if self._jobs.pop(job.id, None) is not None:
-            self._catalog.remove(job)
+        if job in self._jobs:
+            self._jobs.remove(job)
         self._ledger.forget(job)
         self._release_key(job)
 

@@ -31,7 +31,7 @@ _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, 
 _UPRIGHT = 1
 _NAME_CHARACTERS, _FOLDER_CHARACTERS = 40, 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
-_DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of MAX_PIXELS
+DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of MAX_PIXELS
 
 
 @attrs.frozen
@@ -54,7 +54,7 @@ async def read_picture(data: bytes, name: str | None, param: str) -> Picture:
         BadRequest: another format, or truncated or damaged.
         TooLarge: more than `MAX_PIXELS`; told from the header, before anything is decoded.
     """
-    return await anyio.to_thread.run_sync(_read, data, safe_name(name), param, limiter=_DECODERS)
+    return await anyio.to_thread.run_sync(_read, data, safe_name(name), param, limiter=DECODERS)
 
 
 def safe_name(name: str | None) -> str:

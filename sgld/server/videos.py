@@ -263,7 +263,7 @@ def _video(request: web.Request, job: Job) -> Video:
         queue_position=state["queue_position"],
         eta_seconds=state["eta_seconds"],
         priority=job.priority,
-        warnings=job.notes,
+        warnings=list(job.notes),
         urls=urls,
         url=urls[0] if urls else None,
         remixed_from_video_id=job.remixed_from,

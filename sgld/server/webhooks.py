@@ -24,7 +24,7 @@ import attrs
 from aiohttp import web
 
 from sgld.convert import knob, plain, shown, structure
-from sgld.errors import BadRequest, NotFound
+from sgld.errors import BadRequest, NotFound, SgldError
 from sgld.server.auth import OWNER
 from sgld.server.body import read_body, read_query
 from sgld.server.describe import BODY_ERRORS, Described
@@ -234,7 +234,10 @@ class Webhooks:
             self.send(await self._journal.restore(DELIVERY, lambda body: Delivery(**body)))
 
     async def close(self, patience_s: float = CLOSING_S) -> None:
-        """Stop the retries, and give the deliveries on their way `patience_s` to arrive; call it after the last job."""
+        """Stop the retries, give the deliveries on their way `patience_s` to arrive, and close the fetcher.
+
+        Call it after the last job.
+        """
         self._closing.set()
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=patience_s)
@@ -242,6 +245,7 @@ class Webhooks:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+        await self._fetcher.close()
         if late:
             log.warning("%d webhook deliveries were broken off, for the server stops", len(late))
 
@@ -353,7 +357,10 @@ class Webhooks:
             due = time.time() + self._delays_s[n - 1] * random.uniform(0.5, 1)
             delivery = attrs.evolve(delivery, tries=n, due=due)
             if self._journal is not None:
-                await self._journal.put(DELIVERY, delivery.id, attrs.asdict(delivery))
+                try:
+                    await self._journal.put(DELIVERY, delivery.id, attrs.asdict(delivery))
+                except SgldError as error:  # the next try is made all the same
+                    log.error("webhook %s: the journal does not hear of a try: %s", id, error)
         if self._journal is None:
             log.error("webhook %s: %s is not delivered, for the server stops", id, event)
 

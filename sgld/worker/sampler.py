@@ -34,7 +34,7 @@ def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -
     with hook.stage("encode"):
         generator = torch.Generator("cpu").manual_seed(params.seed)
         pictures = [] if family.info.starts_from_picture else pictures_of(params, hook)
-        condition, warnings = family.encode(params, pictures)
+        condition, warnings = family.encode(params, pictures, hook.check)
         hook.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
         x = family.noise(params, generator)
         canvas = Canvas.prepare(family, params, hook, x) if family.info.starts_from_picture else None
@@ -51,7 +51,7 @@ def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -
         pulse = hook.check if family.together else hook.pulse
         x = family.settle(x, condition)
         frames = family.decode(x, pulse)
-        return frames if canvas is None else canvas.composite(frames), family.sound(x, pulse)
+        return frames if canvas is None else canvas.composite(frames), family.sound(x, hook.pulse)
 
 
 def denoise(

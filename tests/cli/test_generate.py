@@ -86,6 +86,25 @@ def test_several_prompts_are_one_load_and_an_image_is_one_frame(tmp_path: Path) 
     assert frames.shape == (1, 96, 96, 3)
 
 
+def test_adapters_of_one_output(tmp_path: Path) -> None:
+    """By a name that --lora-path gave, and by a path below the home folder; one that is not there is one line."""
+    shutil.copyfile(DEMO / "loras" / "outline.safetensors", tmp_path / "o.safetensors")
+    image = ("--prompt", "a red circle", "--num-frames", "1", "--num-inference-steps", "4", "--seed", "1")
+    loras = {
+        "plain": [],
+        "set": ["--lora-path", "o.safetensors", "--lora-nickname", "mine"],
+        "off": ["--lora-path", "o.safetensors", "--lora-nickname", "mine", "--loras", "nickname=mine,strength=0"],
+        "own": ["--loras", "path=~/o.safetensors"],
+    }
+    for name, words in loras.items():
+        done = generate(tmp_path, *image, *words, "--output-file-path", f"{name}.png", HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    plain, worn, off, own = (media.decode(tmp_path / f"{name}.png")[0].astype(int) for name in loras)
+    assert (off == plain).all() and (own == worn).all() and abs(worn - plain).mean() > 0.5
+    missing = generate(tmp_path, *image, "--loras", "path=no/thing", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    assert missing.returncode == 2 and "--loras: 'no/thing' is no local folder" in one_error_line(missing)
+
+
 def test_raw_frames_and_a_reader_that_has_gone(tmp_path: Path) -> None:
     asked = [sys.executable, "-m", "sgld", "generate", "--prompt", "x", *QUICK, "--output-path=."]
     command = [*asked, "--return-frames", "--output-file-name", "x.mp4", "--n", "2"]

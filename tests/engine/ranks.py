@@ -41,7 +41,9 @@ class FaultyFamily(Family):
         self.step = 0
         self.num_frames = 0
 
-    def encode(self, params: SamplingParams, pictures: Sequence[Image]) -> tuple[Conditioning, list[str]]:
+    def encode(
+        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+    ) -> tuple[Conditioning, list[str]]:
         self.fault = json.loads(params.prompt)
         self.step = 0
         self.num_frames = params.num_frames

@@ -14,6 +14,8 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sgld.config import Settings
 from sgld.engine.adapters import AdapterNames, Kept, Known, at_start, resolve_adapter
@@ -22,6 +24,7 @@ from sgld.errors import BadRequest, NotReady, SgldError
 from sgld.messages import Frames, LoraPart, LoraState, Note
 from sgld.params import LoraUse, resolve
 from tests.adapters import write_adapter
+from tools import tiny
 
 PROMPT = "a red circle on a blue background"
 VISIBLE = 1.0  # mean difference of two pictures, of 255; measured: 5 and more
@@ -196,6 +199,100 @@ async def test_a_restarted_group_without_its_adapters_says_so(adapters: Files, t
         assert np.array_equal(await picture(), plain)
 
 
+async def test_an_adapter_that_was_taken_away_may_be_gone(adapters: Files, tmp_path: Path) -> None:
+    """Neither a new worker nor the next server needs it."""
+    brief = tmp_path / "brief.safetensors"
+    shutil.copyfile(adapters["a"], brief)
+    kept: list[Kept] = []
+
+    async def keep(adapters: Kept) -> None:
+        kept.append(adapters)
+
+    async with Engine(Settings()) as engine:
+        engine.keep = keep
+        await engine.load(lambda event: None)
+        plain = await Studio(engine).picture()
+        await engine.set_lora([LoraUse("brief", str(brief))])
+        await engine.unmerge_lora()
+        brief.unlink()
+        await restart(engine)
+        assert np.array_equal(await Studio(engine).picture(), plain)
+        with pytest.raises(BadRequest, match="no adapter was set"):
+            await engine.merge_lora()
+    assert kept[-1].state.parts["transformer"].applied is None, "the control: the next server hears of it"
+    async with Engine(Settings()) as engine:
+        engine.kept = kept[-1]
+        await engine.load(lambda event: None)
+        assert engine.group.loras == LoraState()
+
+
+async def test_one_part_keeps_its_adapters_when_those_of_the_other_are_gone(tmp_path: Path) -> None:
+    """And until those are set again or taken away, no output is made without them."""
+    model = tiny.make_wan22_a14b(tmp_path / "model")
+    lone, second = (write_small(tmp_path / name, name, model) for name in ("transformer", "transformer_2"))
+    kept = LoraUse("kept", second, target="transformer_2")
+
+    async with Engine(Settings(model_path=str(model))) as engine:
+        await engine.load(lambda event: None)
+        await engine.set_lora([LoraUse("lone", lone, target="transformer")])
+        both = await engine.set_lora([kept])
+        away = (tmp_path / "transformer.safetensors").rename(tmp_path / "away")
+        await restart(engine)
+        with pytest.raises(NotReady):
+            await Studio(engine).picture()
+        assert set(engine.group.loras.parts) == {"transformer", "transformer_2"}
+        assert (await engine.list_loras()).parts == {"transformer_2": both.parts["transformer_2"]}
+        await engine.set_lora([kept])
+        with pytest.raises(NotReady):
+            await Studio(engine).picture()
+        await engine.unmerge_lora("transformer")
+        assert (await Studio(engine).picture()).size and set(engine.group.loras.parts) == {"transformer_2"}
+        away.rename(lone)
+        state = await engine.set_lora([LoraUse("lone", lone, target="transformer")])
+        assert state == both
+
+
+def write_small(file: Path, component: str, model: Path) -> str:
+    """An adapter for one layer of one transformer."""
+    file = file.with_suffix(".safetensors")
+    (weights,) = (model / component).glob("*.safetensors")
+    out, inner = load_file(weights)["proj_out.weight"].shape
+    layer = f"{component}.proj_out"
+    save_file({f"{layer}.lora_A.weight": torch.ones(1, inner), f"{layer}.lora_B.weight": torch.ones(out, 1)}, file)
+    return str(file)
+
+
+async def test_files_that_have_gone_are_sought_again(adapters: Files, tmp_path: Path) -> None:
+    """A download can be repeated, by the name that it was given by."""
+    names, gone = AdapterNames(), str(tmp_path / "gone.safetensors")
+    names.known = {
+        "moved": Known(adapters["a"], Path(gone)),
+        "lost": Known(str(tmp_path / "lost.safetensors"), tmp_path / "lost.safetensors"),
+    }
+    lost = LoraUse("lost", str(tmp_path / "lost.safetensors"))
+    part = LoraPart((LoraUse("moved", gone), LoraUse("stays", adapters["b"]), lost), "auto", "merge")
+    found = (await names.sought_again(LoraState({"transformer": part}))).parts["transformer"].loras
+    assert found == (LoraUse("moved", adapters["a"]), LoraUse("stays", adapters["b"]), lost)
+    names.known["moved"] = Known(adapters["b"], Path(gone))
+    (again,) = await names.resolve([LoraUse("moved")], "loras", local=False)
+    assert again.path == adapters["b"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_gpus": 2}], ids=["one", "two"])
+async def test_a_worker_that_dies_while_it_gets_its_first_adapters(adapters: Files, settings: dict[str, int]) -> None:
+    killed: list[int] = []
+
+    def kill_once(event: Any) -> None:
+        if event.step == event.total and not killed:  # the model is loaded
+            killed.append(engine.group.pids[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    async with Engine(Settings(lora_path=[adapters["a"]], **settings)) as engine:
+        await engine.load(kill_once)
+        assert killed and engine.state == "ready" and engine.group.restarts == 1
+        assert engine.group.loras.parts["transformer"].applied == "merge"
+
+
 async def test_a_worker_that_dies_while_it_loads_is_replaced() -> None:
     async with Engine(Settings(num_gpus=2)) as engine:
         killed: list[int] = []
@@ -268,10 +365,6 @@ def test_at_start() -> None:
     assert at_start(Settings()) == []
     settings = Settings(lora_path=["x", "y"], lora_nickname=["one", "two"], lora_target=["transformer", "all"])
     assert at_start(settings) == [LoraUse("one", "x", target="transformer"), LoraUse("two", "y")]
-
-
-def test_commands_that_restore_a_state() -> None:
-    assert LoraState().commands() == []
 
 
 # References

@@ -1,7 +1,7 @@
 """Random tiny twins, our pictures of them, and diffusers' pictures of them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -65,18 +65,24 @@ def generate(family: Family, mesh: Mesh | None = None, **changes: Any) -> Tensor
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[..., Tensor]:
-    """Frames u8 [N, H, W, 3] of `REQUEST` with changes, as `diffusers.WanPipeline` makes them in float32."""
+    """Frames u8 [N, H, W, 3] of `REQUEST` with changes, as `diffusers.WanPipeline` makes them in float32.
+
+    With `tiles` its autoencoder decodes in such tiles.
+    """
     from diffusers import WanPipeline
 
     pipelines: dict[Path, Any] = {}
 
-    def make(folder: Path, **changes: Any) -> Tensor:
+    def make(folder: Path, tiles: Mapping[str, int] | None = None, **changes: Any) -> Tensor:
         if folder not in pipelines:
             pipelines[folder] = WanPipeline.from_pretrained(folder)
             pipelines[folder].set_progress_bar_config(disable=True)
         request = REQUEST | changes
         generator = torch.Generator("cpu").manual_seed(request.pop("seed"))
+        if tiles is not None:
+            pipelines[folder].vae.enable_tiling(**tiles)
         frames = pipelines[folder](**request, generator=generator, output_type="np").frames[0]
+        pipelines[folder].vae.use_tiling = False
         return torch.from_numpy((frames * 255).round().astype("uint8"))
 
     return make

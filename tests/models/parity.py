@@ -1,6 +1,7 @@
 """What every family is held to: diffusers' picture from the same seed, on any number of ranks, with any weights."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgld.config import Settings
-from sgld.messages import Load
+from sgld.messages import Load, Preview
 from sgld.models import load_family
 from sgld.models.family import Family, Sound
 from sgld.nn.lora import Use
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
+from sgld.nn.weights import read_json
 from sgld.params import resolve
 from sgld.platform import Cpu
 from sgld.worker.hook import Hook
@@ -50,16 +53,37 @@ def picture(family: Family, request: Request, mesh: Mesh | None = None) -> Tenso
     return make(family, request, mesh)[0]
 
 
-def _on_rank(mesh: Mesh, folder: Path, request: Request, settings: Mapping[str, Any]) -> Any:
-    frames, sound = make(load(folder, mesh, **settings), request, mesh)
-    return frames.numpy(), None if sound is None else sound.samples.numpy()
+def shown(family: Family, request: Request, previews: int) -> tuple[Tensor, list[Tensor]]:
+    """Frames u8 [N, H, W, 3], and the previews [1, H, W, 3] that came before them."""
+    params, _ = resolve(request, family.info)
+    found: list[Tensor] = []
+    ours, theirs = Pipe()
+    with ours, theirs:
+        frames, _ = sample(family, params, Hook("job", Mesh.solo(), theirs), previews)
+        while ours.poll():
+            if isinstance(message := ours.recv(), Preview):
+                message.frames.receive(ours)
+                found.append(torch.from_numpy(message.frames.array.copy()))
+    return frames, found
+
+
+Case = tuple[Path, Request, Mapping[str, Any]]  # a model's folder, what is asked of it, and with which settings
+
+
+def _on_rank(mesh: Mesh, cases: Iterable[Case]) -> Any:
+    return [picture(load(folder, mesh, **settings), request, mesh).numpy() for folder, request, settings in cases]
+
+
+def pictures_of_ranks(world: int, store: Path, cases: Iterable[Case]) -> list[Tensor]:
+    """Frames of each, made by that many processes, which meet in the file `store`; all but the first have none."""
+    first, *others = on_ranks(world, store, _on_rank, list(cases))
+    assert all(frames.size == 0 for rank in others for frames in rank)
+    return [torch.from_numpy(frames) for frames in first]
 
 
 def picture_of_ranks(world: int, store: Path, folder: Path, request: Request, **settings: Any) -> Tensor:
-    """The same, made by that many processes, which meet in the file `store`; all but the first have no frames."""
-    (frames, _), *others = on_ranks(world, store, _on_rank, folder, request, settings)
-    assert all(part.size == 0 for part, _ in others)
-    return torch.from_numpy(frames)
+    """The same of one."""
+    return pictures_of_ranks(world, store, [(folder, request, settings)])[0]
 
 
 def _memory(mesh: Mesh, folder: Path, warm: Request, request: Request) -> tuple[int, int]:
@@ -86,10 +110,40 @@ def levels(picture: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(frames.reshape(-1, *frames.shape[-3:]))
 
 
+def quiet(pipeline: Any) -> Any:
+    """A pipeline of diffusers that shows no bar."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(pipeline: Any, request: Request) -> Tensor:
+    """What a pipeline of diffusers makes of that call and `seed`: a picture u8 [1, H, W, 3]."""
+    given = dict(request)
+    generator = torch.Generator().manual_seed(given.pop("seed"))
+    return levels(pipeline(**given, generator=generator, output_type="np").images)
+
+
+def photo(file: Path, width: int, height: int) -> Path:
+    """A picture of slopes and noise, written to that file."""
+    slopes = np.linspace(0, 200, height * width * 3).reshape(height, width, 3)
+    noise = np.random.default_rng(width).integers(0, 55, slopes.shape)
+    Image.fromarray((slopes + noise).astype(np.uint8)).save(file)
+    return file
+
+
 def apart(a: Tensor, b: Tensor) -> int:
     """The largest difference of two pictures, in levels of 255."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return int((a.int() - b.int()).abs().max())
+
+
+def clipped_alike(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    """What a block makes in half precision is the same, where it stays finite only because it is clipped."""
+    pairs = list(zip(ours, theirs, strict=True))
+    for a, b in pairs:
+        assert a.dtype == torch.float16
+        torch.testing.assert_close(a, b, rtol=0.02, atol=2.0)
+    assert any(bool((a.abs() == torch.finfo(a.dtype).max).any()) for a, _ in pairs)
 
 
 def same_state(ours: nn.Module, theirs: nn.Module, unused: Iterable[str] = ()) -> None:
@@ -113,7 +167,67 @@ def write_lora(
     return file
 
 
+SPELLINGS = {  # of a layer's name, and of its down and up
+    "authors": ("{}", "lora_A", "lora_B"),
+    "comfy": ("diffusion_model.{}", "lora_down", "lora_up"),
+    "dotted": ("transformer.{}", "lora.down", "lora.up"),
+    "kohya": ("lora_unet_{}", "lora_down", "lora_up"),
+}
+
+
+def spelled(tensors: Mapping[str, Tensor], spelling: str, file: Path) -> Path:
+    """An adapter in diffusers' spelling, written to that file in another; kohya's has underscores for dots."""
+    name, down, up = SPELLINGS[spelling]
+    made = {}
+    for key, x in tensors.items():
+        layer, _, part = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
+        layer = layer.replace(".", "_") if spelling == "kohya" else layer
+        made[f"{name.format(layer)}.{down if part == 'lora_A' else up}.weight"] = x.contiguous()
+    save_file(made, file)
+    return file
+
+
+def fused(tensors: Mapping[str, Tensor], layers: Sequence[str], name: str) -> dict[str, Tensor]:
+    """An adapter of one layer in place of several, whose outputs it has one after the other."""
+    downs, ups = ([tensors[f"{layer}.lora_{part}.weight"] for layer in layers] for part in "AB")
+    return {f"{name}.lora_A.weight": torch.cat(downs), f"{name}.lora_B.weight": torch.block_diag(*ups)}
+
+
+def write_both(
+    folder: Path,
+    module: nn.Module,
+    authors: Mapping[str, Sequence[str]],
+    spell: Callable[[str], str],
+    swapped: Sequence[str] = (),
+) -> tuple[Path, Path]:
+    """One random adapter in diffusers' names, and in the authors', of whose layers each has the rows of several.
+
+    Of those that are `swapped` the two halves of the rows change places.
+    """
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = {}, {}
+    for name, layers in authors.items():
+        modules = [module.get_submodule(layer) for layer in layers]
+        sizes = [m.out_features for m in modules if isinstance(m, nn.Linear)]
+        down = 0.2 * torch.randn(2, modules[0].in_features, generator=generator)
+        up = 0.2 * torch.randn(sum(sizes), 2, generator=generator)
+        theirs |= {f"{spell(name)}.lora_down.weight": down, f"{spell(name)}.lora_up.weight": up}
+        up = up.roll(sizes[0] // 2, 0) if name in swapped else up
+        for layer, rows in zip(layers, up.split(sizes), strict=True):
+            ours[f"transformer.{layer}.lora_A.weight"] = down.clone()
+            ours[f"transformer.{layer}.lora_B.weight"] = rows.clone()
+    files = folder / "diffusers.safetensors", folder / "authors.safetensors"
+    for file, tensors in zip(files, (ours, theirs), strict=True):
+        save_file(tensors, file)
+    return files
+
+
 def wear(family: Family, file: Path, component: str = "transformer") -> None:
     """Let an adapter hold on that component; all of its keys must fit."""
     layers = family.lora[component]
     layers.apply([Use(layers.fit(read_adapter(file)))], "merge")
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change values of a JSON file."""
+    file.write_text(json.dumps(read_json(file) | changes))

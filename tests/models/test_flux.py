@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from multiprocessing import Pipe
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
-from sgld.messages import Preview
 from sgld.models import flux
 from sgld.models.flux import FLUX_ORIGINAL, Flux, FluxConfig, FluxTransformer, flux_config, pack, unpack
 from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import fit, read_adapter
+from sgld.nn.mmdit import DualBlock, Place, SingleBlock
 from sgld.nn.parallel import Mesh
-from sgld.nn.weights import read_json
+from sgld.nn.usp import SequenceAttention
 from sgld.params import resolve
-from sgld.worker.hook import Hook
-from sgld.worker.sampler import sample
-from tests.models.parity import apart, estimate_is_near_the_peak, levels, load, picture, same_state, wear, write_lora
+from tests.models.parity import (
+    apart,
+    clipped_alike,
+    edit,
+    estimate_is_near_the_peak,
+    fused,
+    load,
+    photo,
+    picture,
+    quiet,
+    same_state,
+    shown,
+    spelled,
+    theirs,
+    wear,
+    write_lora,
+)
 from tests.nn.ranks import on_ranks
+from tools.tiny import stir
 from tools.twins.flux import MAKERS
 
 REQUEST: dict[str, Any] = {
@@ -58,17 +73,9 @@ def dev(twins: Path) -> Flux:
 @pytest.fixture(scope="module")
 def pipelines(twins: Path) -> Callable[[str], Any]:
     """diffusers' own pipelines of the twins."""
-    import diffusers
+    from diffusers import DiffusionPipeline
 
-    known: dict[str, Any] = {}
-
-    def open_one(name: str) -> Any:
-        if name not in known:
-            known[name] = diffusers.DiffusionPipeline.from_pretrained(twins / name)
-            known[name].set_progress_bar_config(disable=True)
-        return known[name]
-
-    return open_one
+    return cache(lambda name: quiet(DiffusionPipeline.from_pretrained(twins / name)))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +84,9 @@ def reference(pipelines: Callable[[str], Any]) -> Reference:
 
     def make(name: str, **changes: Any) -> Tensor:
         request = REQUEST | changes
-        generator = torch.Generator("cpu").manual_seed(request.pop("seed"))
         if name == "flux1-kontext":
             request["max_area"] = request["height"] * request["width"]
-        return levels(pipelines(name)(**request, generator=generator, output_type="np").images)
+        return theirs(pipelines(name), request)
 
     return make
 
@@ -88,10 +94,16 @@ def reference(pipelines: Callable[[str], Any]) -> Reference:
 @pytest.fixture(scope="module")
 def cat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture of 45 x 30 pixels."""
-    file = tmp_path_factory.mktemp("pictures") / "cat.png"
-    noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
-    Image.fromarray(noise).resize((45, 30), Image.Resampling.BICUBIC).save(file)
-    return file
+    return photo(tmp_path_factory.mktemp("pictures") / "cat.png", 45, 30)
+
+
+@pytest.fixture
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures to edit are small, here and in diffusers."""
+    from diffusers.pipelines.flux import pipeline_flux_kontext
+
+    monkeypatch.setattr(flux, "KONTEXT_SIZES", SMALL_SIZES)
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", SMALL_SIZES)
 
 
 # ------------------------------------------------------------------------------------------------------- parity
@@ -113,10 +125,9 @@ def cat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_same_seed_same_picture_as_diffusers(
     twins: Path, reference: Reference, name: str, changes: dict[str, Any]
 ) -> None:
-    theirs = reference(name, **changes)
     ours = picture(load(twins / name), REQUEST | changes)
     assert ours.float().std() > 10  # not a blank picture, on which everything agrees
-    assert apart(ours, theirs) <= 1
+    assert apart(ours, reference(name, **changes)) <= 1
     assert apart(ours, reference(name, **changes | {"seed": 8})) > 20
 
 
@@ -131,14 +142,9 @@ def test_every_kind_of_guidance_takes_part(dev: Flux) -> None:
 
 
 @pytest.mark.proves("FluxKontextPipeline", "image-to-image")
+@pytest.mark.usefixtures("small_sizes")
 @pytest.mark.parametrize("changes", [{}, GUIDED], ids=["plain", "guided"])
-def test_an_edit_as_diffusers_makes_it(
-    twins: Path, reference: Reference, cat: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
-    from diffusers.pipelines.flux import pipeline_flux_kontext
-
-    monkeypatch.setattr(flux, "KONTEXT_SIZES", SMALL_SIZES)
-    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", SMALL_SIZES)
+def test_an_edit_as_diffusers_makes_it(twins: Path, reference: Reference, cat: Path, changes: dict[str, Any]) -> None:
     family = load(twins / "flux1-kontext")
     changes = changes | {"guidance_scale": 2.5}
     ours = picture(family, REQUEST | changes | {"image_path": [str(cat)]})
@@ -146,30 +152,50 @@ def test_an_edit_as_diffusers_makes_it(
     assert apart(ours, picture(family, REQUEST | changes)) > 20
 
 
-def test_sizes_that_kontext_sees() -> None:
+@pytest.mark.parametrize("size", [(1000, 703), (50, 47), (1024, 1024), (300, 4000), (16, 16)])
+def test_the_size_that_kontext_sees(pipelines: Callable[[str], Any], size: tuple[int, int]) -> None:
+    """The shape of 1000x703 is nearest to 1184x880, but not once its sides are cut to multiples of 16."""
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
     assert flux.KONTEXT_SIZES == PREFERRED_KONTEXT_RESOLUTIONS
+    asked: list[tuple[int, int]] = []
+
+    class Asked(Exception):
+        pass
+
+    def resize(image: Any, height: int, width: int) -> Any:
+        asked.append((width, height))
+        raise Asked
+
+    pipeline = pipelines("flux1-kontext")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked):
+        patch.setattr(pipeline.image_processor, "resize", resize)
+        pipeline(Image.new("RGB", size), "a cat", max_sequence_length=16)
+    assert flux.seen_size(size, 16) == asked[0]
+
+
+def started(pipelines: Callable[[str], Any], start: Path, request: Mapping[str, Any]) -> Tensor:
+    """What diffusers makes of a picture to start from, but that its latents are the most likely ones, as ours are."""
+    from diffusers import FluxImg2ImgPipeline
+    from diffusers.pipelines.flux import pipeline_flux_img2img as module
+
+    pipeline = quiet(FluxImg2ImgPipeline(**pipelines("flux1-dev").components))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+        return theirs(pipeline, {**request, "image": Image.open(start)})
+
+
+START = GUIDED | {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.5}
 
 
 @pytest.mark.proves("FluxPipeline", "image-to-image")
 def test_a_picture_to_start_from_as_diffusers_makes_it(
-    dev: Flux, pipelines: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dev: Flux, pipelines: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """But for the encoder: diffusers draws its latents, ours are the most likely ones."""
-    from diffusers import FluxImg2ImgPipeline
-    from diffusers.pipelines.flux import pipeline_flux_img2img as module
-
-    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
-    pipeline = FluxImg2ImgPipeline(**pipelines("flux1-dev").components)
-    pipeline.set_progress_bar_config(disable=True)
-    start = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), np.uint8))
-    start.save(tmp_path / "start.png")
-    request = REQUEST | GUIDED | {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.5}
-    ours = picture(dev, request | {"image_path": [str(tmp_path / "start.png")]})
-    generator = torch.Generator("cpu").manual_seed(request.pop("seed"))
-    theirs = levels(pipeline(image=start, **request, generator=generator, output_type="np").images)
-    assert apart(ours, theirs) <= 1
+    start = photo(tmp_path / "start.png", 48, 32)
+    ours = picture(dev, REQUEST | START | {"image_path": [str(start)]})
+    assert apart(ours, started(pipelines, start, REQUEST | START)) <= 1
+    assert apart(ours, picture(dev, REQUEST | START | {"image_path": [str(start)], "strength": 1.0})) > 20
 
 
 def test_a_mask_leaves_the_rest_alone(dev: Flux, cat: Path, tmp_path: Path) -> None:
@@ -190,26 +216,38 @@ SPLITS: dict[int, list[dict[str, Any]]] = {
 }
 
 
-def _pictures(mesh: Mesh, twins: Path, splits: list[dict[str, Any]], cat: Path) -> list[Any]:
+def _pictures(mesh: Mesh, twins: Path, start: Path, cat: Path) -> list[Any]:
     flux.KONTEXT_SIZES[:] = SMALL_SIZES
-    families = [load(twins / name, mesh, **split) for split in splits for name in ("flux1-dev", "flux1-kontext")]
-    requests = [REQUEST | GUIDED, REQUEST | {"height": 16, "image_path": [str(cat)]}]
-    return [picture(family, request, mesh).numpy() for family in families for request in requests]
+    requests = {
+        "flux1-dev": [REQUEST | GUIDED, REQUEST | START | {"image_path": [str(start)]}],
+        "flux1-kontext": [REQUEST | GUIDED, REQUEST | {"height": 16, "image_path": [str(cat)]}],
+    }
+    made = []
+    for split in SPLITS[mesh.world]:
+        for name, asked in requests.items():
+            family = load(twins / name, mesh, **split)
+            made += [picture(family, request, mesh).numpy() for request in asked]
+    return made
 
 
 @pytest.mark.proves("FluxPipeline", "USP", "CFG parallel")
 @pytest.mark.proves("FluxKontextPipeline", "USP", "CFG parallel")
+@pytest.mark.usefixtures("small_sizes")
 @pytest.mark.parametrize("world", SPLITS)
-def test_ranks_make_the_picture_of_one(
-    twins: Path, cat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+def test_ranks_make_the_picture_of_diffusers(
+    twins: Path, reference: Reference, pipelines: Callable[[str], Any], cat: Path, tmp_path: Path, world: int
 ) -> None:
     """With and without a picture; 3 tokens do not divide."""
-    monkeypatch.setattr(flux, "KONTEXT_SIZES", list(SMALL_SIZES))
-    alone = _pictures(Mesh.solo(), twins, [{}], cat)
-    first, *others = on_ranks(world, tmp_path / "store", _pictures, twins, SPLITS[world], cat)
-    for made, expected in zip(first, alone * len(SPLITS[world]), strict=True):
-        assert apart(torch.from_numpy(made), torch.from_numpy(expected)) <= 1
-    assert apart(torch.from_numpy(first[3]), torch.from_numpy(first[1])) > 20
+    start = photo(tmp_path / "start.png", 48, 32)
+    expected = [
+        reference("flux1-dev", **GUIDED, guidance_scale=3.5),
+        started(pipelines, start, REQUEST | START),
+        reference("flux1-kontext", **GUIDED, guidance_scale=2.5),
+        reference("flux1-kontext", height=16, image=Image.open(cat), guidance_scale=2.5),
+    ]
+    first, *others = on_ranks(world, tmp_path / "store", _pictures, twins, start, cat)
+    for made, one in zip(first, expected * len(SPLITS[world]), strict=True):
+        assert apart(torch.from_numpy(made), one) <= 1
     assert all(made.size == 0 for rank in others for made in rank)
 
 
@@ -239,12 +277,10 @@ WHOLE = {"text_encoder_cpu_offload": True, "dit_cpu_offload": True, "vae_cpu_off
 
 @pytest.mark.proves("FluxPipeline", "offload")
 @pytest.mark.proves("FluxKontextPipeline", "offload")
+@pytest.mark.usefixtures("small_sizes")
 @pytest.mark.parametrize("name", ["flux1-dev", "flux1-kontext"])
 @pytest.mark.parametrize("settings", [WHOLE, {"dit_layerwise_offload": True}], ids=lambda s: next(iter(s)))
-def test_offloaded_weights_make_the_same_picture(
-    twins: Path, cat: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(flux, "KONTEXT_SIZES", SMALL_SIZES)
+def test_offloaded_weights_make_the_same_picture(twins: Path, cat: Path, name: str, settings: dict[str, Any]) -> None:
     request = REQUEST | GUIDED | {"image_path": [str(cat)]}
     expected = picture(load(twins / name), request)
     family = load(twins / name, **settings)
@@ -259,6 +295,25 @@ def test_precision(twins: Path, dev: Flux) -> None:
     assert [next(m.parameters()).dtype for m in modules] == [torch.bfloat16] * 2 + [torch.float32, torch.bfloat16]
     frames = picture(family, REQUEST)
     assert 0 < apart(frames, picture(dev, REQUEST)) < 128
+
+
+@pytest.mark.parametrize("ours", [DualBlock, SingleBlock])
+def test_half_precision_stays_finite(ours: type[DualBlock] | type[SingleBlock]) -> None:
+    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+    torch.manual_seed(0)
+    size = 16, 2, 8
+    block = (FluxTransformerBlock if ours is DualBlock else FluxSingleTransformerBlock)(*size).half()
+    stir(block, 1.0)
+    if ours is DualBlock:
+        block.ff_context.net[2].weight.data *= 16  # the last addition, not one before it, goes too far
+    own = ours(*size, SequenceAttention(Mesh.solo(), TORCH)).half()
+    own.load_state_dict(block.state_dict())
+    x, text, emb = (torch.randn(shape).half() for shape in ((1, 6, 16), (1, 5, 16), (1, 16)))
+    text = (60000 if ours is DualBlock else 65500) * text.sign()
+    with torch.inference_mode():
+        told, seen = block(x, text, emb)
+        clipped_alike(own(x, text, emb, Place(None, None, 6)), (seen, told))  # type: ignore[arg-type]
 
 
 def test_pack_and_unpack_are_inverse() -> None:
@@ -292,66 +347,53 @@ OUTSIDE = {
 }  # fmt: skip
 
 
-def fused(file: Path) -> dict[str, Tensor]:
-    """That adapter, of diffusers' names, as `layer.down` and `layer.up` of the authors' fused layers."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, x in load_file(file).items():
-        layer, _, part = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
-        pairs.setdefault(layer, {})["down" if part == "lora_A" else "up"] = x
+def authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter of diffusers' names in the authors', with their fused layers."""
+    left = {key.removeprefix("transformer."): x for key, x in tensors.items()}
+    names = dict(OUTSIDE)
     made: dict[str, Tensor] = {}
-    for ours, theirs in (("transformer_blocks", "double_blocks"), ("single_transformer_blocks", "single_blocks")):
-        for block in sorted({layer.split(".")[1] for layer in pairs if layer.startswith(f"{ours}.")}):
+    for ours, other in (("transformer_blocks", "double_blocks"), ("single_transformer_blocks", "single_blocks")):
+        for block in sorted({key.split(".")[1] for key in left if key.startswith(f"{ours}.")}):
             for name, parts in PARTS.items():
-                if (name == "linear1") == (theirs == "single_blocks"):
-                    found = [pairs.pop(f"{ours}.{block}.{part}") for part in parts]
-                    made[f"{theirs}.{block}.{name}.down"] = torch.cat([pair["down"] for pair in found])
-                    made[f"{theirs}.{block}.{name}.up"] = torch.block_diag(*(pair["up"] for pair in found))
-            for one, another in NAMES.items():
-                for part, x in pairs.pop(f"{ours}.{block}.{one}", {}).items():
-                    made[f"{theirs}.{block}.{another}.{part}"] = x
-    for one, another in OUTSIDE.items():
-        for part, x in pairs.pop(one).items():
-            made[f"{another}.{part}"] = x.roll(len(x) // 2, 0) if (one, part) == ("norm_out.linear", "up") else x
-    assert not pairs
+                if (name == "linear1") == (other == "single_blocks"):
+                    made |= fused(left, [f"{ours}.{block}.{part}" for part in parts], f"{other}.{block}.{name}")
+            names |= {f"{ours}.{block}.{one}": f"{other}.{block}.{another}" for one, another in NAMES.items()}
+    for one, other in names.items():
+        for part in "AB":
+            if (x := left.get(f"{one}.lora_{part}.weight")) is not None:
+                swapped = (one, part) == ("norm_out.linear", "B")
+                made[f"{other}.lora_{part}.weight"] = x.roll(len(x) // 2, 0) if swapped else x
     return made
 
 
-SPELLINGS: dict[str, Callable[[str, str], str]] = {
-    "authors": lambda layer, part: f"{layer}.lora_{'A' if part == 'down' else 'B'}.weight",
-    "comfy": lambda layer, part: f"diffusion_model.{layer}.lora_{part}.weight",
-    "kohya": lambda layer, part: f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight",
-}
-
-
-def spelled(tensors: Mapping[str, Tensor], spelling: str, file: Path) -> Path:
-    made = {}
-    for key, x in tensors.items():
-        layer, _, part = key.rpartition(".")
-        made[SPELLINGS[spelling](layer, part)] = x.contiguous()
-    save_file(made, file)
-    return file
-
-
 @pytest.mark.proves("FluxPipeline", "LoRA")
+@pytest.mark.proves("FluxKontextPipeline", "LoRA")
+@pytest.mark.usefixtures("small_sizes")
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-kontext"])
 def test_adapters_of_every_spelling_as_diffusers_wears_them(
-    twins: Path, dev: Flux, reference: Reference, pipelines: Callable[[str], Any], tmp_path: Path
+    twins: Path, reference: Reference, pipelines: Callable[[str], Any], cat: Path, tmp_path: Path, name: str
 ) -> None:
-    pipeline = pipelines("flux1-dev")
+    pipeline, family = pipelines(name), load(twins / name)
     file = write_lora(tmp_path / "lora.safetensors", pipeline.transformer)
-    before = picture(dev, REQUEST)
-    wear(dev, file)
-    worn = picture(dev, REQUEST)
+    seen = {"image": Image.open(cat)} if name == "flux1-kontext" else {}
+    request = REQUEST | {"guidance_scale": 3.5} | ({"image_path": [str(cat)]} if seen else {})
+    before = picture(family, request)
+    wear(family, file)
+    worn = picture(family, request)
     pipeline.load_lora_weights(file)
-    expected = reference("flux1-dev")
+    expected = reference(name, guidance_scale=3.5, **seen)
     pipeline.unload_lora_weights()
     assert apart(worn, expected) <= 1
     assert apart(worn, before) > 20
-    for spelling in SPELLINGS:
-        dev.lora["transformer"].clear()
-        wear(dev, spelled(fused(file), spelling, tmp_path / f"{spelling}.safetensors"))
-        assert apart(picture(dev, REQUEST), worn) <= 1
-    dev.lora["transformer"].clear()
-    assert torch.equal(picture(dev, REQUEST), before)
+    tensors = load_file(file)
+    renamed = authors(tensors)
+    assert sum(x.numel() for x in renamed.values()) > sum(x.numel() for x in tensors.values())  # fused, and all of it
+    for spelling in ("authors", "comfy", "kohya"):
+        family.lora["transformer"].clear()
+        wear(family, spelled(renamed, spelling, tmp_path / f"{spelling}.safetensors"))
+        assert apart(picture(family, request), worn) <= 1
+    family.lora["transformer"].clear()
+    assert torch.equal(picture(family, request), before)
 
 
 def test_adapters_of_xlabs_as_diffusers_wears_them(
@@ -466,24 +508,31 @@ def test_tokens_are_counted(dev: Flux) -> None:
 
 
 @pytest.mark.proves("FluxPipeline", "previews")
-def test_previews(dev: Flux) -> None:
-    params, _ = resolve(REQUEST | GUIDED | {"num_inference_steps": 4}, dev.info)
-    ours, theirs = Pipe()
-    shown: list[Tensor] = []
-    with ours, theirs:
-        made, _ = sample(dev, params, Hook("job", Mesh.solo(), theirs), previews=2)
-        while ours.poll():
-            if isinstance(message := ours.recv(), Preview):
-                message.frames.receive(ours)
-                shown.append(torch.from_numpy(message.frames.array.copy()))
-    assert [tuple(frames.shape) for frames in shown] == [(1, 32, 48, 3)] * 2
-    assert apart(shown[0], shown[1]) > 5
-    assert torch.equal(made, picture(dev, REQUEST | GUIDED | {"num_inference_steps": 4}))
+@pytest.mark.proves("FluxKontextPipeline", "previews")
+@pytest.mark.usefixtures("small_sizes")
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-kontext"])
+def test_previews(twins: Path, cat: Path, name: str) -> None:
+    """The first, from pure noise, is what a single step without true guidance makes."""
+    family = load(twins / name)
+    request = REQUEST | GUIDED | ({"image_path": [str(cat)]} if name == "flux1-kontext" else {})
+    made, previews = shown(family, request | {"num_inference_steps": 4}, 2)
+    assert [tuple(frames.shape) for frames in previews] == [(1, 32, 48, 3)] * 2
+    once = request | {"num_inference_steps": 1, "true_cfg_scale": 1.0}
+    assert apart(previews[0], picture(family, once)) <= 1
+    assert apart(previews[0], previews[1]) > 5
+    assert torch.equal(made, picture(family, request | {"num_inference_steps": 4}))
 
 
 def test_the_estimate_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
     once = REQUEST | {"num_inference_steps": 1}
     estimate_is_near_the_peak(tmp_path / "store", twins / "flux1-dev", once, once | {"height": 768, "width": 768})
+
+
+def test_the_estimate_of_an_edit_is_near_the_measured_peak(twins: Path, tmp_path: Path) -> None:
+    """A megapixel is seen, however small the picture to make."""
+    once = REQUEST | {"num_inference_steps": 1}
+    edits = once | {"image_path": [str(photo(tmp_path / "photo.png", 1024, 1024))]}
+    estimate_is_near_the_peak(tmp_path / "store", twins / "flux1-kontext", once, edits, below=1.4)
 
 
 # -------------------------------------------------------------------------------------------------- other models
@@ -508,10 +557,11 @@ def copy(twins: Path, tmp_path: Path) -> Path:
         ("text_encoder_2/config.json", {"num_layers": 3}, r"text_encoder_2: 9 tensors missing: encoder\.block\.2"),
         ("text_encoder/config.json", {"num_hidden_layers": 1}, "text_encoder: 16 tensors unexpected"),
         ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, "only 'FlowMatchEuler"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(copy: Path, file: str, changes: dict[str, Any], says: str) -> None:
-    (copy / file).write_text(json.dumps(read_json(copy / file) | changes))
+    edit(copy / file, **changes)
     with pytest.raises(ModelError, match=says) as caught:
         picture(load(copy), REQUEST)
     assert "\n" not in str(caught.value)

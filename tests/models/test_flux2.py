@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from multiprocessing import Pipe
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,53 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
-from sgld.messages import Load, Preview
+from sgld.messages import Load
 from sgld.models import load_family
 from sgld.models.family import Family
-from sgld.models.flux2 import Flux2, Flux2Transformer, empirical_mu, flux2_config, reference
+from sgld.models.flux2 import (
+    DoubleBlock,
+    Flux2,
+    Flux2Config,
+    Flux2Transformer,
+    Modulations,
+    SingleBlock,
+    empirical_mu,
+    flux2_config,
+    reference,
+)
 from sgld.models.flux2_vae import Flux2TinyAutoEncoder
 from sgld.nn.attention import TORCH
+from sgld.nn.mmdit import Place
 from sgld.nn.parallel import Mesh
+from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import Uninitialized, read_json
 from sgld.params import resolve
 from sgld.platform import Cpu
-from sgld.worker.hook import Hook
-from sgld.worker.sampler import sample
+from tests.models import parity
 from tests.models.parity import (
     apart,
+    clipped_alike,
+    edit,
     estimate_is_near_the_peak,
-    levels,
+    fused,
     load,
-    make,
+    photo,
     picture,
     picture_of_ranks,
+    pictures_of_ranks,
+    quiet,
     same_state,
+    shown,
+    spelled,
     wear,
     write_lora,
 )
-from tests.nn.ranks import on_ranks
+from tools.tiny import stir
 from tools.twins.flux2 import MAKERS, VAE
 
 REQUEST = {
@@ -96,40 +113,24 @@ def pipeline_of(folder: Path) -> Any:
         if isinstance(value, list)
     }
     told = {"is_distilled": index["is_distilled"]} if "is_distilled" in index else {}
-    pipeline = getattr(diffusers, index["_class_name"])(**parts, **told)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return quiet(getattr(diffusers, index["_class_name"])(**parts, **told))
 
 
 @pytest.fixture(scope="module")
 def pipelines(twins: Path) -> Callable[[str], Any]:
-    loaded: dict[str, Any] = {}
-
-    def pipeline(name: str) -> Any:
-        if name not in loaded:
-            loaded[name] = pipeline_of(twins / name)
-        return loaded[name]
-
-    return pipeline
+    return cache(lambda name: pipeline_of(twins / name))
 
 
 def theirs(pipeline: Any, **changes: Any) -> Tensor:
     """Frames u8 [1, H, W, 3] of `REQUEST` with changes, as that pipeline makes them."""
-    request = REQUEST | changes
-    generator = torch.Generator().manual_seed(request.pop("seed"))
-    return levels(pipeline(**request, generator=generator, output_type="np").images)
+    return parity.theirs(pipeline, REQUEST | changes)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two pictures of noise and slopes, 83 x 70 and 64 x 96."""
+    """Two pictures, 83 x 70 and 64 x 96."""
     folder = tmp_path_factory.mktemp("photos")
-    files = [str(folder / "first.png"), str(folder / "second.png")]
-    noise = np.random.default_rng(0)
-    for file, (width, height) in zip(files, ((83, 70), (64, 96)), strict=True):
-        slope = np.linspace(0, 200, height * width * 3).reshape(height, width, 3)
-        Image.fromarray((slope + noise.integers(0, 55, slope.shape)).astype(np.uint8)).save(file)
-    return files
+    return [str(photo(folder / "first.png", 83, 70)), str(photo(folder / "second.png", 64, 96))]
 
 
 def flux2(folder: Path, **settings: Any) -> Flux2:
@@ -200,25 +201,28 @@ CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     (BASE, {"ring_degree": 2, "tp_size": 2}, {}),
     (BASE, {"enable_cfg_parallel": True}, {}),
 )
+LOOKING: tuple[tuple[str, dict[str, Any]], ...] = (  # at pictures
+    (DEV, {"ulysses_degree": 2}),
+    (BASE, {"ring_degree": 2}),
+    (BASE, {"enable_cfg_parallel": True}),
+)
 
 
-def _cases(mesh: Mesh, folder: Path, photos: list[str]) -> Any:
-    made = [make(load(folder / name, mesh, **split), REQUEST | changes, mesh) for name, split, changes in CASES]
-    made.append(make(load(folder / DEV, mesh), REQUEST | {"image_path": photos}, mesh))
-    return [frames.numpy() for frames, _ in made]
-
-
-@pytest.mark.proves("Flux2Pipeline", "USP")
+@pytest.mark.proves("Flux2Pipeline", "USP", "CFG parallel")
 @pytest.mark.proves("Flux2KleinPipeline", "USP", "CFG parallel")
 def test_same_picture_on_two_ranks(
     twins: Path, pipelines: Callable[[str], Any], photos: list[str], tmp_path: Path
 ) -> None:
-    first, second = on_ranks(2, tmp_path / "store", _cases, twins, photos)
-    assert all(part.size == 0 for part in second)
-    for frames, (name, _, changes) in zip(first, CASES, strict=False):
-        assert apart(torch.from_numpy(frames), theirs(pipelines(name), **changes)) <= 1
-    edited = theirs(pipelines(DEV), image=[Image.open(file) for file in photos])
-    assert apart(torch.from_numpy(first[-1]), edited) <= 1
+    """Dev's true guidance, which diffusers has not, is as that of one rank."""
+    seen, guided = [Image.open(file) for file in photos], REQUEST | {"true_cfg_scale": 3.0}
+    cases = [(twins / name, REQUEST | changes, split) for name, split, changes in CASES]
+    cases += [(twins / name, REQUEST | {"image_path": photos}, split) for name, split in LOOKING]
+    cases += [(twins / DEV, guided, {"enable_cfg_parallel": True})]
+    expected = [theirs(pipelines(name), **changes) for name, _, changes in CASES]
+    expected += [theirs(pipelines(name), image=seen) for name, _ in LOOKING]
+    expected += [picture(load(twins / DEV), guided)]
+    made = pictures_of_ranks(2, tmp_path / "store", cases)
+    assert [apart(*pair) <= 1 for pair in zip(made, expected, strict=True)] == [True] * len(cases)
 
 
 def test_same_picture_on_four_ranks(twins: Path, pipelines: Callable[[str], Any], tmp_path: Path) -> None:
@@ -306,6 +310,26 @@ def test_precision(twins: Path) -> None:
     assert 0 < apart(picture(family, REQUEST), picture(load(twins / DEV), REQUEST)) < 128
 
 
+@pytest.mark.parametrize("ours", [DoubleBlock, SingleBlock])
+def test_half_precision_stays_finite(ours: type[DoubleBlock] | type[SingleBlock]) -> None:
+    from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+
+    torch.manual_seed(0)
+    double = ours is DoubleBlock
+    block = (Flux2TransformerBlock if double else Flux2SingleTransformerBlock)(16, 2, 8).half()
+    stir(block, 1.0)
+    if double:
+        block.ff_context.linear_out.weight.data *= 16  # the last addition, not one before it, goes too far
+    own = ours(Flux2Config(1, 1, 8, 2, 8), SequenceAttention(Mesh.solo(), TORCH)).half()
+    own.load_state_dict(block.state_dict())
+    x, text, *mods = (torch.randn(1, n, width).half() for n, width in ((6, 16), (5, 16), (1, 96), (1, 96), (1, 48)))
+    text = (60000 if double else 65500) * text.sign()
+    mod = Modulations(mods[0].chunk(6, -1), mods[1].chunk(6, -1), mods[2].chunk(3, -1))
+    with torch.inference_mode():
+        told, seen = block(x, text, *mods[:2]) if double else block(x, text, mods[2], split_hidden_states=True)
+        clipped_alike(own(x, text, mod, Place(None, None, 6)), (seen, told))  # type: ignore[arg-type]
+
+
 def test_only_the_layers_that_are_needed_are_kept(twins: Path) -> None:
     for name, layers in ((DEV, 30), (KLEIN, 27)):
         model = flux2(twins / name)._text.model
@@ -366,50 +390,41 @@ AUTHORS = {
 }  # fmt: skip
 
 
-def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def authors_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same adapter with query, key and value in one layer of three times the rank, and shift before scale."""
+    left = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    for block in sorted({key.split(".")[1] for key in left if key.startswith("transformer_blocks.")}):
+        attn = f"transformer_blocks.{block}.attn"
+        for name, parts in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+            layers = [f"{attn}.{part}" for part in parts]
+            left |= fused(left, layers, attn.replace(".attn", f".{name}_attn.qkv"))
+            for layer in layers:
+                del left[f"{layer}.lora_A.weight"], left[f"{layer}.lora_B.weight"]
+    left["norm_out.linear.lora_B.weight"] = torch.cat(left["norm_out.linear.lora_B.weight"].chunk(2)[::-1])
     found = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix("transformer.")
-        if ".to_q." in name or ".add_q_proj." in name:
-            parts = [tensors[key.replace("to_q", f"to_{x}").replace("add_q", f"add_{x}")] for x in "qkv"]
-            tensor = torch.cat(parts) if "lora_A" in name else torch.block_diag(*parts)
-            name = name.replace("attn.to_q", "img_attn.qkv").replace("attn.add_q_proj", "txt_attn.qkv")
-        elif any(part in name for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj.")):
-            continue
-        if name == "norm_out.linear.lora_B.weight":
-            tensor = torch.cat(tensor.chunk(2)[::-1])
+    for name, tensor in left.items():
         for ours, authors in AUTHORS.items():
             name = name.replace(ours, authors)
-        found[f"diffusion_model.{name}"] = tensor
+        found[name] = tensor
     return found
 
 
-def kohya_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names, underscored, with the parts named down and up."""
-    found = {}
-    for key, tensor in authors_names(tensors).items():
-        layer, part, _ = key.removeprefix("diffusion_model.").rsplit(".", 2)
-        part = part.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
-        found[f"lora_unet_{layer.replace('.', '_')}.{part}.weight"] = tensor
-    return found
-
-
-def prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As ComfyUI and trainers write diffusers' own names."""
-    return {key.replace("transformer.", "diffusion_model.", 1): tensor for key, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("spell", [authors_names, kohya_names, prefixed], ids=lambda spell: spell.__name__)
+@pytest.mark.parametrize(
+    ("names", "spelling"),
+    [(authors_names, "authors"), (authors_names, "comfy"), (authors_names, "kohya"), (dict, "comfy")],
+)
 def test_other_spellings_of_the_same_adapter(
-    twins: Path, adapter: Path, tmp_path: Path, spell: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    twins: Path,
+    adapter: Path,
+    tmp_path: Path,
+    names: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    spelling: str,
 ) -> None:
     """Only sums are taken in another order: every weight is the same but for that."""
     family = load(twins / DEV)
     wear(family, adapter)
     expected = picture(family, REQUEST)
-    save_file({key: x.contiguous() for key, x in spell(load_file(adapter)).items()}, tmp_path / "other.safetensors")
-    wear(family, tmp_path / "other.safetensors")
+    wear(family, spelled(names(load_file(adapter)), spelling, tmp_path / "other.safetensors"))
     assert apart(picture(family, REQUEST), expected) <= 1
 
 
@@ -588,6 +603,14 @@ def test_true_guidance_where_guidance_is_embedded(twins: Path) -> None:
     assert apart(guided, picture(family, request | {"guidance_scale": 1.0})) > 5
 
 
+def test_a_negative_prompt_without_true_guidance_is_told(twins: Path) -> None:
+    told = ["negative_prompt: it has no effect without a true_cfg_scale above 1"]
+    dev, base = load(twins / DEV), load(twins / BASE)
+    for family, changes, expected in ((dev, {}, told), (dev, {"true_cfg_scale": 2.0}, []), (base, {}, [])):
+        params, _ = resolve(REQUEST | {"negative_prompt": "blue"} | changes, family.info)
+        assert family.encode(params, [])[1] == expected
+
+
 def test_guidance_of_a_distilled_model(twins: Path) -> None:
     family = load(twins / KLEIN)
     params, _ = resolve(REQUEST | {"guidance_scale": 2.0}, family.info)
@@ -615,20 +638,12 @@ def test_tokens_and_cut_prompts_are_told(twins: Path, photos: list[str]) -> None
 def test_previews(twins: Path, name: str) -> None:
     """The first, from pure noise, is what a single step without guidance makes."""
     family = load(twins / name)
-    params, _ = resolve(REQUEST | {"num_inference_steps": 6}, family.info)
-    ours, away = Pipe()
-    shown: list[Tensor] = []
-    with ours, away:
-        final, _ = sample(family, params, Hook("job", Mesh.solo(), away), previews=3)
-        while ours.poll():
-            if isinstance(message := ours.recv(), Preview):
-                message.frames.receive(ours)
-                shown.append(torch.from_numpy(message.frames.array.copy()))
-    assert [frame.shape for frame in shown] == [final.shape] * 3
+    final, previews = shown(family, REQUEST | {"num_inference_steps": 6}, 3)
+    assert [frame.shape for frame in previews] == [final.shape] * 3
     once = REQUEST | {"num_inference_steps": 1} | ({"guidance_scale": 1.0} if name == BASE else {})
-    assert apart(shown[0], picture(family, once)) <= 1
-    assert apart(shown[0], shown[1]) > 5
-    assert apart(shown[2], final) > 5
+    assert apart(previews[0], picture(family, once)) <= 1
+    assert apart(previews[0], previews[1]) > 5
+    assert apart(previews[2], final) > 5
 
 
 # ---------------------------------------------------------------------------------------------- wrong checkpoints
@@ -656,10 +671,11 @@ def copy(twins: Path, tmp_path: Path) -> Path:
         ),
         ("vae/config.json", {"_class_name": "AutoencoderKL"}, "only AutoencoderKLFlux2 and Flux2TinyAutoEncoder"),
         ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, "only 'FlowMatchEuler"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(copy: Path, file: str, changes: dict[str, Any], says: str) -> None:
-    (copy / file).write_text(json.dumps(read_json(copy / file) | changes))
+    edit(copy / file, **changes)
     with pytest.raises(SgldError, match=says) as caught:
         picture(load(copy), REQUEST)
     assert isinstance(caught.value, ModelError)

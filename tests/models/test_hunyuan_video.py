@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import Pipe
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
-from sgld.messages import Preview
 from sgld.models import hunyuan_video
 from sgld.models.hunyuan_video import (
     HUNYUAN_ORIGINAL,
@@ -32,20 +30,22 @@ from sgld.nn.lora_formats import fit, read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
-from sgld.worker.hook import Hook
-from sgld.worker.sampler import sample
 from tests.models.parity import (
     apart,
+    edit,
     estimate_is_near_the_peak,
     levels,
     load,
     picture,
     picture_of_ranks,
+    pictures_of_ranks,
+    quiet,
     same_state,
+    shown,
     wear,
+    write_both,
     write_lora,
 )
-from tests.nn.ranks import on_ranks
 from tools.twins import hunyuan_video as twins
 
 REQUEST = {
@@ -72,9 +72,7 @@ def pipeline(twin: Path) -> Any:
     """diffusers' own, in float32."""
     from diffusers import HunyuanVideoPipeline
 
-    made = HunyuanVideoPipeline.from_pretrained(twin)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return quiet(HunyuanVideoPipeline.from_pretrained(twin))
 
 
 @pytest.fixture(scope="module")
@@ -146,27 +144,22 @@ TILES = {f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride",
 SHARED = {"tp_size": 2, "vae_sp": True, "vae_config": VaeConfig(**TILES)}
 
 
-def _pictures(mesh: Mesh, folder: Path, cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Any]:
-    """Of each request with its settings."""
-    return [picture(load(folder, mesh, **settings), request, mesh).numpy() for request, settings in cases]
-
-
 @pytest.mark.proves("HunyuanVideoPipeline", "USP", "CFG parallel")
-def test_same_picture_on_two_ranks(twin: Path, tmp_path: Path, reference: Callable[..., Tensor]) -> None:
+def test_same_picture_on_two_ranks(twin: Path, tmp_path: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:
     """Who share heads, keys and guidance branches; and the text encoders, and tiles of the decoding."""
     cases = [
-        (REQUEST, {"ulysses_degree": 2}),
-        (WIDE, {"ring_degree": 2}),
-        (GUIDED, {"enable_cfg_parallel": True}),
-        (REQUEST, SHARED),
+        (twin, REQUEST, {"ulysses_degree": 2}),
+        (twin, WIDE, {"ring_degree": 2}),
+        (twin, GUIDED, {"enable_cfg_parallel": True}),
+        (twin, REQUEST, SHARED),
     ]
-    made, others = on_ranks(2, tmp_path / "store", _pictures, twin, cases)
-    ulysses, ring, cfg, shared = (torch.from_numpy(frames) for frames in made)
-    assert all(frames.size == 0 for frames in others)
+    ulysses, ring, cfg, shared = pictures_of_ranks(2, tmp_path / "store", cases)
     assert apart(ulysses, reference()) <= 1
     assert apart(ring, reference(WIDE)) <= 1
     assert apart(cfg, reference(GUIDED)) <= 1
-    assert apart(shared, picture(load(twin, vae_config=SHARED["vae_config"]), REQUEST)) <= 1
+    pipeline.vae.enable_tiling(**TILES)
+    assert apart(shared, reference()) <= 1
+    pipeline.vae.disable_tiling()
     assert apart(shared, ulysses) > 1  # tiles make a difference
 
 
@@ -296,6 +289,7 @@ AUTHORS = {  # layers of the authors' code -> of diffusers', in the order of the
         }.items()
     },
 }  # fmt: skip
+SWAPPED = ("final_layer.adaLN_modulation.1",)  # theirs begins with the shift, diffusers' with the scale
 COMFY = (
     ("_attn_qkv", "_attn.qkv"), ("_attn_proj", "_attn.proj"), ("_mod.linear", "_mod.lin"), ("mlp.fc1", "mlp.0"),
     ("modulation.linear", "modulation.lin"), ("mlp.fc2", "mlp.2"), ("_in.mlp.0", "_in.in_layer"),
@@ -320,29 +314,6 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-def write_both(folder: Path, module: nn.Module, spell: Callable[[str], str]) -> tuple[Path, Path]:
-    """One random adapter for every linear layer, in diffusers' names and in the authors'."""
-    generator = torch.Generator().manual_seed(1)
-    ours, theirs = {}, {}
-    for name, layers in AUTHORS.items():
-        modules = [module.get_submodule(layer) for layer in layers]
-        sizes = [m.out_features for m in modules]
-        down = 0.2 * torch.randn(2, modules[0].in_features, generator=generator)
-        up = 0.2 * torch.randn(sum(sizes), 2, generator=generator)
-        theirs |= {f"{spell(name)}.lora_down.weight": down, f"{spell(name)}.lora_up.weight": up}
-        if name == "final_layer.adaLN_modulation.1":  # theirs begins with the shift, diffusers' with the scale
-            up = up.roll(sizes[0] // 2, 0)
-        for layer, rows in zip(layers, up.split(sizes), strict=True):
-            ours |= {
-                f"transformer.{layer}.lora_A.weight": down.clone(),
-                f"transformer.{layer}.lora_B.weight": rows.clone(),
-            }
-    files = folder / "diffusers.safetensors", folder / "authors.safetensors"
-    for file, tensors in zip(files, (ours, theirs), strict=True):
-        save_file(tensors, file)
-    return files
-
-
 @pytest.mark.proves("HunyuanVideoPipeline", "LoRA")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_adapters_in_all_names(twin: Path, tmp_path: Path, guided: Tensor, spelling: str) -> None:
@@ -350,7 +321,7 @@ def test_adapters_in_all_names(twin: Path, tmp_path: Path, guided: Tensor, spell
     assert isinstance(family, HunyuanVideo)
     linear = {name for name, m in family._transformer.named_modules() if isinstance(m, nn.Linear)}
     assert linear == {layer for layers in AUTHORS.values() for layer in layers}
-    ours, theirs = write_both(tmp_path, family._transformer, SPELLINGS[spelling])
+    ours, theirs = write_both(tmp_path, family._transformer, AUTHORS, SPELLINGS[spelling], SWAPPED)
     wear(family, ours)
     worn = picture(family, GUIDED)
     assert apart(worn, guided) > 20
@@ -388,7 +359,7 @@ def test_authors_names_as_diffusers_converts_them(tmp_path: Path) -> None:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     tensors = {}
     for name, layers in AUTHORS.items():
-        if not name.endswith(("self_attn_qkv", "final_layer.adaLN_modulation.1")):
+        if not name.endswith(("self_attn_qkv", *SWAPPED)):
             sizes = [shapes[f"{layer}.weight"] for layer in layers]
             tensors[f"{name}.lora_A.weight"] = torch.randn(1, sizes[0][1])
             tensors[f"{name}.lora_B.weight"] = torch.randn(sum(out for out, _ in sizes), 1)
@@ -492,17 +463,10 @@ def test_the_class_that_a_tokenizer_names_does_not_matter(copy: Path, plain: Ten
 
 @pytest.mark.proves("HunyuanVideoPipeline", "previews")
 def test_previews(family: HunyuanVideo, plain: Tensor) -> None:
-    ours, theirs = Pipe()
-    shown: list[Tensor] = []
-    with ours, theirs:
-        made, _ = sample(family, resolve(REQUEST, family.info)[0], Hook("job", Mesh.solo(), theirs), previews=2)
-        while ours.poll():
-            if isinstance(message := ours.recv(), Preview):
-                message.frames.receive(ours)
-                shown.append(torch.from_numpy(message.frames.array.copy()))
-    assert [tuple(frames.shape) for frames in shown] == [(1, 32, 48, 3)] * 2
-    assert apart(shown[0], shown[1]) > 5
-    assert torch.equal(made, plain)
+    frames, previews = shown(family, REQUEST, 2)
+    assert [tuple(preview.shape) for preview in previews] == [(1, 32, 48, 3)] * 2
+    assert apart(*previews) > 5
+    assert torch.equal(frames, plain)
 
 
 # -------------------------------------------------------------------------------------------- what does not fit
@@ -512,10 +476,6 @@ def test_previews(family: HunyuanVideo, plain: Tensor) -> None:
 def copy(twin: Path, tmp_path: Path) -> Path:
     """A twin to break."""
     return Path(shutil.copytree(twin, tmp_path / "model"))
-
-
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

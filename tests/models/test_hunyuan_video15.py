@@ -2,30 +2,38 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import Pipe
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgld.config import VaeConfig
 from sgld.errors import ModelError, NotBuilt
-from sgld.messages import Preview
 from sgld.models import hunyuan_video15
 from sgld.models.hunyuan_video15 import SYSTEM_TOKENS, TEMPLATE, HunyuanVideo15, HunyuanVideo15Transformer, glyphs
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
-from sgld.worker.hook import Hook
-from sgld.worker.sampler import sample
-from tests.models.parity import apart, estimate_is_near_the_peak, levels, load, picture, same_state, wear, write_lora
-from tests.nn.ranks import on_ranks
+from tests.models.parity import (
+    apart,
+    edit,
+    estimate_is_near_the_peak,
+    levels,
+    load,
+    picture,
+    pictures_of_ranks,
+    quiet,
+    same_state,
+    shown,
+    wear,
+    write_both,
+    write_lora,
+)
 from tools.twins import hunyuan_video15 as twins
 
 REQUEST = {
@@ -52,9 +60,7 @@ def pipeline(twin: Path) -> Any:
     """diffusers' own, in float32."""
     from diffusers import HunyuanVideo15Pipeline
 
-    made = HunyuanVideo15Pipeline.from_pretrained(twin)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return quiet(HunyuanVideo15Pipeline.from_pretrained(twin))
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +121,18 @@ TILES = {f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride",
 SHARED = {"ulysses_degree": 2, "tp_size": 2, "vae_sp": True, "vae_config": VaeConfig(**TILES)}
 
 
-def _pictures(mesh: Mesh, folder: Path, cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Any]:
-    """Of each request with its settings."""
-    return [picture(load(folder, mesh, **settings), request, mesh).numpy() for request, settings in cases]
-
-
 @pytest.mark.proves("HunyuanVideo15Pipeline", "USP", "CFG parallel")
-def test_same_picture_on_two_ranks(twin: Path, tmp_path: Path, reference: Callable[..., Tensor]) -> None:
+def test_same_picture_on_two_ranks(twin: Path, tmp_path: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:
     """Who share heads, keys and guidance branches; and the text encoders, and tiles of the decoding."""
-    cases = [(REQUEST, {"ulysses_degree": 2}), (WIDE, {"ring_degree": 2}), (REQUEST, {}), (REQUEST, SHARED)]
-    made, others = on_ranks(2, tmp_path / "store", _pictures, twin, cases)
-    ulysses, ring, cfg, shared = (torch.from_numpy(frames) for frames in made)
-    assert all(frames.size == 0 for frames in others)
+    ways = [(REQUEST, {"ulysses_degree": 2}), (WIDE, {"ring_degree": 2}), (REQUEST, {}), (REQUEST, SHARED)]
+    cases = [(twin, request, settings) for request, settings in ways]
+    ulysses, ring, cfg, shared = pictures_of_ranks(2, tmp_path / "store", cases)
     assert apart(ulysses, reference()) <= 1
     assert apart(ring, reference(WIDE)) <= 1
     assert apart(cfg, reference()) <= 1
-    assert apart(shared, picture(load(twin, vae_config=SHARED["vae_config"]), REQUEST)) <= 1
+    pipeline.vae.enable_tiling(32, 32, 2, 2, 0.5)
+    assert apart(shared, reference()) <= 1
+    pipeline.vae.disable_tiling()
     assert apart(shared, ulysses) > 1  # tiles make a difference
 
 
@@ -208,32 +210,24 @@ AUTHORS = {  # some layers of the authors' code -> of diffusers', in the order o
 }
 
 
+SWAPPED = ("final_layer.adaLN_modulation.1",)  # theirs begins with the shift, diffusers' with the scale
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "authors": str,
+    "comfy": "diffusion_model.{}".format,
+    "kohya": lambda name: f"lora_unet_{name.replace('.', '_')}",
+}
+
+
 @pytest.mark.proves("HunyuanVideo15Pipeline", "LoRA")
-@pytest.mark.parametrize("spelling", ["{}", "diffusion_model.{}", "lora_unet_{}"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_adapters_in_the_authors_names(twin: Path, tmp_path: Path, plain: Tensor, spelling: str) -> None:
     family = load(twin)
     assert isinstance(family, HunyuanVideo15)
-    generator = torch.Generator().manual_seed(1)
-    ours, theirs = {}, {}
-    for name, layers in AUTHORS.items():
-        modules = [family._transformer.get_submodule(layer) for layer in layers]
-        assert all(isinstance(m, nn.Linear) for m in modules)
-        sizes = [m.out_features for m in modules]
-        down = 0.2 * torch.randn(2, modules[0].in_features, generator=generator)
-        up = 0.2 * torch.randn(sum(sizes), 2, generator=generator)
-        spelled = spelling.format(name.replace(".", "_") if "unet" in spelling else name)
-        theirs |= {f"{spelled}.lora_down.weight": down, f"{spelled}.lora_up.weight": up}
-        if name == "final_layer.adaLN_modulation.1":  # theirs begins with the shift, diffusers' with the scale
-            up = up.roll(sizes[0] // 2, 0)
-        for layer, rows in zip(layers, up.split(sizes), strict=True):
-            ours[f"transformer.{layer}.lora_A.weight"] = down.clone()
-            ours[f"transformer.{layer}.lora_B.weight"] = rows.clone()
-    save_file(ours, tmp_path / "ours.safetensors")
-    save_file(theirs, tmp_path / "theirs.safetensors")
-    wear(family, tmp_path / "ours.safetensors")
+    ours, theirs = write_both(tmp_path, family._transformer, AUTHORS, SPELLINGS[spelling], SWAPPED)
+    wear(family, ours)
     worn = picture(family, REQUEST)
     assert apart(worn, plain) > 20
-    wear(family, tmp_path / "theirs.safetensors")
+    wear(family, theirs)
     assert torch.equal(picture(family, REQUEST), worn)
     family.lora["transformer"].clear()
     assert torch.equal(picture(family, REQUEST), plain)
@@ -301,17 +295,10 @@ def test_prompts(family: HunyuanVideo15) -> None:
 
 @pytest.mark.proves("HunyuanVideo15Pipeline", "previews")
 def test_previews(family: HunyuanVideo15, plain: Tensor) -> None:
-    ours, theirs = Pipe()
-    shown: list[Tensor] = []
-    with ours, theirs:
-        made, _ = sample(family, resolve(REQUEST, family.info)[0], Hook("job", Mesh.solo(), theirs), previews=2)
-        while ours.poll():
-            if isinstance(message := ours.recv(), Preview):
-                message.frames.receive(ours)
-                shown.append(torch.from_numpy(message.frames.array.copy()))
-    assert [tuple(frames.shape) for frames in shown] == [(1, 32, 48, 3)] * 2
-    assert apart(shown[0], shown[1]) > 5
-    assert torch.equal(made, plain)
+    frames, previews = shown(family, REQUEST, 2)
+    assert [tuple(preview.shape) for preview in previews] == [(1, 32, 48, 3)] * 2
+    assert apart(*previews) > 5
+    assert torch.equal(frames, plain)
 
 
 # -------------------------------------------------------------------------------------------- what does not fit
@@ -321,10 +308,6 @@ def test_previews(family: HunyuanVideo15, plain: Tensor) -> None:
 def copy(twin: Path, tmp_path: Path) -> Path:
     """A twin to break."""
     return Path(shutil.copytree(twin, tmp_path / "model"))
-
-
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ from sgld.models.family import Sound
 from sgld.models.ltx2_transformer import LTX2Transformer, ltx2_config
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
-from sgld.nn.weights import Uninitialized, read_json
+from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
 from tests.models.parity import (
     apart,
+    edit,
     levels,
     load,
     make,
     picture,
+    quiet,
     same_state,
+    shown,
     wear,
     write_lora,
 )
@@ -53,23 +57,31 @@ GUIDANCE = {  # of diffusers, whose own defaults are LTX-2.3's
 GUIDANCE["ltx2-neighbours"] = GUIDANCE["ltx2"]
 NAMES = ("ltx2", "ltx23", "ltx2-neighbours")
 PIPELINE, FROM_PICTURE = "LTX2Pipeline", "LTX2ImageToVideoPipeline"
+SECOND_BLOCK = attrs.evolve(ltx2.LTX23_GUIDANCE, block=1)  # the twins have no 28th to perturb
 proves = pytest.mark.proves
+
+
+def both(feature: str) -> pytest.MarkDecorator:
+    """Once for each pipeline, as `name` and whether it `looks` at a picture."""
+    cases = {PIPELINE: ("ltx23", False), FROM_PICTURE: ("ltx23-picture", True)}
+    marked = [pytest.param(*case, marks=proves(pipeline, feature), id=pipeline) for pipeline, case in cases.items()]
+    return pytest.mark.parametrize(("name", "looks"), marked)
 
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the twins of `NAMES`."""
+    """A folder with the twins of `NAMES`, and two of them again as of the pipeline that begins with a picture."""
     folder = tmp_path_factory.mktemp("ltx2")
     for name, maker in twins_of.MAKERS.items():
         maker(folder / name)
+        edit(shutil.copytree(folder / name, folder / f"{name}-picture") / "model_index.json", _class_name=FROM_PICTURE)
     twins_of.make_ltx2(folder / "ltx2-neighbours", rope_type="interleaved", rope_double_precision=False)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def second_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twins have no 28th block to perturb."""
-    monkeypatch.setattr(ltx2, "LTX23_GUIDANCE", attrs.evolve(ltx2.LTX23_GUIDANCE, block=1))
+    monkeypatch.setattr(ltx2, "LTX23_GUIDANCE", SECOND_BLOCK)
 
 
 Reference = Callable[..., tuple[Tensor, Tensor]]
@@ -80,18 +92,18 @@ def reference(twins: Path) -> Reference:
     """Frames u8 and sound [2, n] of `REQUEST` with changes, as diffusers makes them in float32."""
     from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
 
-    pipelines: dict[str, Any] = {}
+    @cache
+    def pipeline_of(name: str) -> Any:
+        return LTX2Pipeline.from_pretrained(twins / name)
 
-    def made(name: str, lora: Path | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
-        if name not in pipelines:
-            pipelines[name] = LTX2Pipeline.from_pretrained(twins / name)
-        pipeline = pipelines[name]
-        request = REQUEST | GUIDANCE[name] | changes
-        if "image" in request:
-            pipeline = LTX2ImageToVideoPipeline(**pipeline.components)
+    @cache
+    def made(name: str, lora: Path | None = None, image: Path | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
+        pipeline, request = pipeline_of(name), REQUEST | GUIDANCE[name] | changes
+        if image is not None:
+            pipeline, request["image"] = LTX2ImageToVideoPipeline(**pipeline.components), Image.open(image)
         if lora is not None:
             pipeline.load_lora_weights(lora)
-        pipeline.set_progress_bar_config(disable=True)
+        quiet(pipeline)
         generator = torch.Generator("cpu").manual_seed(request.pop("seed"))
         rate = request.pop("fps", 24)
         video, sound = pipeline(**request, frame_rate=rate, generator=generator, output_type="np", return_dict=False)
@@ -161,21 +173,16 @@ def test_without_guidance(twins: Path, reference: Reference) -> None:
 @pytest.mark.parametrize("name", ["ltx2", "ltx23"])
 def test_a_picture_is_the_first_frame(twins: Path, reference: Reference, shot: Path, name: str) -> None:
     frames, sound = make(load(twins / name), REQUEST | {"image_path": [str(shot)]})
-    expected, heard = reference(name, image=Image.open(shot))
+    expected, heard = reference(name, image=shot)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
     assert apart(frames, reference(name)[0]) > 20
 
 
 @proves(FROM_PICTURE, "image-to-video", "audio")
-def test_the_same_from_a_folder_of_the_other_pipeline(
-    twins: Path, tmp_path: Path, reference: Reference, shot: Path
-) -> None:
-    copy = Path(shutil.copytree(twins / "ltx2", tmp_path / "model"))
-    index = copy / "model_index.json"
-    index.write_text(json.dumps(read_json(index) | {"_class_name": FROM_PICTURE}))
-    frames, sound = make(load(copy), REQUEST | {"image_path": [str(shot)]})
-    expected, heard = reference("ltx2", image=Image.open(shot))
+def test_the_same_from_a_folder_of_the_other_pipeline(twins: Path, reference: Reference, shot: Path) -> None:
+    frames, sound = make(load(twins / "ltx2-picture"), REQUEST | {"image_path": [str(shot)]})
+    expected, heard = reference("ltx2", image=shot)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
 
@@ -204,28 +211,26 @@ Case = tuple[str, dict[str, Any], dict[str, Any]]  # twin, settings, changes of 
 def on_rank(mesh: Mesh, twins: Path, cases: list[Case]) -> list[tuple[Any, Any]]:
     """For each case the frames, and samples if there is sound."""
     made = []
-    for name, settings, changes in cases:
-        frames, sound = make(load(twins / name, mesh, **settings), REQUEST | changes, mesh)
-        made.append((frames.numpy(), None if sound is None else sound.samples.numpy()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ltx2, "LTX23_GUIDANCE", SECOND_BLOCK)
+        for name, settings, changes in cases:
+            frames, sound = make(load(twins / name, mesh, **settings), REQUEST | changes, mesh)
+            made.append((frames.numpy(), None if sound is None else sound.samples.numpy()))
     return made
 
 
 @proves(PIPELINE, "USP", "CFG parallel")
 @proves(FROM_PICTURE, "USP", "CFG parallel")
 @pytest.mark.parametrize("world", [2, 4])
-def test_same_on_several_ranks(
-    twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shot: Path, world: int
-) -> None:
-    monkeypatch.undo()  # the other processes know nothing of the block that is perturbed here
+def test_same_on_several_ranks(twins: Path, tmp_path: Path, reference: Reference, shot: Path, world: int) -> None:
     look = {"image_path": [str(shot)]}
     two: list[Case] = [
-        ("ltx2", {"ulysses_degree": 2}, {}),
-        ("ltx2", {"tp_size": 2}, {}),
+        ("ltx2", {"ulysses_degree": 2, "tp_size": 2}, {}),
         ("ltx23", {"ring_degree": 2}, {}),
         ("ltx23", {"enable_cfg_parallel": True}, {}),
-        ("ltx2", {"ulysses_degree": 2}, look),
-        ("ltx23", {"ring_degree": 2}, look),
-        ("ltx2", {"enable_cfg_parallel": True}, look),
+        ("ltx2-picture", {"ulysses_degree": 2}, look),
+        ("ltx23-picture", {"ring_degree": 2}, look),
+        ("ltx2-picture", {"enable_cfg_parallel": True}, look),
     ]
     four: list[Case] = [("ltx2", {"ulysses_degree": 2, "ring_degree": 2}, {})]
     cases = {2: two, 4: four}[world]
@@ -233,10 +238,9 @@ def test_same_on_several_ranks(
     for rank in others:
         assert all(frames.size == 0 and sound is None for frames, sound in rank)
     for (frames, sound), (name, _, changes) in zip(first, cases, strict=True):
-        expected, heard = make(load(twins / name), REQUEST | changes)
-        assert heard is not None
+        expected, heard = reference(name.removesuffix("-picture"), image=shot if changes else None)
         assert apart(torch.from_numpy(frames), expected) <= 1
-        assert float((torch.from_numpy(sound) - heard.samples).abs().max()) < 1e-3
+        assert float((torch.from_numpy(sound) - heard).abs().max()) < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------- full size
@@ -271,12 +275,12 @@ OFFLOADS = (
 )
 
 
-@proves(PIPELINE, "offload")
+@both("offload")
 @pytest.mark.parametrize("settings", OFFLOADS, ids=lambda s: next(iter(s)))
-def test_offload_changes_nothing(twins: Path, shot: Path, settings: dict[str, Any]) -> None:
-    request = REQUEST | {"image_path": [str(shot)]}
-    frames, sound = make(load(twins / "ltx23"), request)
-    other, heard = make(load(twins / "ltx23", **settings), request)
+def test_offload_changes_nothing(twins: Path, shot: Path, name: str, looks: bool, settings: dict[str, Any]) -> None:
+    request = REQUEST | ({"image_path": [str(shot)]} if looks else {})
+    frames, sound = make(load(twins / name), request)
+    other, heard = make(load(twins / name, **settings), request)
     assert sound is not None
     assert heard is not None
     assert torch.equal(frames, other)
@@ -314,25 +318,26 @@ def original(name: str) -> str:
     return f"diffusion_model.{layer}.lora_{part}"
 
 
-@proves(PIPELINE, "LoRA")
-def test_lora(twins: Path, tmp_path: Path, reference: Reference) -> None:
-    family = load(twins / "ltx23")
+@both("LoRA")
+def test_lora(twins: Path, tmp_path: Path, reference: Reference, shot: Path, name: str, looks: bool) -> None:
+    family = load(twins / name)
     assert isinstance(family, ltx2.LTX2)
-    before = picture(family, REQUEST)
+    request = REQUEST | ({"image_path": [str(shot)]} if looks else {})
+    before = picture(family, request)
     file = write_lora(tmp_path / "a.safetensors", family._transformer)
     wear(family, file)
-    worn = picture(family, REQUEST)
+    worn = picture(family, request)
     assert apart(worn, before) > 20
-    assert apart(worn, reference("ltx23", lora=file)[0]) <= 1
+    assert apart(worn, reference("ltx23", lora=file, image=shot if looks else None)[0]) <= 1
     theirs = {original(name): x for name, x in load_file(file).items()}
     for expected in ("av_ca_a2v_gate_adaln_single.linear", "audio_prompt_adaln_single.linear", "patchify_proj"):
         assert f"diffusion_model.{expected}.lora_A.weight" in theirs
     save_file(theirs, tmp_path / "b.safetensors")
-    again = load(twins / "ltx23")
+    again = load(twins / name)
     wear(again, tmp_path / "b.safetensors")
-    assert torch.equal(picture(again, REQUEST), worn)
+    assert torch.equal(picture(again, request), worn)
     family.lora["transformer"].apply([], "merge")
-    assert torch.equal(picture(family, REQUEST), before)
+    assert torch.equal(picture(family, request), before)
 
 
 # ---------------------------------------------------------------------------------------------------- requests
@@ -389,13 +394,18 @@ def test_a_single_frame_is_silent_and_a_long_prompt_is_cut(twins: Path) -> None:
     assert condition.prompt_tokens == 8
 
 
-@proves(PIPELINE, "previews")
-def test_previews_are_the_first_frame(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, shown = load(twins / "ltx23"), []
-    preview = ltx2.LTX2.preview
-    monkeypatch.setattr(ltx2.LTX2, "preview", lambda *given: shown.append(preview(*given)) or shown[-1])
-    make(family, REQUEST, previews=2)
-    assert [tuple(frame.shape) for frame in shown] == [(1, 64, 96, 3)] * 2
+@both("previews")
+def test_previews_draw_near_to_what_is_made(twins: Path, shot: Path, name: str, looks: bool) -> None:
+    """The first frame, or with a picture the first latent after it; the decoder looks ahead, so no more are made."""
+    family = load(twins / name)
+    request = REQUEST | {"num_inference_steps": 6} | ({"image_path": [str(shot)]} if looks else {"num_frames": 1})
+    frames, previews = shown(family, request, 5)
+    assert torch.equal(frames, picture(family, request)), "previews change nothing"
+    assert [tuple(preview.shape) for preview in previews] == [(1, 64, 96, 3)] * 5
+    other = picture(family, request | {"seed": 8, "prompt": "a dog"})
+    away, nearby = ((previews[-1].float() - clip[8 * looks]).abs().mean() for clip in (other, frames))
+    assert nearby < 0.75 * away
+    assert not looks or apart(previews[-1], frames[:1]) > 20, "it is the picture that was given"
 
 
 def test_attention_of_the_connectors_is_torchs(twins: Path) -> None:
@@ -429,7 +439,7 @@ def test_a_model_that_does_not_fit_is_refused(
     twins: Path, tmp_path: Path, file: str, changes: dict[str, Any], says: str
 ) -> None:
     copy = Path(shutil.copytree(twins / "ltx2", tmp_path / "model"))
-    (copy / file).write_text(json.dumps(read_json(copy / file) | changes))
+    edit(copy / file, **changes)
     with pytest.raises(ModelError, match=says) as caught:
         load(copy)
     assert "\n" not in str(caught.value)

@@ -182,8 +182,8 @@ def test_each_precision_is_its_component_s(twins: Path, setting: str, component:
         parts = {"transformer": family._experts.high, "vae": family._vae.module, "text_encoder": family._text.encoder}
         found = {name: {p.dtype for p in module.parameters()} for name, module in parts.items()}
         generate(family, num_frames=1, num_inference_steps=1)
-        assert all(len(kinds) == 1 for kinds in found.values())
-        return {name: kinds.pop() for name, kinds in found.items()}
+        kept = {torch.float32}  # in every precision by the transformer, and in fp16 by the text encoder
+        return {name: (kinds - kept or kinds).pop() for name, kinds in found.items()}
 
     value = ["fp16"] if setting == "text_encoder_precisions" else "fp16"
     everything = {"transformer": torch.float32, "vae": torch.float32, "text_encoder": torch.float32}

@@ -3,30 +3,44 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sgld import inputs
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
-from sgld.messages import Load, Preview
+from sgld.messages import Load
 from sgld.models import load_family, qwen_image, vae, vae_encoder
 from sgld.models.qwen_image import QwenImage, QwenImageConfig, QwenImageTransformer
 from sgld.nn.attention import TORCH
+from sgld.nn.mmdit import finite
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import read_json
 from sgld.params import near, resolve
 from sgld.platform import Cpu
 from sgld.worker.solvers import make_solver
 from tests.models import parity
-from tests.models.parity import apart, estimate_is_near_the_peak, load, picture, same_state, wear, write_lora
+from tests.models.parity import (
+    apart,
+    edit,
+    estimate_is_near_the_peak,
+    load,
+    photo,
+    picture,
+    quiet,
+    same_state,
+    shown,
+    spelled,
+    wear,
+    write_lora,
+)
 from tests.nn.ranks import on_ranks
 from tools.tiny import make_cache, set_scheduler
 from tools.twins.qwen_image import MAKERS, TEXT, VAE
@@ -48,10 +62,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qwen")
     for name, make in MAKERS.items():
         make(folder / name)
-    for i, (w, h) in enumerate(SHAPES):
-        y, x = np.mgrid[0:h, 0:w]
-        pixels = np.stack([x * 2.8 % 256, (y * 5.0 + 80 * i) % 256, (x * y + 40 * i) % 200], -1)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    for i, (width, height) in enumerate(SHAPES):
+        photo(folder / f"{i}.png", width, height)
     return folder
 
 
@@ -111,26 +123,32 @@ def pipeline(folder: Path, name: str | None = None) -> Any:
 
     encoder.register_forward_pre_hook(kinds, with_kwargs=True)
     editor = {"processor": Processor(folder / "processor", tokenizer)} if (folder / "processor").is_dir() else {}
-    made = getattr(diffusers, name or read_json(folder / "model_index.json")["_class_name"])(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=diffusers.AutoencoderKLQwenImage.from_pretrained(folder / "vae"),
-        transformer=diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),
-        **editor,
+    return quiet(
+        getattr(diffusers, name or read_json(folder / "model_index.json")["_class_name"])(
+            tokenizer=tokenizer,
+            text_encoder=encoder,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            vae=diffusers.AutoencoderKLQwenImage.from_pretrained(folder / "vae"),
+            transformer=diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),
+            **editor,
+        )
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+
+
+@pytest.fixture(scope="session")
+def pipelines(models: Path) -> Callable[[str], Any]:
+    """diffusers' own of the twins."""
+    return cache(lambda name: pipeline(models / name))
 
 
 def theirs(pipe: Any, request: dict[str, Any]) -> Tensor:
     """diffusers' picture, u8 [1, H, W, 3]."""
     given = dict(request)
-    generator, scale = torch.Generator().manual_seed(given.pop("seed")), given.pop("guidance_scale")
+    given["true_cfg_scale"] = given.pop("guidance_scale")
     if files := given.pop("image_path", None):
         pictures = [inputs.upright(file) for file in files]
         given["image"] = pictures if type(pipe).__name__ == SEVERAL else pictures[0]
-    return parity.levels(pipe(**given, true_cfg_scale=scale, generator=generator, output_type="np").images)
+    return parity.theirs(pipe, given)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +160,8 @@ def theirs(pipe: Any, request: dict[str, Any]) -> Tensor:
         "qwen-image-edit-2511",
     ],
 )
-def test_same_seed_same_picture_as_diffusers(models: Path, name: str) -> None:
-    asked, pipe = request(models, name), pipeline(models / name)
+def test_same_seed_same_picture_as_diffusers(models: Path, pipelines: Callable[[str], Any], name: str) -> None:
+    asked, pipe = request(models, name), pipelines(name)
     ours = picture(load(models / name), asked)
     assert ours.float().std() > 10  # not a blank picture, on which everything agrees
     assert apart(ours, theirs(pipe, asked)) <= 1
@@ -164,9 +182,11 @@ def test_same_seed_same_picture_as_diffusers(models: Path, name: str) -> None:
     ],
     ids=str,
 )
-def test_same_picture_at_the_edges(models: Path, changes: dict[str, Any], their_changes: dict[str, Any]) -> None:
+def test_same_picture_at_the_edges(
+    models: Path, pipelines: Callable[[str], Any], changes: dict[str, Any], their_changes: dict[str, Any]
+) -> None:
     given = {name: value for name, value in (changes | their_changes).items() if name != "true_cfg_scale"}
-    expected = theirs(pipeline(models / "qwen-image"), REQUEST | given)
+    expected = theirs(pipelines("qwen-image"), REQUEST | given)
     assert apart(picture(load(models / "qwen-image"), REQUEST | changes), expected) <= 1
 
 
@@ -213,9 +233,7 @@ def test_a_picture_to_start_from(models: Path, tmp_path: Path, monkeypatch: pyte
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-    cut = inputs.read(str(models / "0.png"), None, REQUEST["width"], REQUEST["height"]).picture  # type: ignore[arg-type]
-    Image.fromarray(cut).save(tmp_path / "cut.png")
-    asked = REQUEST | {"strength": 0.5, "image_path": [str(tmp_path / "cut.png")]}
+    asked = REQUEST | {"strength": 0.5, "image_path": [str(photo(tmp_path / "start.png", 48, 32))]}
     ours = picture(load(models / "qwen-image"), asked)
     assert apart(ours, theirs(pipeline(models / "qwen-image", "QwenImageImg2ImgPipeline"), asked)) <= 1
     assert apart(ours, picture(load(models / "qwen-image"), asked | {"strength": 1.0})) > 20
@@ -253,10 +271,13 @@ def _pictures(mesh: Mesh, models: Path, area: int, glance: int) -> list[Any]:
 @proves(EDITS, "USP", "CFG parallel")
 @proves(SEVERAL, "USP", "CFG parallel")
 @pytest.mark.parametrize("world", SPLITS)
-def test_the_same_picture_on_several_ranks(models: Path, tmp_path: Path, world: int) -> None:
+def test_the_picture_of_diffusers_on_several_ranks(
+    models: Path, pipelines: Callable[[str], Any], tmp_path: Path, world: int
+) -> None:
     made, *others = on_ranks(world, tmp_path / "store", _pictures, models, AREA, GLANCE)
+    expected = cache(lambda name: theirs(pipelines(name), request(models, name)))
     for (name, settings), frames in zip(SPLITS[world], made, strict=True):
-        assert apart(torch.from_numpy(frames), picture(load(models / name), request(models, name))) <= 1, settings
+        assert apart(torch.from_numpy(frames), expected(name)) <= 1, settings
     assert all(part.size == 0 for parts in others for part in parts)
 
 
@@ -321,8 +342,8 @@ def test_precision(models: Path, settings: dict[str, Any]) -> None:
 
 def test_half_precision_stays_finite() -> None:
     x = torch.tensor([1.0, 70000.0, -70000.0]).half()
-    assert qwen_image.finite(x).tolist() == [1.0, 65504.0, -65504.0]
-    assert not qwen_image.finite(torch.tensor([torch.inf])).isfinite()  # other types keep what they have
+    assert finite(x).tolist() == [1.0, 65504.0, -65504.0]
+    assert not finite(torch.tensor([torch.inf])).isfinite()  # other types keep what they have
 
 
 def test_only_what_is_used_is_loaded(models: Path) -> None:
@@ -333,16 +354,6 @@ def test_only_what_is_used_is_loaded(models: Path) -> None:
         names = [name for name, _ in family._text.module.named_parameters()]
         assert not any("lm_head" in name for name in names)
         assert any("visual" in name for name in names) is sees
-
-
-def spelled(file: Path, out: Path, layer: Callable[[str], str], parts: tuple[str, str]) -> Path:
-    """The same adapter with other names."""
-    tensors = {}
-    for key, tensor in load_file(file).items():
-        name, _, rest = key.removeprefix("transformer.").partition(".lora_")
-        tensors[f"{layer(name)}.{parts['B' in rest]}.weight"] = tensor
-    save_file(tensors, out)
-    return out
 
 
 @proves(DRAWS, "LoRA")
@@ -359,14 +370,9 @@ def test_lora(models: Path, tmp_path: Path) -> None:
     assert apart(worn, plain) > 20
     family.lora["transformer"].clear()
     assert picture(family, REQUEST).equal(plain)
-    comfy = spelled(file, tmp_path / "comfy.safetensors", "diffusion_model.{}".format, ("lora_A", "lora_B"))
-    dotted = spelled(file, tmp_path / "dotted.safetensors", "transformer.{}".format, ("lora.down", "lora.up"))
-    kohya = spelled(
-        file, tmp_path / "kohya.safetensors", lambda s: f"lora_unet_{s.replace('.', '_')}", ("lora_down", "lora_up")
-    )
-    for other in (comfy, dotted, kohya):
-        wear(family, other)
-        assert picture(family, REQUEST).equal(worn), other.name
+    for spelling in ("comfy", "dotted", "kohya"):
+        wear(family, spelled(load_file(file), spelling, tmp_path / f"{spelling}.safetensors"))
+        assert picture(family, REQUEST).equal(worn), spelling
         family.lora["transformer"].clear()
     for name in ("qwen-image-edit", "qwen-image-edit-2509"):
         editor, asked = load(models / name), request(models, name)
@@ -386,14 +392,11 @@ def test_lora(models: Path, tmp_path: Path) -> None:
         pytest.param("qwen-image-edit-2509", marks=proves(SEVERAL, "previews")),
     ],
 )
-def test_previews(models: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[Any] = []
-    monkeypatch.setattr("sgld.worker.hook.send", lambda connection, event: sent.append(event))
+def test_previews(models: Path, name: str) -> None:
     asked, family = request(models, name), load(models / name)
-    frames, _ = parity.make(family, asked, previews=2)
-    previews = [event.frames.array for event in sent if isinstance(event, Preview)]
+    frames, previews = shown(family, asked, 2)
     assert [preview.shape for preview in previews] == [(1, 32, 48, 3)] * 2
-    distances = [np.abs(preview - frames.numpy().astype(float)).mean() for preview in previews]
+    distances = [(preview.float() - frames.float()).abs().mean() for preview in previews]
     assert distances[1] < distances[0], "the later, the nearer"
     assert frames.equal(picture(family, asked))
 
@@ -479,10 +482,6 @@ def copy(models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(models / "qwen-image-edit", tmp_path / "model"))
 
 
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(read_json(file) | changes))
-
-
 @pytest.mark.parametrize(
     ("file", "changes", "says"),
     [
@@ -563,3 +562,10 @@ def test_components_that_do_not_fit_each_other(models: Path, tmp_path: Path) -> 
 def test_the_estimate_is_near_the_measured_peak(models: Path, tmp_path: Path) -> None:
     request = REQUEST | {"width": 384, "height": 384, "num_inference_steps": 1}
     estimate_is_near_the_peak(tmp_path / "store", models / "qwen-image", REQUEST, request, slack=2**26)
+
+
+def test_the_estimate_of_an_edit_is_near_the_measured_peak(models: Path, tmp_path: Path) -> None:
+    """A megapixel is seen, however small the picture to make."""
+    folder = models / "qwen-image-edit-2509"
+    once = request(models, folder.name, num_inference_steps=1, image_path=[str(models / "0.png")])
+    estimate_is_near_the_peak(tmp_path / "store", folder, once, once)

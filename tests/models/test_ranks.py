@@ -1,5 +1,6 @@
-"""Several ranks make the picture that one makes, however they share the work."""
+"""Several ranks make the picture that diffusers makes, however they share the work."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ from sgld.nn.parallel import Mesh
 from tests.models.conftest import generate, levels_apart, load
 from tests.nn.ranks import on_ranks
 
-TILES = {
-    "vae_tiling": True,
-    "vae_config": VaeConfig(
-        tile_sample_min_height=24, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=16
-    ),
-}
+SIDES = {
+    "tile_sample_min_height": 24, "tile_sample_min_width": 32, "tile_sample_stride_height": 16,
+    "tile_sample_stride_width": 16,
+}  # fmt: skip
+TILES = {"vae_tiling": True, "vae_config": VaeConfig(**SIDES)}
 REQUESTS: list[dict[str, Any]] = [
     {},
     {"height": 16, "width": 48, "num_frames": 5},  # 6 tokens and 2 latent rows do not divide over 3 or 4 ranks
     {"guidance_scale": 1.0},
 ]
+DEFAULTS = {"guidance_scale_2": 3.0}  # of the model
 SPLITS: list[tuple[int, dict[str, Any]]] = [
     (2, {"enable_cfg_parallel": True}),
     (2, {"ulysses_degree": 2}),
@@ -40,22 +41,23 @@ def _pictures(mesh: Mesh, folder: Path, settings: dict[str, Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(twins: Path) -> dict[bool, list[Tensor]]:
-    """What one rank makes of `REQUESTS`, without and with tiles."""
-    families = {bool(settings): load(twins / "wan22-a14b", **settings) for settings in ({}, TILES)}
-    return {tiled: [generate(family, **request) for request in REQUESTS] for tiled, family in families.items()}
+def expected(twins: Path, reference: Callable[..., Tensor]) -> dict[bool, list[Tensor]]:
+    """What diffusers makes of `REQUESTS`, without and with tiles."""
+    ways, requests = ({}, {"tiles": SIDES}), [DEFAULTS | request for request in REQUESTS]
+    return {bool(way): [reference(twins / "wan22-a14b", **way, **request) for request in requests] for way in ways}
 
 
 @pytest.mark.proves("WanPipeline", "USP", "CFG parallel")
 @pytest.mark.parametrize(("world", "settings"), SPLITS)
-def test_ranks_make_the_picture_of_one(
-    world: int, settings: dict[str, Any], twins: Path, alone: dict[bool, list[Tensor]], tmp_path: Path
+def test_ranks_make_the_picture_of_diffusers(
+    world: int, settings: dict[str, Any], twins: Path, expected: dict[bool, list[Tensor]], tmp_path: Path
 ) -> None:
     first, *others = on_ranks(world, tmp_path / "store", _pictures, twins / "wan22-a14b", settings)
-    for frames, expected in zip(first, alone["vae_tiling" in settings], strict=True):
-        assert levels_apart(torch.from_numpy(frames), expected) <= 1
+    for frames, theirs in zip(first, expected["vae_tiling" in settings], strict=True):
+        assert levels_apart(torch.from_numpy(frames), theirs) <= 1
     assert all(frames.size == 0 for rank in others for frames in rank)
-    assert levels_apart(alone[False][0], alone[True][0]) > 1, "tiles make no difference, so this proves nothing of them"
+    whole, tiled = (expected[tiles][0] for tiles in (False, True))
+    assert levels_apart(whole, tiled) > 1, "tiles make no difference, so this proves nothing of them"
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -1,9 +1,11 @@
 """UMT5 against transformers, and the cleaning and cutting of prompts against the diffusers pipeline."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sgld.errors import ModelError
 from sgld.models.text import PromptEncoder, clean, distance_buckets, load_tokenizer
@@ -38,6 +40,26 @@ def test_encoder_equals_transformers(encoder: PromptEncoder, twins: Path, prompt
     assert note is None
     assert ours.shape[1] == n
     assert (ours - expected[:, :n]).abs().max() < 1e-5
+
+
+def test_half_precision_as_with_transformers(twins: Path, tmp_path: Path) -> None:
+    """The last layer of each block adds up numbers that fp16 cannot hold: it stays in float32."""
+    from transformers import UMT5EncoderModel
+
+    folder = Path(shutil.copytree(twins / "wan21" / "text_encoder", tmp_path / "text_encoder"))
+    tensors = load_file(folder / "model.safetensors")
+    large = {name: x * 2**18 for name, x in tensors.items() if name.endswith("DenseReluDense.wo.weight")}
+    save_file(tensors | large, folder / "model.safetensors", {"format": "pt"})
+    encoder = PromptEncoder.load(twins / "wan21" / "tokenizer", folder, torch.float16, torch.device("cpu"))
+    tokens = encoder.tokenizer.encode("a red cat over the green ball").ids
+    with torch.inference_mode():
+        found, _ = encoder.encode("a red cat over the green ball", 64)
+        half, whole = (
+            UMT5EncoderModel.from_pretrained(folder, dtype=dtype)(torch.tensor([tokens])).last_hidden_state
+            for dtype in (torch.float16, torch.float32)
+        )
+    assert found.dtype == half.dtype == torch.float16
+    assert (found - whole).abs().max() < 2 * (half - whole).abs().max() < 0.1 * whole.abs().max()
 
 
 def test_a_long_prompt_is_cut_with_a_warning(encoder: PromptEncoder) -> None:

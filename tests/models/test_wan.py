@@ -1,8 +1,8 @@
 """Wan against diffusers: the transformer, whole generations, and what our short cuts change (nothing)."""
 
-import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from sgld.models.text import pad
 from sgld.models.wan import Wan, WanTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
-from sgld.nn.weights import load_module, read_json
+from sgld.nn.weights import load_module
 from sgld.platform import Cpu
 from tests.models.conftest import generate, levels_apart, load
+from tests.models.parity import edit
 
 MODELS = ("wan21", "wan21-euler", "wan22-a14b")
 
@@ -129,10 +130,6 @@ def copy(twins: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(twins / "wan21", tmp_path / "model"))
 
 
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(read_json(file) | changes))
-
-
 def test_generation_config_gives_the_defaults(copy: Path) -> None:
     (copy / "generation_config.json").write_text('{"height": 64, "num_inference_steps": 4}')
     assert load(copy).info.defaults == {"height": 64, "num_inference_steps": 4}
@@ -183,9 +180,31 @@ def test_no_model(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("dtype", "nearer"), [(torch.bfloat16, 4), (torch.float16, 1.5)])
+def test_transformer_equals_diffusers_in_half_precision(twins: Path, dtype: torch.dtype, nearer: float) -> None:
+    """The time, the modulation and the norms stay in float32: that is nearer than where they do not."""
+    from diffusers import WanTransformer3DModel
+
+    folder = twins / "wan21" / "transformer"
+    theirs = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+    config = wan.wan_config(folder / "config.json")
+    make = partial(WanTransformer, config, Mesh.solo(), TORCH)
+    ours, plain = (load_module(make, folder, dtype, torch.device("cpu"), precise=p) for p in (wan.PRECISE, ()))
+    assert {name: x.dtype for name, x in ours.state_dict().items()} == {
+        name: x.dtype for name, x in theirs.state_dict().items()
+    }
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(1, 4, 3, 4, 6, generator=generator), torch.randn(1, 512, 32, generator=generator)
+    with torch.inference_mode():
+        for t in (999, 873, 401, 12):
+            expected = theirs(x.to(dtype), torch.tensor([t]), text.to(dtype), return_dict=False)[0].float()
+            found, coarse = (m(x, torch.tensor(t), m.read(text)).float() - expected for m in (ours, plain))
+            assert nearer * found.norm() < coarse.norm()
+
+
 def test_precision(twins: Path) -> None:
     family = load(twins / "wan21", precision="bf16")
     assert isinstance(family, Wan)
-    assert {p.dtype for p in family._experts.high.parameters()} == {torch.bfloat16}
+    assert family._experts.high.dtype == torch.bfloat16
     frames = generate(family)
     assert 0 < levels_apart(frames, generate(load(twins / "wan21"))) < 128

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cache
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,31 @@ from torch import Tensor
 
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
-from sgld.messages import Load, Preview
+from sgld.messages import Cancel, Load
 from sgld.models.parts import Parts
 from sgld.models.vae import WanDecoder, WanVaeConfig
-from sgld.models.vae_encoder import WanEncoder
+from sgld.models.vae_encoder import VaeEncoder, WanEncoder
 from sgld.models.wan import WAN_ORIGINAL, Wan, WanConfig, WanTransformer
 from sgld.models.wan_defaults import FAST, TURBO, TURBO_PICTURE, few_steps, levels_of
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.params import SamplingParams, resolve
 from sgld.platform import Cpu
-from tests.models.parity import apart, levels, load, make, picture, same_state, wear, write_lora
-from tests.nn.ranks import on_ranks
+from sgld.worker.hook import Hook, Stopped
+from sgld.worker.sampler import sample
+from tests.models.parity import (
+    apart,
+    levels,
+    load,
+    picture,
+    picture_of_ranks,
+    pictures_of_ranks,
+    quiet,
+    same_state,
+    shown,
+    wear,
+    write_lora,
+)
 from tools.twins import wan as twins
 
 Folders = Callable[[str], Path]
@@ -81,37 +96,42 @@ def few_step_scheduler(times: tuple[int, ...]) -> Any:
 
 
 def their_picture(
-    folder: Path, request: Mapping[str, Any], scheduler: Any = None, adapter: Path | None = None
+    folder: Path, request: Mapping[str, Any], times: tuple[int, ...] | None = None, adapter: Path | None = None
 ) -> Tensor:
-    """Frames u8 [N, H, W, 3] as diffusers makes them in float32; noise comes from torch's own generator."""
+    """Frames u8 [N, H, W, 3] as diffusers makes them in float32, in few steps where their `times` are given."""
+    return _their_picture(folder, json.dumps(request, sort_keys=True), times, adapter)
+
+
+@cache
+def _their_picture(folder: Path, asked: str, times: tuple[int, ...] | None, adapter: Path | None) -> Tensor:
+    """Noise comes from torch's own generator."""
     import diffusers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    request = dict(request)
-    shown = [Image.open(file) for file in request.pop("image_path", [])]
+    request = json.loads(asked)
+    looks = [Image.open(file) for file in request.pop("image_path", [])]
     index = json.loads((folder / "model_index.json").read_text())
-    parts: dict[str, Any] = {} if scheduler is None else {"scheduler": scheduler}
+    parts: dict[str, Any] = {} if times is None else {"scheduler": few_step_scheduler(times)}
     if index.get("image_processor", [None])[0]:
         parts["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-    name = "WanImageToVideoPipeline" if shown else "WanPipeline"
+    name = "WanImageToVideoPipeline" if looks else "WanPipeline"
     if name == "WanImageToVideoPipeline" and "image_encoder" not in index:
         parts |= {"image_encoder": None, "image_processor": None}
-    pipeline = getattr(diffusers, name).from_pretrained(folder, **parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet(getattr(diffusers, name).from_pretrained(folder, **parts))
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
     size = request["width"], request["height"]
-    for key, image in zip(("image", "last_image"), shown, strict=False):
+    for key, image in zip(("image", "last_image"), looks, strict=False):
         request[key] = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     torch.manual_seed(request.pop("seed"))
     return levels(pipeline(**request, output_type="np").frames[0])
 
 
-def check(family: Wan, request: Mapping[str, Any], scheduler: Any = None) -> Tensor:
+def check(family: Wan, request: Mapping[str, Any], times: tuple[int, ...] | None = None) -> Tensor:
     """Our picture, which is diffusers', and not that of another seed."""
     ours = picture(family, request)
     assert ours.float().std() > 10  # not a blank picture, on which everything agrees
-    assert apart(ours, their_picture(family.parts.folder, request, scheduler)) <= 1
+    assert apart(ours, their_picture(family.parts.folder, request, times)) <= 1
     assert apart(ours, picture(family, {**request, "seed": 8})) > 20
     return ours
 
@@ -134,6 +154,23 @@ def test_a_picture_moves_as_with_diffusers(
     ours = check(family, request_of | {"image_path": pictures[:1]})
     other = picture(family, request_of | {"image_path": pictures[1:]})
     assert apart(ours, other) > 20, "another picture makes another clip"
+
+
+def test_a_cancel_is_heard_while_a_picture_is_encoded(
+    folders: Folders, pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = wan(folders("wan22-i2v-a14b"))
+    params, _ = resolve(EXPERTS | {"image_path": pictures[:1]}, family.info)
+    ours, theirs = Pipe()
+    whole = VaeEncoder.encode
+
+    def encode(encoder: VaeEncoder, clip: Tensor, pulse: Callable[[], None]) -> Tensor:
+        ours.send(Cancel("job"))
+        return whole(encoder, clip, pulse)
+
+    monkeypatch.setattr(VaeEncoder, "encode", encode)
+    with ours, theirs, pytest.raises(Stopped, match="^stopped in encode, step 1 of 1$"):
+        sample(family, params, Hook("job", Mesh.solo(), theirs))
 
 
 def test_the_last_frame_may_be_given_too(folders: Folders, pictures: list[str]) -> None:
@@ -184,7 +221,7 @@ def test_few_steps_as_with_diffusers(
     family = wan(folders(name), **given)
     request = request_of | FEW | {"num_inference_steps": len(times)}
     request |= {"image_path": pictures[:1]} if shows else {}
-    check(family, request, few_step_scheduler(times))
+    check(family, request, times)
 
 
 @pytest.mark.parametrize("times", [FAST, TURBO, TURBO_PICTURE])
@@ -229,32 +266,26 @@ def test_few_steps_may_begin_at_a_picture(folders: Folders, pictures: list[str])
 # ------------------------------------------------------------------------------------------------------ ranks
 
 
-def _pictures(mesh: Mesh, cases: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[Any]:
-    return [make(load(folder, mesh, **settings), request, mesh)[0].numpy() for folder, request, settings in cases]
-
-
 @proves(PICTURE, "USP", "CFG parallel")
 @proves(FEW_TEXT, "USP")
 @proves(FEW_PICTURE, "USP")
 def test_same_picture_on_two_ranks(folders: Folders, pictures: list[str], tmp_path: Path) -> None:
-    shown = {"image_path": pictures[:1]}
-    moving, times = (folders("wan21-i2v-480p"), REQUEST | shown), (folders("wan22-ti2v-5b"), TI2V | shown)
-    fast = folders("fastwan22-ti2v-5b"), TI2V | FEW | shown
+    look = {"image_path": pictures[:1]}
+    moving, times = (folders("wan21-i2v-480p"), REQUEST | look), (folders("wan22-ti2v-5b"), TI2V | look)
+    fast = folders("fastwan22-ti2v-5b"), TI2V | FEW | look
     ways = {"ulysses_degree": 2}, {"ring_degree": 2}, {"enable_cfg_parallel": True}
-    turbo = folders("turbowan22-i2v-a14b"), REQUEST | FEW | {"num_inference_steps": 4} | shown
+    turbo = folders("turbowan22-i2v-a14b"), REQUEST | FEW | {"num_inference_steps": 4} | look
     cases = [(*moving, way) for way in ways] + [(*times, ways[1]), (*fast, ways[0]), (*turbo, ways[0])]
-    made, others = on_ranks(2, tmp_path / "store", _pictures, cases)
-    assert all(frames.size == 0 for frames in others)
-    expected = {folder: picture(load(folder), request) for folder, request in (moving, times, fast, turbo)}
-    for (folder, _, way), frames in zip(cases, made, strict=True):
-        assert apart(torch.from_numpy(frames), expected[folder]) <= 1, (folder.name, way)
+    steps = {fast[0]: FAST, turbo[0]: TURBO}
+    for (folder, request, way), frames in zip(cases, pictures_of_ranks(2, tmp_path / "store", cases), strict=True):
+        assert apart(frames, their_picture(folder, request, steps.get(folder))) <= 1, (folder.name, way)
 
 
 def test_same_picture_on_four_ranks(folders: Folders, pictures: list[str], tmp_path: Path) -> None:
     folder, request = folders("wan21-i2v-480p"), REQUEST | {"image_path": pictures[:1]}
     settings = {"enable_cfg_parallel": True, "ulysses_degree": 2, "tp_size": 2}
-    made, *_ = on_ranks(4, tmp_path / "store", _pictures, [(folder, request, settings)])
-    assert apart(torch.from_numpy(made[0]), picture(load(folder), request)) <= 1
+    ours = picture_of_ranks(4, tmp_path / "store", folder, request, **settings)
+    assert apart(ours, their_picture(folder, request)) <= 1
 
 
 # ---------------------------------------------------------------------------------------------- the real sizes
@@ -325,8 +356,8 @@ def test_offloaded_weights_make_the_same_picture(
 
 def test_half_precision(folders: Folders, pictures: list[str]) -> None:
     for name, request in (("wan21-i2v-480p", REQUEST), ("wan22-ti2v-5b", TI2V)):
-        shown = request | {"image_path": pictures[:1]}
-        half, whole = (picture(load(folders(name), precision=precision), shown) for precision in ("bf16", "fp32"))
+        look = request | {"image_path": pictures[:1]}
+        half, whole = (picture(load(folders(name), precision=precision), look) for precision in ("bf16", "fp32"))
         assert 0 < apart(half, whole) < 128
 
 
@@ -412,30 +443,21 @@ def test_what_a_picture_model_refuses(folders: Folders, pictures: list[str]) -> 
         resolve({"image_path": pictures[:1], "strength": 0.5}, info)
 
 
-@pytest.fixture
-def previewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    """Makes a clip with that many previews on the way, and tells both."""
-
-    def run(family: Wan, request: Mapping[str, Any], count: int) -> tuple[Tensor, list[Tensor]]:
-        sent: list[Any] = []
-        monkeypatch.setattr("sgld.worker.hook.send", lambda connection, event: sent.append(event))
-        frames, _ = make(family, request, previews=count)
-        assert torch.equal(frames, picture(family, request)), "previews change nothing"
-        return frames, [torch.from_numpy(event.frames.array) for event in sent if isinstance(event, Preview)]
-
-    return run
+def previewed(family: Wan, request: Mapping[str, Any], count: int) -> tuple[Tensor, list[Tensor]]:
+    """A clip, and that many previews on the way."""
+    frames, previews = shown(family, request, count)
+    assert torch.equal(frames, picture(family, request)), "previews change nothing"
+    return frames, previews
 
 
 @proves(PICTURE, "previews")
-def test_previews_show_their_own_clip(
-    folders: Folders, pictures: list[str], previewed: Callable[..., tuple[Tensor, list[Tensor]]]
-) -> None:
+def test_previews_show_their_own_clip(folders: Folders, pictures: list[str]) -> None:
     family = wan(folders("wan21-i2v-480p"))
     request = REQUEST | {"image_path": pictures[:1], "guidance_scale": 1.0, "num_inference_steps": 6}
-    frames, shown = previewed(family, request, 5)
-    assert [preview.shape for preview in shown] == [(1, 32, 64, 3)] * 5
+    frames, previews = previewed(family, request, 5)
+    assert [preview.shape for preview in previews] == [(1, 32, 64, 3)] * 5
     other = picture(family, request | {"seed": 8})
-    away, nearby = ((shown[-1].float() - clip[4:5]).abs().mean() for clip in (other, frames))
+    away, nearby = ((previews[-1].float() - clip[4:5]).abs().mean() for clip in (other, frames))
     assert nearby < 0.75 * away
 
 
@@ -443,15 +465,11 @@ def test_previews_show_their_own_clip(
 @proves(FEW_PICTURE, "previews")
 @pytest.mark.parametrize(("name", "times"), [("fastwan22-ti2v-5b", FAST), ("turbowan22-i2v-a14b", TURBO)])
 def test_a_preview_is_the_clip_of_the_steps_so_far(
-    folders: Folders,
-    pictures: list[str],
-    previewed: Callable[..., tuple[Tensor, list[Tensor]]],
-    name: str,
-    times: tuple[int, ...],
+    folders: Folders, pictures: list[str], name: str, times: tuple[int, ...]
 ) -> None:
     request = TI2V | FEW | {"image_path": pictures[:1]}
-    frames, shown = previewed(wan(folders(name)), request | {"num_inference_steps": len(times)}, 2)
-    for steps, preview in enumerate(shown, 1):
+    frames, previews = previewed(wan(folders(name)), request | {"num_inference_steps": len(times)}, 2)
+    for steps, preview in enumerate(previews, 1):
         family = load(folders(name), dmd_denoising_steps=list(times[:steps]))
         assert apart(preview, picture(family, request | {"num_inference_steps": steps})[4:5]) <= 1
         assert apart(preview, frames[4:5]) > 20
@@ -466,18 +484,18 @@ def test_an_adapter_of_few_steps(folders: Folders, pictures: list[str], name: st
     request = TI2V | FEW | {"num_inference_steps": len(times), "image_path": pictures[:1]}
     file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
     wear(family, file)
-    theirs = their_picture(family.parts.folder, request, few_step_scheduler(times), file)
+    theirs = their_picture(family.parts.folder, request, times, file)
     assert apart(picture(family, request), theirs) <= 1
-    assert apart(theirs, their_picture(family.parts.folder, request, few_step_scheduler(times))) > 20
+    assert apart(theirs, their_picture(family.parts.folder, request, times)) > 20
 
 
 def test_a_preview_is_not_the_picture_that_was_given(folders: Folders, pictures: list[str]) -> None:
     family = wan(folders("wan22-ti2v-5b"))
     x = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        shown, frames = family.preview(x, lambda: None), family.decode(x, lambda: None)
-    assert torch.equal(shown, frames[4:5])
-    assert not torch.equal(shown, frames[:1])
+        preview, frames = family.preview(x, lambda: None), family.decode(x, lambda: None)
+    assert torch.equal(preview, frames[4:5])
+    assert not torch.equal(preview, frames[:1])
 
 
 def test_models_that_lack_what_they_need(folders: Folders, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from multiprocessing import Pipe
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,31 @@ from torch import Tensor
 
 from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
-from sgld.messages import Preview
 from sgld.models.z_image import ZImage, ZImageTransformer, z_image_config
 from sgld.nn.attention import TORCH
 from sgld.nn.lora import Use
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
-from sgld.nn.weights import Uninitialized, read_json
+from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
-from sgld.worker.hook import Hook
-from sgld.worker.sampler import sample
+from tests.models import parity
 from tests.models.parity import (
     apart,
+    edit,
     estimate_is_near_the_peak,
-    levels,
+    fused,
     load,
-    make,
+    photo,
     picture,
     picture_of_ranks,
+    pictures_of_ranks,
+    quiet,
     same_state,
+    shown,
+    spelled,
     wear,
     write_lora,
 )
-from tests.nn.ranks import on_ranks
 from tools.twins.z_image import MAKERS
 
 REQUEST = {
@@ -67,33 +69,41 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pipelines() -> Callable[[Path], Any]:
+def pipeline_of(folder: Path) -> Any:
     """The pipeline of diffusers for a folder, in float32."""
     from diffusers import ZImagePipeline
 
-    loaded: dict[Path, Any] = {}
+    return quiet(ZImagePipeline.from_pretrained(folder))
 
-    def pipeline(folder: Path) -> Any:
-        if folder not in loaded:
-            loaded[folder] = ZImagePipeline.from_pretrained(folder)
-            loaded[folder].set_progress_bar_config(disable=True)
-        return loaded[folder]
 
-    return pipeline
+@pytest.fixture(scope="module")
+def pipelines() -> Callable[[Path], Any]:
+    return cache(pipeline_of)
 
 
 def theirs(pipeline: Any, **changes: Any) -> Tensor:
     """Frames u8 [1, H, W, 3] of `REQUEST` with changes, as that pipeline makes them."""
-    request = {"cfg_normalization": 1.0} | REQUEST | changes
-    generator = torch.Generator().manual_seed(request.pop("seed"))
-    return levels(pipeline(**request, generator=generator, output_type="np").images)
+    return parity.theirs(pipeline, {"cfg_normalization": 1.0} | REQUEST | changes)
 
 
-def slope(file: Path) -> Path:
-    """A picture, 48 x 32, written to that file."""
-    Image.fromarray(np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)).save(file)
-    return file
+def started(folder: Path, file: Path) -> Tensor:
+    """What diffusers makes of that picture, told to take its mean latents, noised with the same noise."""
+    from diffusers import ZImageImg2ImgPipeline
+
+    pipeline = quiet(ZImageImg2ImgPipeline.from_pretrained(folder))
+    vae = pipeline.vae
+    pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        clean = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(7))
+    sigma = 6 * 0.5 / (1 + 5 * 0.5)  # of the third step of four, shifted by 6
+    return theirs(pipeline, image=Image.open(file), strength=0.5, latents=(1 - sigma) * clean + sigma * noise)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 48 x 32 pixels."""
+    return photo(tmp_path_factory.mktemp("photos") / "photo.png", 48, 32)
 
 
 # --------------------------------------------------------------------------------------------------- parity
@@ -133,14 +143,10 @@ def test_same_picture_at_the_edges(twins: Path, pipelines: Callable[[Path], Any]
 
 
 def test_a_schedule_shifted_by_the_size(twins: Path, tmp_path: Path) -> None:
-    from diffusers import ZImagePipeline
-
     folder = Path(shutil.copytree(twins / "z-image", tmp_path / "model"))
     edit(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
-    pipeline = ZImagePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
     ours = picture(load(folder), REQUEST)
-    assert apart(ours, theirs(pipeline)) <= 1
+    assert apart(ours, theirs(pipeline_of(folder))) <= 1
     assert apart(ours, picture(load(folder), REQUEST | {"flow_shift": 6.0})) > 5
 
 
@@ -156,16 +162,14 @@ def test_padding_is_seen(twins: Path, tmp_path: Path) -> None:
         assert apart(picture(load(folder), REQUEST), expected) > 5
 
 
-def _splits(mesh: Mesh, folder: Path) -> Any:
-    return [make(load(folder, mesh, **split), REQUEST, mesh)[0].numpy() for split in SPLITS]
-
-
 @pytest.mark.proves("ZImagePipeline", "USP", "CFG parallel")
-def test_same_picture_on_two_ranks(twins: Path, pipelines: Callable[[Path], Any], tmp_path: Path) -> None:
-    first, second = on_ranks(2, tmp_path / "store", _splits, twins / "z-image")
-    assert all(part.size == 0 for part in second)
-    for frames in first:
-        assert apart(torch.from_numpy(frames), theirs(pipelines(twins / "z-image"))) <= 1
+def test_same_picture_on_two_ranks(twins: Path, pipelines: Callable[[Path], Any], start: Path, tmp_path: Path) -> None:
+    folder, starting = twins / "z-image", REQUEST | {"image_path": [str(start)], "strength": 0.5}
+    made = pictures_of_ranks(
+        2, tmp_path / "store", [(folder, request, split) for split in SPLITS for request in (REQUEST, starting)]
+    )
+    expected = theirs(pipelines(folder)), started(folder, start)
+    assert [apart(*pair) <= 1 for pair in zip(made, expected * len(SPLITS), strict=True)] == [True] * len(made)
 
 
 def test_same_picture_on_four_ranks(twins: Path, pipelines: Callable[[Path], Any], tmp_path: Path) -> None:
@@ -235,12 +239,15 @@ def adapter(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lora(tmp_path_factory.mktemp("lora") / "lora.safetensors", family._transformer)
 
 
+COMFY = {
+    "attention.to_out.0.": "attention.out.", "all_x_embedder.2-1.": "x_embedder.",
+    "all_final_layer.2-1.": "final_layer.",
+}  # fmt: skip
+
+
 @pytest.mark.proves("ZImagePipeline", "LoRA")
 def test_lora_gives_the_picture_of_diffusers_and_comes_off_again(twins: Path, adapter: Path) -> None:
-    from diffusers import ZImagePipeline
-
-    pipeline = ZImagePipeline.from_pretrained(twins / "z-image")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(twins / "z-image")
     pipeline.load_lora_weights(adapter)
     family = load(twins / "z-image")
     plain = picture(family, REQUEST)
@@ -255,52 +262,54 @@ def test_lora_gives_the_picture_of_diffusers_and_comes_off_again(twins: Path, ad
     assert torch.equal(picture(family, REQUEST), plain)
 
 
-def comfy_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def comfy_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same adapter with query, key and value in one layer of three times the rank."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("transformer.")
-        if ".to_q." in name:
-            q, k, v = (tensors[key.replace(".to_q.", f".to_{part}.")] for part in "qkv")
-            fused = torch.cat([q, k, v]) if ".lora_A." in name else torch.block_diag(q, k, v)
-            found[f"diffusion_model.{name.replace('.to_q.', '.qkv.')}"] = fused
-        elif ".to_k." not in name and ".to_v." not in name:
-            for ours, comfy in (("attention.to_out.0.", "attention.out."), ("all_x_embedder.2-1.", "x_embedder.")):
+        if ".to_q." in key:
+            block = key.partition(".to_q.")[0]
+            found |= fused(tensors, [f"{block}.to_{part}" for part in "qkv"], f"{name.partition('.to_q.')[0]}.qkv")
+        elif ".to_k." not in key and ".to_v." not in key:
+            for ours, comfy in COMFY.items():
                 name = name.replace(ours, comfy)
-            found[f"diffusion_model.{name.replace('all_final_layer.2-1.', 'final_layer.')}"] = tensor
+            found[name] = tensor
     return found
 
 
-def kohya_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Underscored, with the parts named down and up."""
-    found = {}
-    for key, tensor in tensors.items():
-        layer, part, _ = key.rsplit(".", 2)
-        layer = layer.removeprefix("transformer.").removeprefix("diffusion_model.").replace(".", "_")
-        found[f"lora_unet_{layer}.{part.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}.weight"] = tensor
-    return found
-
-
-@pytest.mark.parametrize(
-    "spell",
-    [
-        comfy_names,
-        kohya_names,
-        lambda tensors: kohya_names(comfy_names(tensors)),
-        lambda tensors: {key.replace("transformer.", "diffusion_model."): x for key, x in tensors.items()},
-    ],
-    ids=["comfy", "kohya", "kohya-fused", "prefix"],
-)
+@pytest.mark.parametrize("spelling", ["comfy", "kohya"])
+@pytest.mark.parametrize("names", [dict, comfy_names], ids=["diffusers", "fused"])
 def test_other_spellings_of_the_same_adapter(
-    twins: Path, adapter: Path, tmp_path: Path, spell: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    twins: Path,
+    adapter: Path,
+    tmp_path: Path,
+    names: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    spelling: str,
 ) -> None:
     """Only sums are taken in another order: every weight is the same but for that."""
     family = load(twins / "z-image")
     wear(family, adapter)
     expected = picture(family, REQUEST)
-    save_file(spell(load_file(adapter)), tmp_path / "other.safetensors")
-    wear(family, tmp_path / "other.safetensors")
+    wear(family, spelled(names(load_file(adapter)), spelling, tmp_path / "other.safetensors"))
     assert apart(picture(family, REQUEST), expected) <= 1
+
+
+@pytest.mark.parametrize("spelling", ["comfy", "kohya"])
+def test_an_adapter_that_renames_only_the_last_layer_of_attention(
+    twins: Path, adapter: Path, tmp_path: Path, spelling: str
+) -> None:
+    """As diffusers reads it."""
+    blocks = {key: x for key, x in load_file(adapter).items() if ".attention." in key or ".feed_forward." in key}
+    renamed = {key.replace(".attention.to_out.0.", ".attention.out."): x for key, x in blocks.items()}
+    file = spelled(renamed, spelling, tmp_path / "other.safetensors")
+    pipeline = pipeline_of(twins / "z-image")
+    pipeline.load_lora_weights(file)
+    family = load(twins / "z-image")
+    plain = picture(family, REQUEST)
+    wear(family, file)
+    worn = picture(family, REQUEST)
+    assert apart(worn, theirs(pipeline)) <= 1
+    assert apart(worn, plain) > 20
 
 
 def test_an_adapter_of_another_model_is_refused(twins: Path, adapter: Path, tmp_path: Path) -> None:
@@ -315,35 +324,21 @@ def test_an_adapter_of_another_model_is_refused(twins: Path, adapter: Path, tmp_
 
 
 @pytest.mark.proves("ZImagePipeline", "image-to-image")
-def test_a_picture_to_start_from(twins: Path, tmp_path: Path) -> None:
-    """As diffusers' pipeline, told to take the picture's mean latents, noised with the same noise."""
-    from diffusers import ZImageImg2ImgPipeline
-
-    file = slope(tmp_path / "slope.png")
-    pipeline = ZImageImg2ImgPipeline.from_pretrained(twins / "z-image")
-    pipeline.set_progress_bar_config(disable=True)
-    vae = pipeline.vae
-    pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 127.5 - 1
-    with torch.inference_mode():
-        clean = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(7))
-    sigma = 6 * 0.5 / (1 + 5 * 0.5)  # of the third step of four, shifted by 6
-    latents = (1 - sigma) * clean + sigma * noise
-    expected = theirs(pipeline, image=Image.open(file), strength=0.5, latents=latents)
+def test_a_picture_to_start_from(twins: Path, start: Path) -> None:
     family = load(twins / "z-image")
-    ours = picture(family, REQUEST | {"image_path": [str(file)], "strength": 0.5})
-    assert apart(ours, expected) <= 1
+    ours = picture(family, REQUEST | {"image_path": [str(start)], "strength": 0.5})
+    assert apart(ours, started(twins / "z-image", start)) <= 1
     assert apart(ours, picture(family, REQUEST)) > 20
 
 
-def test_a_mask_leaves_the_rest(twins: Path, tmp_path: Path) -> None:
-    file, mask = slope(tmp_path / "slope.png"), tmp_path / "mask.png"
+def test_a_mask_leaves_the_rest(twins: Path, start: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
     pixels = np.zeros((32, 48), np.uint8)
     pixels[:, 24:] = 255
     Image.fromarray(pixels).save(mask)
-    request = REQUEST | {"image_path": [str(file)], "strength": 0.8, "mask_path": str(mask)}
+    request = REQUEST | {"image_path": [str(start)], "strength": 0.8, "mask_path": str(mask)}
     frames = picture(load(twins / "z-image"), request)
-    before = torch.from_numpy(np.array(Image.open(file)))[None]
+    before = torch.from_numpy(np.array(Image.open(start)))[None]
     assert apart(frames[:, :, :24], before[:, :, :24]) == 0
     assert apart(frames[:, :, 24:], before[:, :, 24:]) > 20
 
@@ -402,25 +397,13 @@ def test_a_prompt_that_is_cut_is_told(twins: Path) -> None:
 def test_previews(twins: Path) -> None:
     """The first, from pure noise, is what a single step without guidance makes."""
     family = load(twins / "z-image")
-    params, _ = resolve(REQUEST, family.info)
-    ours, away = Pipe()
-    shown: list[Tensor] = []
-    with ours, away:
-        sample(family, params, Hook("job", Mesh.solo(), away), previews=3)
-        while ours.poll():
-            if isinstance(message := ours.recv(), Preview):
-                message.frames.receive(ours)
-                shown.append(torch.from_numpy(message.frames.array.copy()))
-    assert len(shown) == 3
-    assert apart(shown[0], picture(family, REQUEST | {"num_inference_steps": 1, "guidance_scale": 0.0})) <= 1
-    assert apart(shown[0], shown[1]) > 5
+    _, previews = shown(family, REQUEST, 3)
+    assert len(previews) == 3
+    assert apart(previews[0], picture(family, REQUEST | {"num_inference_steps": 1, "guidance_scale": 0.0})) <= 1
+    assert apart(previews[0], previews[1]) > 5
 
 
 # ------------------------------------------------------------------------------------------------- wrong checkpoints
-
-
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(read_json(file) | changes))
 
 
 @pytest.fixture

@@ -162,6 +162,16 @@ def test_wrong_mapping_and_ignored_alpha_would_show(tmp_path: Path) -> None:
     assert differences(fitted(write(tmp_path, without)), truth) > 1
 
 
+def test_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
+    """As kohya's converters write it."""
+    truth = make_truth(ORIGINAL, alphas=(1.0, 7.0))
+    tensors = FORMATS["kohya"](truth)
+    whole = {key: tensor.long() if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
+    assert differences(fitted(write(tmp_path, whole)), truth) == 0
+    with pytest.raises(BadRequest, match="no finite floating-point numbers"):
+        read_adapter(write(tmp_path, {key: tensor.long() for key, tensor in tensors.items()}))
+
+
 def test_alpha_of_zero_and_half_are_what_they_say(tmp_path: Path) -> None:
     truth = make_truth(ORIGINAL, alphas=(0.0, 0.5))
     found = fitted(write(tmp_path, FORMATS["kohya"](truth)))

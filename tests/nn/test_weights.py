@@ -44,6 +44,14 @@ def test_loads_in_the_wanted_precision(folder: Path, dtype: torch.dtype) -> None
     assert not any(p.requires_grad for p in module.parameters())
 
 
+def test_what_is_precise_stays_in_float32(folder: Path) -> None:
+    """By a part of a name between dots; `0` is no part of `10.weight`."""
+    module = load_module(build, folder, torch.float16, torch.device("cpu"), precise=("0", "eigh"))
+    assert {name: x.dtype for name, x in module.state_dict().items()} == {
+        "0.weight": torch.float32, "0.bias": torch.float32, "1.weight": torch.float16, "1.bias": torch.float16,
+    }  # fmt: skip
+
+
 def test_shards(folder: Path) -> None:
     tensors = load_file(folder / NAME)
     (folder / NAME).unlink()

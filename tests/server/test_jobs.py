@@ -283,7 +283,7 @@ async def test_a_repeat_does_not_hang_on_a_request_that_was_given_up(start: Star
             await asyncio.sleep(0.1)
             assert not second.done(), "it is not told of a job that is not yet kept"
             first.cancel()
-            while given_up.id in store._jobs:
+            while given_up in store._jobs:
                 await asyncio.sleep(0.01)
         status, answer = await second
         assert status == 200 and answer["id"] != given_up.id and given_up.status == "deleted"
@@ -323,7 +323,7 @@ async def test_a_job_is_queued_until_a_worker_begins_it(start: Start) -> None:
         places = [(await client.call("GET", f"/v1/videos/{each['id']}"))[1] for each in (held, unwanted, behind)]
         assert [(each["status"], each["queue_position"]) for each in places] == [("queued", i) for i in (1, 2, 3)]
         assert (store.waiting, store.running) == (3, 0)
-        job = store._jobs[held["id"]]
+        job = store._jobs.get(held["id"])
         assert (job.started_at, job.attempts) == (None, 0)
         await client.call("POST", f"/v1/videos/{unwanted['id']}/cancel")
         assert (await client.call("GET", f"/v1/videos/{behind['id']}"))[1]["queue_position"] == 2
@@ -331,7 +331,7 @@ async def test_a_job_is_queued_until_a_worker_begins_it(start: Start) -> None:
         assert (status, answer["error"]["code"]) == (200, "cancelled")
         assert (await client.call("GET", f"/v1/videos/{behind['id']}"))[1]["queue_position"] == 1
     assert (await client.until(behind, "completed", "failed"))["status"] == "completed"
-    assert (store._jobs[held["id"]].attempts, store._jobs[behind["id"]].attempts) == (0, 1)
+    assert (store._jobs.get(held["id"]).attempts, store._jobs.get(behind["id"]).attempts) == (0, 1)
 
 
 async def test_a_job_is_queued_while_the_workers_restart(start: Start) -> None:
@@ -571,7 +571,7 @@ async def test_a_cancel_whose_client_has_gone_is_carried_out(start: Start, tmp_p
         assert (await client.until(video, "failed"))["error"]["code"] == "cancelled"
         await drop(client, "DELETE", f"/v1/videos/{video['id']}")
     async with asyncio.timeout(20):
-        while [job.id for job in store._jobs.values()] != [running["id"]]:
+        while [job.id for job in store._jobs] != [running["id"]]:
             await asyncio.sleep(0.02)
         assert store._ledger._journal is not None
         while len(await store._ledger._journal.all("job")) != 1:
@@ -605,7 +605,7 @@ async def test_a_parked_job_keeps_nobody_waiting(start: Start) -> None:
     video = await client.until(await client.create(SLOW, num_inference_steps=1000), "in_progress")
     await store.close()
     async with asyncio.timeout(5):
-        await store._jobs[video["id"]].wait()
+        await store._jobs.get(video["id"]).wait()
         status, error = await client.call("POST", f"/v1/videos/{video['id']}/cancel")
     assert (status, error["error"]["code"]) == (503, "not_ready")
 

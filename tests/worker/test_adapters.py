@@ -72,7 +72,7 @@ def test_a_state_is_restored(adapters: Adapters, models: Models, tmp_path: Path)
     adapters.set(SetLora((second,), "dynamic"))
     state = adapters.unmerge(UnmergeLora("transformer"))
     again = Adapters({name: LoraLayers(models[name], (), name) for name in NAMES}, Mesh.solo())
-    for command in state.commands():
+    for command in [command for part in state.parts.values() for command in part.commands()]:
         again.set(command) if isinstance(command, SetLora) else again.unmerge(command)  # type: ignore[arg-type]
     assert again.state == state and state.parts["transformer_2"].applied == "dynamic"
 
