@@ -115,7 +115,7 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
         sampling += resolved.outputs()
         more = [
             *more,
-            *_idle(plan, given, resolved, info),
+            *_idle(plan, given, resolved),
             *_silent(plan.format_for(resolved.num_frames), resolved, info),
         ]
         notes += [note for note in more if note not in notes]
@@ -123,13 +123,9 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
     return [_output(plan, one, i, len(sampling), now) for i, one in enumerate(sampling)], notes
 
 
-def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams, info: ModelInfo) -> list[str]:
+def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams) -> list[str]:
     """Warnings for what was asked for and changes nothing."""
     format, reasons = plan.format_for(resolved.num_frames), {}
-    field = "guidance_scale" if resolved.true_cfg_scale is None else "true_cfg_scale"
-    scale = getattr(resolved, field)
-    if scale <= info.unguided and given.get("negative_prompt"):
-        reasons["negative_prompt"] = f"{field} {scale:g} turns it off"
     if format != "mp4" and given.get("x264_preset"):
         reasons["x264_preset"] = f"a {format} is no mp4"
     for name in ("output_quality", "output_compression"):

@@ -242,13 +242,13 @@ class Flux(Native):
     ) -> tuple[Conditioning, list[str]]:
         guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
-        notes = self.unguided() if not guided else []
-        if params.negative_prompt and not guided:
-            notes.append("negative_prompt: it has no effect without a true_cfg_scale above 1")
+        notes = [] if guided else self.unguided(params)
         guidance = params.guidance_scale if self._config.guidance_embeds else None
         seen = self._see(pictures[0]) if pictures else None
+        pulse()
         self.parts.residency.need("text_encoder")
         pooled = [self._pool(name, prompt, notes) for name, prompt in prompts.items()]
+        pulse()
         self.parts.residency.need("text_encoder_2")
         length = params.max_sequence_length
         read = [self._read(name, prompt, length, notes) for name, prompt in prompts.items()]

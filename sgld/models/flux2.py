@@ -308,17 +308,19 @@ class Flux2(Native):
         notes, guided = [note], self._scale(params) > 1
         negative = None
         if guided:
+            pulse()
             negative, note = self._text.encode(params.negative_prompt or "", params.max_sequence_length)
             notes.append(note and f"negative {note}")
         else:
-            notes += self.unguided()
-        if params.negative_prompt and not guided and self._config.guidance_embeds:
-            notes.append("negative_prompt: it has no effect without a true_cfg_scale above 1")
+            notes += self.unguided(params)
         if guided and self._distilled:
             notes.append(f"guidance_scale: {params.guidance_scale}: this checkpoint was distilled to need none above 1")
         if clips:
             self.parts.residency.need("vae")
-        latents = [self._vae.encode(clip.to(self.mesh.device)) for clip in clips]  # [1, C, h, w] each
+        latents = []  # [1, C, h, w] each
+        for clip in clips:
+            pulse()
+            latents.append(self._vae.encode(clip.to(self.mesh.device)))
         place = self._place(params, latents)
         tokens = torch.cat([text.new_empty(1, 0, self._vae.channels), *(z.flatten(2).mT for z in latents)], 1)
         told = Told(text, place, tokens, params.guidance_scale if self._config.guidance_embeds else None)

@@ -360,6 +360,7 @@ class HunyuanVideo(Native):
         from diffusers import AutoencoderKLHunyuanVideo
 
         self.parts = parts = Parts(load, mesh, platform, progress, NEEDS)
+        parts.needs_euler()
         self.scheduler = parts.scheduler
         self._config = c = hunyuan_config(parts.path("transformer") / "config.json")
         self._defaults = parts.defaults(FAST if "fasthunyuan" in load.settings.model_path.lower() else HUNYUAN)
@@ -393,9 +394,7 @@ class HunyuanVideo(Native):
     ) -> tuple[Conditioning, list[str]]:
         guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
-        notes = [] if guided else self.unguided()
-        if params.negative_prompt and not guided:
-            notes.append("negative_prompt: it has no effect without a true_cfg_scale above 1")
+        notes = [] if guided else self.unguided(params)
         self.parts.residency.need("text_encoder")
         length, dtype = params.max_sequence_length, self._transformer.dtype
         states = [self._prompts.states(name, prompt, length, notes) for name, prompt in prompts.items()]

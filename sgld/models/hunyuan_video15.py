@@ -279,6 +279,7 @@ class HunyuanVideo15(Native):
         from diffusers import AutoencoderKLHunyuanVideo15
 
         self.parts = parts = Parts(load, mesh, platform, progress, NEEDS)
+        parts.needs_euler()
         self.scheduler = parts.scheduler
         self._config = c = hunyuan15_config(parts.path("transformer") / "config.json")
         scale = guider_scale(parts.path("guider") / "guider_config.json")
@@ -313,7 +314,7 @@ class HunyuanVideo15(Native):
     ) -> tuple[Conditioning, list[str]]:
         guided = params.guidance_scale > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
-        notes = [] if guided else self.unguided()
+        notes = [] if guided else self.unguided(params)
         self.parts.residency.need("text_encoder")
         length, dtype = params.max_sequence_length, self._transformer.dtype
         states = [self._prompts.states(name, prompt, length, notes).to(dtype) for name, prompt in prompts.items()]

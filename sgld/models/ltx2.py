@@ -216,7 +216,7 @@ class LTX2(Native):
         prompts = [params.prompt, params.negative_prompt or ""][: 1 + guided]
         states, cuts = zip(*(self._read(prompt, length) for prompt in prompts), strict=True)
         notes = [note if i == 0 else f"negative {note}" for i, note in enumerate(cuts) if note]
-        notes += [] if guided else self.unguided()
+        notes += [] if guided else self.unguided(params)
         pulse()
         self.parts.residency.need("connectors")
         layout = self._layout_of(params)

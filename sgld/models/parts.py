@@ -282,11 +282,15 @@ class Native(Family):
         mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
         return Schedule.even(params.num_inference_steps, params.flow_shift, mu)
 
-    def unguided(self) -> list[str]:
-        """The warning for an output without guidance whose branches have ranks of their own."""
-        if self.mesh.cfg.size == 1:
-            return []
-        return ["enable_cfg_parallel: without guidance half of the workers repeat what the others do"]
+    def unguided(self, params: SamplingParams) -> list[str]:
+        """Warnings for an output without guidance: of a negative prompt, and of ranks that were to guide."""
+        info, notes = self.info, []
+        if params.negative_prompt and params.negative_prompt != info.defaults.get("negative_prompt"):
+            scale = "guidance_scale" if "true_cfg_scale" in info.unsupported else "true_cfg_scale"
+            notes.append(f"negative_prompt: it has no effect without a {scale} above {info.unguided:g}")
+        if self.mesh.cfg.size > 1:
+            notes.append("enable_cfg_parallel: without guidance half of the workers repeat what the others do")
+        return notes
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         return params.guidance_scale

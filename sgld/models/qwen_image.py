@@ -328,15 +328,21 @@ class QwenImage(Native):
         prompts = {"": params.prompt}
         if self.guidance(torch.zeros(()), params) > 1:
             prompts["negative "] = SPACE if params.negative_prompt is None else params.negative_prompt
-        read = [self._text.encode(prompt, seen, params.max_sequence_length) for prompt in prompts.values()]
+        read = []
+        for prompt in prompts.values():
+            pulse()
+            read.append(self._text.encode(prompt, seen, params.max_sequence_length))
         notes = [kind + note for kind, (_, _, note) in zip(prompts, read, strict=True) if note]
         if len(pictures) > MADE_FOR:
             notes.append(f"image_path: {len(pictures)} pictures; this model was made for 1 to {MADE_FOR}")
         residency.need("vae_encoder")
-        latents = [self._latents(picture) for picture in pictures]
+        latents = []
+        for picture in pictures:
+            pulse()
+            latents.append(self._latents(picture))
         positive, negative = [self._tell(text, latents, params) for text, _, _ in read] + [None] * (2 - len(read))
         counts = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
-        return Conditioning(positive, negative, **counts), notes + (self.unguided() if negative is None else [])
+        return Conditioning(positive, negative, **counts), notes + (self.unguided(params) if negative is None else [])
 
     def _latents(self, picture: Image) -> Tensor:
         """[1, C, 1, h, w]"""

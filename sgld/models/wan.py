@@ -437,7 +437,7 @@ class Wan(Native):
             negative, note = self._text.encode(params.negative_prompt or "", length)
             notes.append(note and f"negative {note}")
         else:
-            notes += self.unguided()
+            notes += self.unguided(params)
         boundary = self._boundary_time(params)
         counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
         shown = self._look(pictures, params, pulse) if pictures else NOTHING

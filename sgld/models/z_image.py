@@ -339,10 +339,11 @@ class ZImage(Native):
         notes: list[str | None] = [note]
         negative = None
         if params.guidance_scale > 0:
+            pulse()
             negative, note = self._read(params.negative_prompt or "", params.max_sequence_length)
             notes.append(note and f"negative {note}")
         else:
-            notes += self.unguided()
+            notes += self.unguided(params)
         counts = {"prompt_tokens": positive.text.shape[1], "latent_tokens": self._tokens(params)}
         return Conditioning(positive, negative, **counts), [n for n in notes if n]
 

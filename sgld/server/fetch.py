@@ -134,6 +134,7 @@ class Fetcher:
         """Drop every connection."""
         if self._session is not None:
             await self._session.close()
+            self._session = None
 
     def check(self, text: str, param: str, needed: str = _WEB_URL) -> URL:
         """The URL, if its own text does not speak against it; an address behind a name is checked when connecting.

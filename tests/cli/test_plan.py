@@ -270,9 +270,6 @@ def test_a_knob_the_model_has_no_use_for_is_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "notes"),
     [
-        (["--negative-prompt", "b", "--guidance-scale", "1"],
-         ["--negative-prompt: ignored; guidance_scale 1 turns it off"]),
-        (["--negative-prompt", "b", "--guidance-scale", "2"], []),
         (["--x264-preset", "slow", "--output-file-name", "x.png"], ["--x264-preset: ignored; a png is no mp4"]),
         (["--x264-preset", "slow", "--output-file-name", "x.mp4"], []),
         (["--output-compression", "3", "--output-file-name", "x.gif"],
@@ -391,10 +388,3 @@ def test_the_shape_comes_from_the_picture_that_the_model_says(tmp_path: Path) ->
     first, last = (outputs_of(plan(*words), attrs.evolve(info, shape_from=i))[0][0].params for i in (0, -1))
     assert first.width > first.height
     assert last.width < last.height
-
-
-def test_a_negative_prompt_is_idle_where_the_model_s_guidance_ends() -> None:
-    words = ["--prompt", "a", "--negative-prompt", "b", "--guidance-scale", "0.5"]
-    notes = [outputs_of(plan(*words), attrs.evolve(INFO, unguided=scale))[1] for scale in (1.0, 0.0)]
-    assert notes == [["--negative-prompt: ignored; guidance_scale 0.5 turns it off"], []]
-    assert outputs_of(plan(*words, "--true-cfg-scale", "4"), INFO)[1] == []

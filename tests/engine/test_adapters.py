@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import attrs
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgld.config import Settings
+from sgld.engine import adapters as adapters_module
 from sgld.engine.adapters import AdapterNames, Kept, Known, at_start, resolve_adapter
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, NotReady, SgldError
@@ -260,6 +263,18 @@ def write_small(file: Path, component: str, model: Path) -> str:
     layer = f"{component}.proj_out"
     save_file({f"{layer}.lora_A.weight": torch.ones(1, inner), f"{layer}.lora_B.weight": torch.ones(out, 1)}, file)
     return str(file)
+
+
+async def test_a_hub_that_does_not_answer_takes_no_thread_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(adapters_module, "resolve_adapter", lambda *_, **__: answer.wait(60))
+    asked = [LoraUse(path=f"owner/name{i}") for i in range(64)]
+    waiting = [asyncio.create_task(AdapterNames().resolve([lora], "loras", local=False)) for lora in asked]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(10):
+        assert await anyio.to_thread.run_sync(int, "7") == 7
+    answer.set()
+    assert len(await asyncio.gather(*waiting)) == 64
 
 
 async def test_files_that_have_gone_are_sought_again(adapters: Files, tmp_path: Path) -> None:

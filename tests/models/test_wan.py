@@ -20,6 +20,7 @@ from sgld.models.wan import Wan, WanTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import load_module
+from sgld.params import resolve
 from sgld.platform import Cpu
 from tests.models.conftest import generate, levels_apart, load
 from tests.models.parity import edit
@@ -128,6 +129,15 @@ def test_info(twins: Path) -> None:
 def copy(twins: Path, tmp_path: Path) -> Path:
     """A twin to break."""
     return Path(shutil.copytree(twins / "wan21", tmp_path / "model"))
+
+
+def test_a_negative_prompt_without_guidance_is_told(twins: Path) -> None:
+    told = ["negative_prompt: it has no effect without a guidance_scale above 1"]
+    family, given = load(twins / "wan21"), {"prompt": "a cat", "negative_prompt": "blue"}
+    own = {"negative_prompt": family.info.defaults["negative_prompt"]}
+    for changes, expected in (({"guidance_scale": 1.0}, told), ({}, []), (own | {"guidance_scale": 1.0}, [])):
+        params, _ = resolve(given | changes, family.info)
+        assert family.encode(params, [])[1] == expected
 
 
 def test_generation_config_gives_the_defaults(copy: Path) -> None:

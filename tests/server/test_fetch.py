@@ -6,9 +6,11 @@ import asyncio
 import base64
 import gzip
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -16,7 +18,7 @@ from aiohttp.test_utils import unused_port
 
 from sgld.errors import BadRequest, SgldError, TooLarge
 from sgld.server import fetch
-from sgld.server.fetch import Fetcher, decode_data_url, is_public
+from sgld.server.fetch import Fetcher, _Resolver, decode_data_url, is_public
 
 PNG = b"\x89PNG not really"
 PUBLIC = "127.0.0.2"
@@ -164,6 +166,36 @@ async def test_a_name_that_resolves_to_a_private_address_is_refused(site: Site, 
     assert names.asked and not site.seen
     async with Fetcher(True, resolver=Names(pictures=["127.0.0.1"])) as fetcher:
         assert await fetcher.get(site.at("/x.png", "pictures.example"), param="url") == PNG
+
+
+async def test_slow_names_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are threads, of ours and of the loop."""
+    look_up, answer = socket.getaddrinfo, threading.Event()
+
+    def slow(host: Any, *rest: Any) -> Any:
+        if host == "slow.example":
+            answer.wait(60)
+        return look_up("127.0.0.1" if host == "slow.example" else host, *rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    async with Fetcher(True, timeout_s=0.2) as fetcher:
+        calls = [fetcher.get("http://slow.example/", param="url") for _ in range(64)]
+        told = await asyncio.gather(*calls, return_exceptions=True)
+        assert all("gave no full answer" in str(error) for error in told)
+        async with asyncio.timeout(10):
+            assert await asyncio.get_running_loop().run_in_executor(None, int, "7") == 7
+        answer.set()
+
+
+async def test_names_are_resolved_as_aiohttp_does() -> None:
+    ours, theirs = _Resolver(), aiohttp.ThreadedResolver()
+    for family in (socket.AF_INET, socket.AF_UNSPEC):
+        asked: list[set[Any]] = []
+        for resolver in (ours, theirs):
+            found = await resolver.resolve("localhost", 80, family)
+            asked.append({(each["host"], each["port"], each["family"], each["hostname"]) for each in found})
+        assert asked[0] == asked[1] != set()
+    await ours.close()
 
 
 async def test_the_systems_resolver_is_watched_too(site: Site) -> None:

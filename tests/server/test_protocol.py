@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from sgld.server import protocol
 from sgld.server.body import read_body
 from sgld.server.errors import answer_errors
 from sgld.server.protocol import MALFORMED, UNDECODABLE, Runner
@@ -94,6 +97,28 @@ async def test_an_expectation_that_cannot_be_met(port: int) -> None:
     for path in (b"/", b"/none-such"):
         status, _, body = await talk(port, b"POST " + path + b" HTTP/1.1\r\n" + HOST + b"Expect: tea\r\n\r\n")
         assert (status, body["error"]["code"]) == (417, "expectation_failed")
+
+
+async def test_descriptors_are_left_for_jobs(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection after the last that is allowed is closed unanswered; the others go on."""
+    monkeypatch.setattr(protocol, "most_connections", lambda: 2)
+    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    async with asyncio.timeout(10):
+        assert await held[2][0].read() == b"" and "a connection is refused" in caplog.text
+    held[1][1].write(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}")
+    async with asyncio.timeout(10):
+        assert b" 200 OK" in await held[1][0].readuntil(b"\r\n\r\n")
+    for _, writer in held:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+    assert (await talk(port, b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}"))[0] == 200
+
+
+def test_the_limit_is_below_the_descriptors() -> None:
+    assert 0 < protocol.most_connections() < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 async def test_what_is_right_passes(port: int) -> None:

@@ -28,7 +28,7 @@ from sgld.errors import (
     WorkerDied,
 )
 from sgld.params import Memory
-from sgld.server import outputs
+from sgld.server import outputs, pictures
 from sgld.server.errors import answer_errors, error_response
 from sgld.server.state import SERVICE
 from tests.server.test_auth import Connect
@@ -409,6 +409,24 @@ async def test_two_decoders_at_most(start: Start, monkeypatch: pytest.MonkeyPatc
     variants = ["thumbnail", "spritesheet"] * 4
     calls = [client.call("GET", f"{VIDEOS}/{video['id']}/content?variant={variant}") for variant in variants]
     assert [status for status, _ in await asyncio.gather(*calls)] == [200] * len(calls)
+    assert (most, busy) == (2, 0)
+
+
+async def test_two_masks_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, busy, most = threading.Lock(), 0, 0
+
+    def counted(*_: Any) -> tuple[int, int]:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.05)
+        with lock:
+            busy -= 1
+        return 8, 8
+
+    monkeypatch.setattr(pictures, "_check", counted)
+    await asyncio.gather(*(pictures._shape("picture", "mask") for _ in range(8)))
     assert (most, busy) == (2, 0)
 
 

@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sgld.errors import BadRequest, NotFound
+from sgld.errors import BadRequest, NotFound, OutputError
 from sgld.server.auth import KEYS, Identity, Key, Keys, authenticate
 from sgld.server.errors import answer_errors
 from sgld.server.fetch import Fetcher
@@ -322,6 +322,27 @@ async def test_a_delivery_is_tried_again(world: World, failures: list[int]) -> N
     assert len({(each.path, each.body, each.headers["webhook-id"]) for each in got}) == 1
     for each in got:
         openai.OpenAI(api_key="x").webhooks.verify_signature(each.body, each.headers, secret=endpoint.secret)
+
+
+async def test_a_journal_that_fails_costs_no_try(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = await Journal.open(tmp_path / "journal.db")
+    await world.webhooks.load(journal)
+    await world.webhooks.create("me", EndpointFields("x", world.hook, [FAILED]))
+
+    async def full(*_: object) -> None:
+        raise OutputError("the disk is full", "output_path")
+
+    monkeypatch.setattr(journal, "put", full)
+    world.receiver.statuses = [500, 500]
+    tell(world.webhooks, "me", FAILED, "video_1")
+    for _ in range(3):
+        await world.receiver.next()
+    while world.webhooks._deliveries:
+        await asyncio.sleep(0.01)
+    assert caplog.text.count("the journal does not hear of a try") == 2
+    await journal.close()
 
 
 async def test_five_tries_and_no_more(world: World, caplog: pytest.LogCaptureFixture) -> None:
