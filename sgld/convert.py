@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar, Union
 
 import attrs
 from cattrs import BaseValidationError, Converter, ForbiddenExtraKeysError
-from cattrs.errors import AttributeValidationNote
+from cattrs.errors import AttributeValidationNote, ClassValidationError
 from cattrs.gen import make_dict_structure_fn
 
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 
 T = TypeVar("T")
+MAX_CHARACTERS = 32768
+MAX_ENTRIES = 1000
+"""Of a text and of a list or map that a knob takes; none has a use for more, and all are walked on the loop."""
 _SHOWN_CHARACTERS = 120
 MAP = "map of names to values"
 
@@ -136,12 +139,48 @@ def type_name(kind: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value for an error line: one line, and not too long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _SHOWN_CHARACTERS:
+            break
+    return cut(text)
+
+
+def cut(text: str, most: int = _SHOWN_CHARACTERS) -> str:
+    """Text of at most so many characters; three dots stand for the rest."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """`repr` of a plain value, bit by bit: of a large one only the beginning is shown."""
+    if isinstance(value, str):
+        yield repr(value[:_SHOWN_CHARACTERS])
+    elif isinstance(value, list | dict):
+        first, last = "{}" if isinstance(value, dict) else "[]"
+        yield first
+        for i, item in enumerate(value):
+            yield ", " * (i > 0)
+            yield from _pieces(item)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces(value[item])
+        yield last
+    else:
+        yield repr(value)
 
 
 def _wrong(value: Any, kind: Any) -> ValueError:
     return ValueError(f"{shown(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
+
+
+class _TooLong(Exception):
+    """No other type of a union takes it either."""
+
+
+def _check_length(value: Sized, most: int, of: str) -> None:
+    if len(value) > most:
+        raise _TooLong(f"{len(value)} {of} are too many; at most {most} are allowed")
 
 
 def _exactly(kind: type) -> Callable[[Any, Any], Any]:
@@ -159,6 +198,7 @@ def _text(value: Any, _: Any) -> str:
     """Text that can be written as UTF-8: what is no Unicode could be neither read by a model nor stored."""
     if type(value) is not str:
         raise _wrong(value, str)
+    _check_length(value, MAX_CHARACTERS, "characters")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -200,6 +240,7 @@ def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise _wrong(value, kind)
+        _check_length(value, MAX_ENTRIES, "entries")
         return typing.get_origin(kind)(_CONVERTER.structure(entry, item) for entry in value)
 
     return hook
@@ -210,7 +251,10 @@ def _mapping(kind: Any) -> Callable[[Any, Any], Any]:
     item = (*typing.get_args(kind), Any, Any)[1]
 
     def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, Mapping):
+            raise _wrong(value, kind)
+        _check_length(value, MAX_ENTRIES, "entries")
+        if not all(isinstance(key, str) for key in value):
             raise _wrong(value, kind)
         return {key: _CONVERTER.structure(entry, item) for key, entry in value.items()}
 
@@ -219,13 +263,17 @@ def _mapping(kind: Any) -> Callable[[Any, Any], Any]:
 
 def _attrs_class(cls: type, converter: Converter) -> Callable[[Any, Any], Any]:
     """None means the default, at every level; unknown keys are refused."""
-    inner: Callable[[Any, Any], Any] = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+    inner: Callable[[Any, Any], Any] = make_dict_structure_fn(cls, converter)
+    known = fields_of(cls)
 
     def hook(value: Any, kind: Any) -> Any:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
             raise _wrong(value, cls)
+        for name in value:  # of any number the first unknown one ends it
+            if name not in known:
+                raise ClassValidationError("unknown key", [ForbiddenExtraKeysError(None, cls, {name})], cls)
         return inner({name: item for name, item in value.items() if item is not None}, kind)
 
     return hook
@@ -273,9 +321,9 @@ def _first_error(error: BaseException, cls: type, path: str = "") -> SgldError:
     if isinstance(error, BaseExceptionGroup):
         return _first_error(error.exceptions[0], cls, path)
     if isinstance(error, ForbiddenExtraKeysError):
-        name = sorted(error.extra_fields)[0]
+        [name] = error.extra_fields
         full = f"{path}.{name}" if path else name
-        return UnknownField(f"unknown key {full!r}{nearest(name, fields_of(error.cl))}", full)
+        return UnknownField(f"unknown key {shown(full)}{nearest(name, fields_of(error.cl))}", full)
     if isinstance(error, SgldError):  # from a validator, which knows only the field's own name
         prefix = f"{path}." if path else ""
         return type(error)(f"{prefix}{error.message}", f"{prefix}{error.param}")

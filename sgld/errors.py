@@ -7,6 +7,7 @@ SgldError                      500 internal_error      exit 1
 |- Unauthorized                401 invalid_api_key
 |- Forbidden                   403 forbidden
 |- NotFound                    404 not_found
+|  `- UnknownModel             404 model_not_found
 |- TooLarge                    413 too_large           exit 2
 |- QueueFull                   429 queue_full
 |- ModelError                  500 model_error         exit 1
@@ -22,6 +23,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from typing import ClassVar
+
+_HINT_CHARACTERS = 64  # of a name; comparing takes their square, and ours are shorter
 
 
 class SgldError(Exception):
@@ -79,6 +82,12 @@ class NotFound(SgldError):
 
     status = 404
     code = "not_found"
+
+
+class UnknownModel(NotFound):
+    """A model that this server does not run."""
+
+    code = "model_not_found"
 
 
 class TooLarge(SgldError):
@@ -153,5 +162,7 @@ def from_code(code: str, message: str, param: str | None = None) -> SgldError:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the closest known name, or nothing when none is close."""
+    if len(name) > _HINT_CHARACTERS:
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

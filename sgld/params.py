@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from sgld.convert import default_of, fields_of, knob, refuse_unbuilt, structure
+from sgld.convert import MAX_CHARACTERS, default_of, fields_of, knob, refuse_unbuilt, structure
 from sgld.errors import BadRequest, NotBuilt, TooLarge
 
 PROMPT, SIZE, SAMPLING, OUTPUT = "prompt", "size", "sampling", "output"
@@ -18,7 +18,7 @@ POST, SPEED, DEBUG = "post-processing", "speed-ups", "debugging"
 VIDEO_FORMATS = ("mp4", "webm", "gif")
 IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp")
 MAX_SEED = 2**63 - 1
-MAX_PROMPT_CHARACTERS = 32768
+MAX_PROMPT_CHARACTERS = MAX_CHARACTERS
 MAX_SIDE = 16384
 STRENGTH = 0.8
 LORA_TARGETS = ("all", "transformer", "transformer_2")
@@ -227,15 +227,6 @@ class SamplingParams:
             "placebo",
         ),
     )
-
-    @prompt.validator
-    @negative_prompt.validator
-    def _check_length(self, field: attrs.Attribute[Any], value: str | None) -> None:
-        if value is not None and len(value) > MAX_PROMPT_CHARACTERS:
-            raise BadRequest(
-                f"{field.name}: {len(value)} characters are too many; at most {MAX_PROMPT_CHARACTERS} are allowed",
-                field.name,
-            )
 
     profile: bool = knob(False, "write a torch trace", group=DEBUG, pending="profiling")
     num_profiled_timesteps: int = knob(5, "steps in the trace", group=DEBUG, min=1, pending="profiling")

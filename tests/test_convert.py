@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -21,7 +22,7 @@ from sgld.convert import (
     type_name,
     unbuilt,
 )
-from sgld.errors import BadRequest, NotBuilt, UnknownField
+from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 
 
 @attrs.frozen
@@ -155,6 +156,59 @@ def test_plain_values_survive_the_way_there_and_back() -> None:
     assert structure(plain(made), Knobs) == attrs.evolve(made, extra={"a": [1]})
 
 
-def test_a_shown_value_is_one_short_line() -> None:
+class Barely(list[Any]):
+    """A list, or the keys of a map, of which only the beginning may be read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, item in enumerate(super().__iter__()):
+            assert i < 200, "the beginning is enough"
+            yield item
+
+
+class BarelyMap(dict[str, Any]):
+    def __iter__(self) -> Iterator[str]:
+        return iter(Barely(super().__iter__()))
+
+
+def many(count: int) -> BarelyMap:
+    return BarelyMap({f"k{i}": i for i in range(count)})
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"sizes": Barely([1] * 1001)}, "sizes: 1001 entries are too many; at most 1000 are allowed"),
+        ({"seed": Barely([1] * 1001)}, "seed: 1001 entries are too many; at most 1000 are allowed"),
+        ({"extra": many(1001)}, "extra: 1001 entries are too many; at most 1000 are allowed"),
+        ({"paths": many(1001)}, "paths: 1001 entries are too many; at most 1000 are allowed"),
+        ({"name": "x" * 32769}, "name: 32769 characters are too many; at most 32768 are allowed"),
+        ({"count": Barely([1] * 1001)}, f"count: [{'1, ' * 38}1,... is not a valid int"),
+        ({"inner": many(1001)}, "unknown key 'inner.k0'"),
+        (many(1001), "unknown key 'k0'"),
+    ],
+)
+def test_what_is_too_long_is_not_walked(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        structure(values, Knobs)
+    assert caught.value.message == line
+
+
+def test_what_is_just_short_enough() -> None:
+    made = structure({"sizes": [1] * 1000, "extra": dict(many(1000)), "name": "x" * 32768}, Knobs)
+    assert (len(made.sizes), len(made.extra or {}), len(made.name or "")) == (1000, 1000, 32768)
+
+
+def test_only_short_names_get_a_hint() -> None:
+    assert nearest("k" * 63 + "x", ["k" * 64]) == f"; did you mean {'k' * 64}?"
+    assert nearest("k" * 64 + "x", ["k" * 64]) == ""
+
+
+@pytest.mark.parametrize("value", [{"a": [1, None, "x"], "b": {}, "c": [[], True]}, [], (1, 2), 1.5, "it's"])
+def test_a_short_value_is_shown_as_it_is(value: Any) -> None:
+    assert shown(value) == repr(value)
+
+
+@pytest.mark.parametrize("value", ["x" * 1000, Barely(["x"] * 1000), many(1000), [[["x" * 1000]]], {"x" * 1000: 1}])
+def test_a_shown_value_is_one_short_line(value: Any) -> None:
+    assert shown(value) == f"{repr(value)[:117]}..."
     assert shown("a\nb") == "'a\\nb'"
-    assert len(shown("x" * 1000)) == 120

@@ -16,9 +16,9 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from sgld import config
-from sgld.convert import fields_of, knob_of, refuse_unbuilt, shown, structure
+from sgld.convert import MAX_CHARACTERS, MAX_ENTRIES, cut, fields_of, knob_of, refuse_unbuilt, shown, structure
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
-from sgld.params import LoraUse, SamplingParams
+from sgld.params import MAX_LORAS, LoraUse, SamplingParams
 from sgld.server.schema import OPENAI_QUALITIES
 
 T = TypeVar("T")
@@ -31,6 +31,8 @@ LOCAL_FILES = {
 }
 MAX_DEPTH = 32
 """Levels of lists and objects in a body, far below what would exhaust the interpreter's stack."""
+MAX_COMMAS = 100_000
+"""In JSON: more than two prompts can have, and so few values that nobody notices the parser, which stops the loop."""
 _ENCODINGS = ("identity", "gzip", "deflate", "br", "zstd")  # what aiohttp decodes; the last two where it can
 _EXTRAS = ("extra_body", "extra_json", "extra_params")
 _ADAPTERS, _IDENTITIES = ("lora", "loras"), ("nickname", "path")
@@ -79,7 +81,15 @@ async def read_body(request: web.Request, fields: type, *, empty: bool = False) 
         values, files = await _read_form(request, fields)
     else:
         values, files = await _read_json(request, empty), []
-    return Body(_merge_extras(values), files)
+    values = _merge_extras(values)
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) > MAX_ENTRIES:
+            raise _too_many(name, len(value), "entries", MAX_ENTRIES)
+    return Body(values, files)
+
+
+def _too_many(name: str, count: int, of: str, most: int) -> BadRequest:
+    return BadRequest(f"{cut(name)}: {count} {of} are too many; at most {most} are allowed", name)
 
 
 def read_query(request: web.Request, cls: type[T]) -> T:
@@ -92,7 +102,7 @@ def read_query(request: web.Request, cls: type[T]) -> T:
     fields, values = fields_of(cls), dict[str, Any]()
     for name, text in request.query.items():
         if name in values:
-            raise BadRequest(f"{name}: given several times; give it once", name)
+            raise BadRequest(f"{cut(name)}: given several times; give it once", name)
         values[name] = config.from_text(text, fields[name].type) if name in fields else text
     return structure(values, cls)
 
@@ -102,6 +112,7 @@ async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
         text = await request.read()
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise BadRequest(f"the body cannot be read: {_reason(error)}") from None
+    request._read_bytes = None  # else aiohttp holds it until the answer, and jobs may wait for long
     if empty and not text:
         return {}
     try:
@@ -127,7 +138,7 @@ async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any]
         elif isinstance(value, str):
             _place(values, key, value, fields)
         else:
-            raise BadRequest(f"{key}: it is neither text nor a file", key)
+            raise BadRequest(f"{cut(key)}: it is neither text nor a file", key)
     return values, files
 
 
@@ -156,11 +167,11 @@ def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
             target = _only_object(target, step, key) if step else None
         name = step
         if not isinstance(target, kind):
-            raise BadRequest(f"{key}: it contradicts another field of that name", key)
+            raise BadRequest(f"{cut(key)}: it contradicts another field of that name", key)
     if isinstance(target, list):
         target.append(value)
     elif name in target:
-        raise BadRequest(f"{key}: given several times; give it once, or as {key}[]", key)
+        raise BadRequest(f"{cut(key)}: given several times; give it once, or as {cut(key)}[]", key)
     else:
         target[name] = value
 
@@ -173,7 +184,8 @@ def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
     found: dict[str, Any] = next((item for item in items if isinstance(item, dict)), {})
     if name in found or {name, *found} >= set(_IDENTITIES):
         field = key.partition("[")[0]
-        raise BadRequest(f"{key}: a form cannot say which of them it is of; give each as JSON text in {field}[]", key)
+        reason = f"a form cannot say which of them it is of; give each as JSON text in {cut(field)}[]"
+        raise BadRequest(f"{cut(key)}: {reason}", key)
     if not found:
         items.append(found)
     return found
@@ -199,6 +211,8 @@ def _json_text(name: str, text: str) -> Any:
 
 def _parse(text: str | bytes) -> Any:
     """JSON as plain values. Raises ValueError, and BadRequest for a key that stands twice in one object."""
+    if (text.count(",") if isinstance(text, str) else text.count(b",")) > MAX_COMMAS:
+        raise ValueError(f"it has more than {MAX_COMMAS} commas")
     try:
         values = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
@@ -215,7 +229,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise BadRequest(f"{twice}: given several times; give it once", twice)
+        raise BadRequest(f"{cut(twice)}: given several times; give it once", twice)
     return values
 
 
@@ -231,7 +245,7 @@ def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(extra, str):
             extra = _json_text(name, extra)
         if extra is not None and not isinstance(extra, dict):
-            raise BadRequest(f"{name}: {extra!r} is not an object", name)
+            raise BadRequest(f"{name}: {shown(extra)} is not an object", name)
         merged |= extra or {}
     return merged | values
 
@@ -289,7 +303,7 @@ def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
             raise
         rest = error.message.removeprefix(f"{field}: ")
         if sent == _MADE_OF.get(field):
-            rest = f"{values[sent]!r}: {field} {rest}"
+            rest = f"{shown(values[sent])}: {field} {rest}"
         raise type(error)(f"{sent}: {rest}", sent) from None
 
 
@@ -314,7 +328,7 @@ def _check_fixed(key: str, value: Any) -> None:
     """Fields of `sgld generate` that have one meaning here."""
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
-        raise NotBuilt(f"{key}: {value!r} is not possible over HTTP, where it is always {fixed}", key)
+        raise NotBuilt(f"{key}: {shown(value)} is not possible over HTTP, where it is always {fixed}", key)
 
 
 def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +340,9 @@ def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
         value = _parsed(name, values.pop(name))
         listed = value if isinstance(value, list) else [value]
         if name == "loras" and value is not listed:
-            raise BadRequest(f"loras: {value!r} is not a list of adapters", "loras")
+            raise BadRequest(f"loras: {shown(value)} is not a list of adapters", "loras")
+        if len(listed) > MAX_LORAS:
+            raise _too_many(name, len(listed), "adapters", MAX_LORAS)
         items = [_parsed(name, item) for item in listed]
         values["loras"] = [{"nickname": item} if isinstance(item, str) else item for item in items]
     values.pop("lora", None)
@@ -334,7 +350,10 @@ def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    return _json_text(name, value) if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") else value
+    """What JSON text says; longer than any text may be, it stays text."""
+    if isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.lstrip()[:1] in ("{", "["):
+        return _json_text(name, value)
+    return value
 
 
 def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
@@ -342,11 +361,11 @@ def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
         return {}
     match = _SIZE.fullmatch(size or "")
     if match is None:
-        raise BadRequest(f"size: {size!r} must be WIDTHxHEIGHT, such as 640x480, or auto", "size")
+        raise BadRequest(f"size: {shown(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", "size")
     sides = {"width": int(match[1]), "height": int(match[2])}
     for name, side in sides.items():
         if sampling.get(name) not in (None, side):
-            raise BadRequest(f"size: {size!r} contradicts {name} {sampling[name]}; give one of them", "size")
+            raise BadRequest(f"size: {size!r} contradicts {name} {shown(sampling[name])}; give one of them", "size")
     return sides
 
 
@@ -367,4 +386,4 @@ def require_prompt(sampling: Mapping[str, Any]) -> None:
     """Every request names what to show."""
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRequest(f"prompt: {prompt!r} is not a text that says what to show", "prompt")
+        raise BadRequest(f"prompt: {shown(prompt)} is not a text that says what to show", "prompt")

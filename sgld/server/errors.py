@@ -8,18 +8,21 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from sgld.convert import cut
 from sgld.errors import NotReady, OutputError, QueueFull, SgldError, Unauthorized, WorkerDied
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 RETRY_AFTER_S = 5
 CLIENT_GONE = 499
+_MESSAGE_CHARACTERS = 2000
 INTERNAL = "internal error; the server's log has the reason"
 RETRY = "x-should-retry"  # what OpenAI's client goes by, whatever the status
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
-    """The JSON of one error."""
+    """The JSON of one error; what a client sent, however long, is not sent back."""
+    message, param = cut(message, _MESSAGE_CHARACTERS), param and cut(param)
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
 

@@ -185,7 +185,7 @@ async def _submit(request: web.Request, cls: type[ImageFields], prompted: bool) 
 def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
     if sampling.get("num_frames") not in (None, 1):
         raise BadRequest(
-            f"num_frames: {sampling['num_frames']!r} frames are a video; POST /v1/videos makes those", "num_frames"
+            f"num_frames: {shown(sampling['num_frames'])} frames are a video; POST /v1/videos makes those", "num_frames"
         )
     if fields.partial_images and not fields.stream:
         raise BadRequest("partial_images: previews come in a stream; give stream true, or leave it out", "stream")

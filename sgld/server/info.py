@@ -6,7 +6,6 @@ from aiohttp import web
 
 from sgld import __version__
 from sgld.convert import fields_of, plain
-from sgld.errors import NotFound
 from sgld.params import MAX_PROMPT_CHARACTERS, ModelInfo, SamplingParams
 from sgld.server import fetch, uploads
 from sgld.server.describe import Described
@@ -64,8 +63,7 @@ async def models(request: web.Request) -> web.Response:
 async def model(request: web.Request) -> web.Response:
     """That model, by the id it is listed under or the path it was loaded from; a slash may be written as %2F."""
     service = request.app[SERVICE]
-    if request.match_info["id"] not in (service.model_id, service.settings.model_path):
-        raise NotFound(f"model: {request.match_info['id']!r} is not served here; {service.model_id!r} is", "model")
+    service.check_model(request.match_info["id"])
     return web.json_response(body(_card(service)))
 
 

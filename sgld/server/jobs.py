@@ -233,7 +233,8 @@ class Job:
             "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],
             "error": from_code(*record["error"]) if record["error"] else None,
         }
-        return cls(**{**record, **own}, settled=record["status"] in ENDED)
+        # its events' numbers are higher than any that a process before this one gave out
+        return cls(**{**record, **own}, settled=record["status"] in ENDED, number=int(1000 * time.time()))
 
     # What a rank says
 

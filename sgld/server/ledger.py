@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from sgld.errors import SgldError
 from sgld.server.jobs import Job
 from sgld.server.journal import Journal
 from sgld.server.webhooks import DELIVERY, Delivery
@@ -61,10 +62,18 @@ class Ledger:
         await self._journal.put_many({("job", job.id): job.record() for job in owed} | documents)
         self._owed -= owed
 
-    async def strike(self, jobs: Sequence[Job]) -> None:
-        """Remove them."""
+    async def condemn(self, jobs: Sequence[Job]) -> None:
+        """They are deleted from now on, in the next process too; once their files have gone, `strike` them."""
         if self._journal is not None and jobs:
-            await self._journal.delete("job", [job.id for job in jobs])
+            await self._put({("job", job.id): job.record(status="deleted") for job in jobs})
+
+    async def strike(self, jobs: Sequence[Job]) -> None:
+        """Remove them; a journal that fails is logged, and the next start does it."""
+        if self._journal is not None and jobs:
+            try:
+                await self._journal.delete("job", [job.id for job in jobs])
+            except SgldError as error:
+                log.error("the journal still holds %d deleted jobs: %s", len(jobs), error)
 
     def forget(self, job: Job) -> None:
         """Owe it nothing more."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -11,10 +13,10 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Annotated, Any, Union
 
-import anyio.to_thread
 import attrs
 import jinja2
 from aiohttp import web
@@ -32,6 +34,7 @@ from sgld.server.urls import origin
 
 routes = web.RouteTableDef()
 Schema = dict[str, Any]
+Answer = tuple[bytes, dict[str, str]]  # body and headers
 ABOUT = "A server for diffusion models that OpenAI's client libraries can talk to."
 SIZE = r"^$|^auto$|^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
 ADDRESS = {"type": "string", "description": "http, https or data: URL"}
@@ -44,6 +47,7 @@ HEADERS: dict[str, tuple[str, Schema]] = {
     ),
     "Last-Event-ID": ("number of the last event that was seen", {"type": "integer", "minimum": 0}),
 }
+ANSWERS_KEPT = 16
 SPELLINGS: dict[str, Schema] = {
     "seconds": {"type": "string", "pattern": "^[0-9]{1,4}$"},
     "output_format": {"enum": ["jpg"]},
@@ -438,12 +442,55 @@ def document(app: web.Application, url: str) -> Schema:
     }
 
 
+class _Press:
+    """Answers that anybody may ask for: made one at a time, in a thread that nothing else needs, and kept.
+
+    A client chooses the URL, by its headers; for another one the document is not written anew.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "openapi")
+        self._written: tuple[Any, Schema] | None = None  # what it was made of, and the document
+        self._answers: dict[tuple[Callable[[Schema], Answer], str], tuple[Any, Answer]] = {}
+
+    async def answer(self, request: web.Request, make: Callable[[Schema], Answer]) -> web.Response:
+        """What `make` makes of the document, under the URL that this client uses."""
+        app, url, service = request.app, origin(request).url("/").removesuffix("/"), request.app[SERVICE]
+        state = (service.info, service.sampling, service.settings, bool(app[KEYS].known))
+        made = self._find(state, make, url)
+        if made is None:
+            made = await asyncio.get_running_loop().run_in_executor(self._thread, self._print, app, state, make, url)
+        body, headers = made
+        return web.Response(body=body, headers=headers)
+
+    def _find(self, state: Any, make: Callable[[Schema], Answer], url: str) -> Answer | None:
+        kept, answer = self._answers.get((make, url), (None, None))
+        return answer if kept == state else None
+
+    def _print(self, app: web.Application, state: Any, make: Callable[[Schema], Answer], url: str) -> Answer:
+        if (made := self._find(state, make, url)) is not None:  # who waited for the same one finds it
+            return made
+        if self._written is None or self._written[0] != state:
+            self._written = state, document(app, url)
+        answer = make({**self._written[1], "servers": [{"url": url}]})
+        if len(self._answers) >= ANSWERS_KEPT:
+            del self._answers[next(iter(self._answers))]
+        self._answers[make, url] = state, answer
+        return answer
+
+
+_PRESS = _Press()
+
+
 @routes.get("/openapi.json")
 @Described(media=("application/json",))
 async def show_document(request: web.Request) -> web.Response:
     """This interface in OpenAPI 3.1; once the model is loaded, with its defaults."""
-    text = await anyio.to_thread.run_sync(lambda: json.dumps(document(request.app, _url(request))))
-    return web.Response(text=text, content_type="application/json")
+    return await _PRESS.answer(request, _as_json)
+
+
+def _as_json(written: Schema) -> Answer:
+    return json.dumps(written).encode(), {"Content-Type": "application/json; charset=utf-8"}
 
 
 # The page
@@ -453,22 +500,11 @@ async def show_document(request: web.Request) -> web.Response:
 @Described(media=("text/html",))
 async def show_page(request: web.Request) -> web.Response:
     """The same as a page to read."""
-    text, style = await anyio.to_thread.run_sync(lambda: page(document(request.app, _url(request))))
-    headers = {
-        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{style}'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-    return web.Response(text=text, content_type="text/html", headers=headers)
+    return await _PRESS.answer(request, page)
 
 
-def _url(request: web.Request) -> str:
-    return origin(request).url("/").removesuffix("/")
-
-
-def page(written: Schema) -> tuple[str, str]:
-    """The document as HTML, and the hash of its style for the Content-Security-Policy."""
+@functools.cache
+def _templates() -> jinja2.Environment:
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("sgld.server", "docs"),
         autoescape=True,
@@ -476,10 +512,21 @@ def page(written: Schema) -> tuple[str, str]:
         lstrip_blocks=True,
     )
     templates.filters |= {"type": type_text, "limits": limits_text, "schema_name": _schema_name, "prose": _prose}
-    style = templates.get_template("docs.css").render()
+    return templates
+
+
+def page(written: Schema) -> Answer:
+    """The document as HTML, with a Content-Security-Policy that allows its style and nothing else."""
+    style = _templates().get_template("docs.css").render()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    text = templates.get_template("docs.html").render(document=written, style=style, curl=curl)
-    return text, digest
+    text = _templates().get_template("docs.html").render(document=written, style=style, curl=curl)
+    return text.encode(), {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
 
 
 def _prose(text: str) -> Markup:

@@ -11,9 +11,9 @@ import attrs
 from aiohttp import web
 
 from sgld.config import Settings
-from sgld.convert import default_of, fields_of
+from sgld.convert import default_of, fields_of, shown
 from sgld.engine.engine import Engine
-from sgld.errors import BadRequest, Forbidden, NotFound, NotReady
+from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
 from sgld.params import ModelInfo, SamplingParams, resolve
 from sgld.server import uploads
 from sgld.server.auth import IDENTITY, OWNER
@@ -94,7 +94,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not run."""
         if name not in (None, self.model_id, self.settings.model_path):
-            raise NotFound(f"model: {name!r} is not served here; {self.model_id!r} is", "model")
+            raise UnknownModel(f"model: {shown(name)} is not served here; {self.model_id!r} is", "model")
 
     async def submit(self, job: Job) -> Job:
         """Queue it; where its Idempotency-Key brought another one before, that one, and its own pictures go."""

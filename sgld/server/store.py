@@ -89,7 +89,7 @@ class JobStore:
         jobs = await self._ledger.restore()
         waiting: list[Job] = []
         for job in jobs:
-            if job.kind == "image" and not job.ended:  # its client is gone
+            if job.status == "deleted" or (job.kind == "image" and not job.ended):  # its client is gone
                 await self._erase([job])
                 continue
             self._remember(job)
@@ -242,9 +242,10 @@ class JobStore:
 
     async def _delete(self, job: Job) -> None:
         await self._cancel(job)
-        await self._ledger.strike([job])
+        await self._ledger.condemn([job])
         self._vanish(job)
         await self._remove_files([job])
+        await self._ledger.strike([job])
 
     async def _leave(self, job: Job) -> None:
         """Delete a job whose client has gone; where that fails, it stays until it expires."""
@@ -463,9 +464,10 @@ class JobStore:
     # Keeping
 
     async def _erase(self, jobs: list[Job]) -> None:
-        """Remove jobs from the disk: from the journal first, so that none is listed there without its files."""
-        await self._ledger.strike(jobs)
+        """Remove jobs from the disk. The journal knows first and forgets last: what a kill interrupts, goes on."""
+        await self._ledger.condemn(jobs)
         await self._remove_files(jobs)
+        await self._ledger.strike(jobs)
 
     async def _remove_files(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -475,10 +477,8 @@ class JobStore:
 
     async def _drop(self, job: Job) -> None:
         """Erase what was never taken, for a write whose caller has gone still happens."""
-        try:
-            await self._erase([job])
-        except SgldError as error:
-            log.error("%s may come back at the next start: %s", job.id, error)
+        await self._ledger.strike([job])
+        await self._remove_files([job])
 
     async def picture(self, job: Job, variant: str) -> str:
         """The file of a video's thumbnail or spritesheet, which goes with its job.

@@ -118,8 +118,10 @@ def _write(data: bytes, root: Path, name: str) -> None:
 def folder(parent: Path, results: Path | None) -> Path:
     """Where the pictures of one server lie: apart from those of other servers, so that it may sweep them.
 
-    The next server with the same folder of results finds the same one; None: there will be no next one.
+    The next server with the same folder of results finds the same one; None: there will be no next one. The path is
+    absolute, for jobs that outlive the server name it.
     """
+    parent = parent.absolute()
     if results is None:
         return parent / secrets.token_hex(_FOLDER_CHARACTERS // 2)
     return parent / hashlib.sha256(str(results.absolute()).encode()).hexdigest()[:_FOLDER_CHARACTERS]

@@ -178,7 +178,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     if last is not None and not _EVENT_NUMBER.fullmatch(last):
         raise BadRequest(f"Last-Event-ID: {last!r} is not the number of an event", "Last-Event-ID")
     seen = int(last) if last is not None else max(0, job.number - 1)  # a newcomer gets the latest
-    if last is not None and job.ended and seen == job.number:
+    if last is not None and job.ended and 0 < seen == job.number:  # 0: this server has told nothing of it
         return web.Response(status=204)
     if seen > job.number:  # of the server before this one
         seen = 0

@@ -47,7 +47,8 @@ class Client:
 async def client(aiohttp_server: Serve, tmp_path: Path) -> AsyncIterator[Client]:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text("{}")
-    settings = Settings(model_path=str(tmp_path / "model"), output_path=str(tmp_path / "out"), warmup="off")
+    names = {"model_path": "model", "output_path": "out", "input_save_path": "uploads"}
+    settings = Settings(**{option: str(tmp_path / name) for option, name in names.items()}, warmup="off")
     app = make_app(settings, {"fps": 5}, Engine(settings, WorkerGroup(1, run_faulty, patience=PATIENCE)))
     server = await aiohttp_server(app)
     async with aiohttp.ClientSession() as session:

@@ -119,6 +119,18 @@ def test_pictures_by_address(client: openai.OpenAI, format: Any) -> None:
         assert (shown.format, shown.size) == (format.upper(), (96, 96))
 
 
+def test_compression_makes_a_file_smaller(client: openai.OpenAI) -> None:
+    def size(format: Any, quality: int) -> int:
+        made = client.images.generate(
+            prompt=PROMPT, output_format=format, output_compression=quality, extra_body=one_frame(seed=3)
+        )
+        assert made.data is not None and made.data[0].b64_json is not None
+        return len(made.data[0].b64_json)
+
+    assert size("jpeg", 10) < 0.7 * size("jpeg", 95)
+    assert size("png", 10) == size("png", 95), "which loses nothing"
+
+
 def test_a_video_from_creation_to_deletion(client: openai.OpenAI) -> None:
     video = client.videos.create_and_poll(prompt=PROMPT, size="96x72", seconds="1", extra_body=extra(num_frames=None))
     assert (video.status, video.progress, video.size) == ("completed", 100, "96x72")

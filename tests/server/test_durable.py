@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +22,7 @@ from typing import Any, ClassVar
 import openai
 import psutil
 import pytest
+from PIL import Image
 
 from tests.server.test_server import Server
 
@@ -100,6 +104,7 @@ def test_jobs_and_results_outlive_a_killed_server(start: Start) -> None:
     first = start()
     done = until(first, create(first, n=2), ended)
     clip = download(first, done)
+    small = first.client.videos.download_content(done.id, variant="thumbnail").content
     made = first.client.images.generate(
         prompt=PROMPT, response_format="url", extra_body={"num_inference_steps": 2, "seed": 3}
     )
@@ -119,6 +124,15 @@ def test_jobs_and_results_outlive_a_killed_server(start: Start) -> None:
     assert [job.id for job in jobs] == [done.id, running.id, *(job.id for job in waiting)]
     assert [job.seeds for job in jobs[1:]] == [[11], [12], [13]]
     assert download(second, done) == clip
+    assert (second.folder / f"{done.id}_0.thumbnail.webp").read_bytes() == small
+    for last in ("0", "7000"):  # of the server before this one, or of none
+        asked = urllib.request.Request(f"{second.url}/v1/videos/{done.id}/events", headers={"Last-Event-ID": last})
+        with urllib.request.urlopen(asked, timeout=10) as told:
+            number, event, _ = told.read().split(b"\n", 2)
+        assert event == b"event: completed"
+    asked.add_header("Last-Event-ID", number.decode().removeprefix("id: "))
+    with urllib.request.urlopen(asked, timeout=10) as told:
+        assert told.status == 204, "it has seen that already"
     assert jobs[0].model_dump(exclude={"url", "urls"}) == done.model_dump(exclude={"url", "urls"})
     assert urllib.request.urlopen(address.replace(first.url, second.url), timeout=10).read() == picture
     while not all(map(ended, jobs)):
@@ -168,10 +182,12 @@ def files(folder: Path) -> set[str]:
 
 
 def test_what_a_killed_server_left_is_removed(start: Start, tmp_path: Path) -> None:
-    """Uploads and half-written files that no job names, and outputs of a picture whose client has gone."""
+    """Uploads and files that no job names, be they half-written, and outputs of a picture whose client has gone."""
     uploads, out = tmp_path / "uploads", tmp_path / "out"
     flags = ("--input-save-path", str(uploads))
     first = start(*flags)
+    deleted = until(first, create(first), ended)
+    first.client.videos.download_content(deleted.id, variant="spritesheet")
 
     def wait_for_pictures() -> None:
         with pytest.raises(openai.APIConnectionError):
@@ -195,11 +211,20 @@ def test_what_a_killed_server_left_is_removed(start: Start, tmp_path: Path) -> N
     for name, age_s in ((".sgld-old.part", 7200), (".sgld-new.part", 0)):
         (out / name).touch()
         os.utime(out / name, (time.time() - age_s,) * 2)
+    with closing(sqlite3.connect(out / ".sgld" / "journal.db")) as journal, journal:  # as a killed DELETE leaves it
+        journal.execute("UPDATE document SET body = json_set(body, '$.status', 'deleted') WHERE id = ?", [deleted.id])
+    (out / "video_notes.mp4").touch()
     assert len(list(out.glob("image_*"))) == 1, "the control: it was there"
+    assert {path.name for path in out.glob("video_*.*")} == {
+        "video_notes.mp4",
+        f"{deleted.id}.mp4",
+        f"{deleted.id}.spritesheet.webp",
+    }
 
     second = start(*flags)
     assert files(uploads) == {kept, "holiday.png"}
-    assert files(out) == {".sgld-new.part"}, "which another program may be writing"
+    assert files(out) == {".sgld-new.part", "video_notes.mp4"}, "which another program may be writing"
+    assert [video.id for video in second.client.videos.list()] == [waiting.id]
     assert until(second, waiting, ended).status == "completed"
     second.client.videos.delete(waiting.id)
     assert files(uploads) == {"holiday.png"}
@@ -212,6 +237,30 @@ def test_what_a_killed_server_left_is_removed(start: Start, tmp_path: Path) -> N
     assert third.stop() == 0
     assert {path.name for path in uploads.iterdir()} <= {"holiday.png", folder.name}, "it takes its own with it"
     assert files(uploads) == {"holiday.png"}
+
+
+def test_a_video_finds_its_picture_from_another_working_directory(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (96, 96), "red").save(picture, "png")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first = start()
+    running = create(first, ENDLESS)
+    waiting = first.client.videos.create(
+        prompt=PROMPT,
+        input_reference=("mine.png", picture.getvalue(), "image/png"),
+        extra_body={"num_frames": 5, "num_inference_steps": 2},
+    )
+    kill(first)
+    assert len(files(tmp_path / "here")) == 1, "the default is relative"
+    monkeypatch.chdir(tmp_path / "there")
+    second = start()
+    second.client.videos.delete(running.id)
+    done = until(second, waiting, ended)
+    assert done.status == "completed", done.error
 
 
 class Receiver(BaseHTTPRequestHandler):

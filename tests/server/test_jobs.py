@@ -92,8 +92,9 @@ async def start(aiohttp_server: Serve, tmp_path: Path) -> AsyncIterator[Start]:
     async with aiohttp.ClientSession() as session:
 
         async def run(keys: Keys | None = None, **own: Any) -> Client:
-            given = {"model_path": str(tmp_path / "model"), "output_path": str(tmp_path / "out"), "warmup": "off"}
-            settings = Settings(**{**given, **own})
+            names = {"model_path": "model", "output_path": "out", "input_save_path": "uploads"}
+            given = {option: str(tmp_path / name) for option, name in names.items()}
+            settings = Settings(**{**given, "warmup": "off", **own})
             engine = Engine(settings, WorkerGroup(1, run_faulty, patience=PATIENCE))
             app = make_app(settings, {}, engine, keys)
             server = await aiohttp_server(app)
@@ -109,6 +110,8 @@ async def test_a_queued_and_a_running_job_are_cancelled(start: Start, tmp_path: 
     queued, last = await client.create(), await client.create()
     running = await client.until(running, "in_progress")
     assert (await client.call("GET", f"/v1/videos/{last['id']}"))[1]["queue_position"] == 2
+    async with client.session.get(f"{client.url}/v1/videos/{running['id']}") as answer:
+        assert 250 <= int(answer.headers["openai-poll-after-ms"]) <= 5000
     for job in (queued, running):
         status, answer = await client.call("POST", f"/v1/videos/{job['id']}/cancel")
         assert (status, answer["status"], answer["error"]["code"]) == (200, "failed", "cancelled")
@@ -418,6 +421,10 @@ async def test_keys_own_their_jobs(start: Start) -> None:
         status, _ = await client.call(method, f"/v1/videos/{video['id']}{path}", BOB, json={"prompt": "{}"})
         assert status == 404, (method, path)
     assert (await client.call("GET", "/v1/videos", BOB))[1]["data"] == []
+    status, made = await client.call("POST", "/v1/images/generations", ALICE, json={"prompt": "{}"})
+    assert status == 200
+    statuses = [(await client.call("GET", f"/v1/images/{made['id']}/content", key))[0] for key in (BOB, ALICE, ROOT)]
+    assert statuses == [404, 200, 200]
     assert [each["id"] for each in (await client.call("GET", "/v1/videos", ROOT))[1]["data"]] == [video["id"]]
     status, error = await client.call("POST", "/v1/videos", BOB, json={"prompt": "{}", "priority": "high"})
     assert (status, error["error"]["param"]) == (403, "priority")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -28,6 +29,7 @@ from sgld.config import Settings
 from sgld.convert import fields_of, structure
 from sgld.errors import BadRequest
 from sgld.params import ModelInfo, SamplingParams
+from sgld.server import openapi
 from sgld.server.app import make_app
 from sgld.server.auth import Identity, Key, Keys, _digest
 from sgld.server.body import split
@@ -36,6 +38,7 @@ from sgld.server.info import LEGACY_TASKS
 from sgld.server.openapi import curl, document, limits_text, page, refused_fields, request_fields, type_text
 from sgld.server.schema import ImageFields
 from sgld.server.state import SERVICE
+from tests.server.test_auth import Connect
 from tests.server.test_server import Server
 
 KEYS = Keys((Key(Identity("alice", admin=False), _digest("alice-0123456789abcdef")),))
@@ -176,7 +179,7 @@ class Tags(HTMLParser):
 def test_the_page_is_whole_and_escaped() -> None:
     app = make({"negative_prompt": "</code><script>alert(1)</script>", "x264_preset": "fast"}, KEYS)
     written = document(app, "http://x/<script>")
-    text, _ = page(written)
+    text = page(written)[0].decode()
     tags = Tags(text)
     assert not {"script", "img", "link", "iframe", "object"} & set(tags.names), "nothing is loaded from anywhere"
     assert "Make <code>n</code> pictures" in text and "`" not in text
@@ -218,6 +221,63 @@ def test_an_example_is_a_shell_command() -> None:
 )
 def test_a_schema_in_words(schema: dict[str, Any], kind: str, limits: str) -> None:
     assert (type_text(schema), limits_text(schema)) == (kind, limits)
+
+
+# What many may ask for at the same time
+
+
+@pytest.fixture
+def loading() -> Any:
+    """An application whose model is not loaded yet, without workers."""
+    app = make(info=None)
+    app.cleanup_ctx.clear()
+    return app
+
+
+async def test_it_is_written_once_for_all_who_ask(
+    aiohttp_client: Connect, loading: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again for another URL, whose document is the same, and anew when the model has been loaded."""
+    builds: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        build = getattr(openapi, name)
+
+        def counted(*given: Any) -> Any:
+            builds[name] += 1
+            return build(*given)
+
+        monkeypatch.setattr(openapi, name, counted)
+
+    for name in ("document", "page"):
+        count(name)
+    monkeypatch.setattr(openapi, "_PRESS", openapi._Press())
+    client = await aiohttp_client(loading)
+
+    async def read(path: str, host: str = "first.example") -> str:
+        answer = await client.get(path, headers={"X-Forwarded-Host": host})
+        assert answer.status == 200
+        return await answer.text()
+
+    texts = await asyncio.gather(*[read("/docs") for _ in range(32)])
+    assert builds == {"document": 1, "page": 1}
+    assert len(set(texts)) == 1 and "http://first.example/v1/videos" in texts[0]
+    before = json.loads(await read("/openapi.json"))
+    other = await read("/docs", "second.example")
+    assert "http://second.example/v1/videos" in other and "first.example" not in other
+    assert builds == {"document": 1, "page": 2}
+
+    loading[SERVICE].info = INFO
+    after = [json.loads(text) for text in await asyncio.gather(*[read("/openapi.json") for _ in range(32)])]
+    assert builds == {"document": 2, "page": 2}
+    assert "flow_shift" not in before["x-refused-fields"] and after[-1]["x-refused-fields"]["flow_shift"] == "fixed"
+    assert after[-1] == document(loading, "http://first.example")
+    assert await read("/docs") != texts[0]
+    assert builds["page"] == 3
+
+    for number in range(openapi.ANSWERS_KEPT + 2):
+        await read("/openapi.json", f"{number}.example.org")
+    assert len(openapi._PRESS._answers) == openapi.ANSWERS_KEPT
 
 
 # The real server

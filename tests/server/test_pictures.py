@@ -104,6 +104,15 @@ def test_edits(server: Server, uploads: Path) -> None:
     assert any(name.name.endswith("-red.png") for name in stored(uploads))
 
 
+def test_a_streamed_edit(server: Server) -> None:
+    edit, asked = server.client.images.edit, extra(num_inference_steps=10, strength=0.8)
+    events = list(edit(image=FILE, prompt=PROMPT, stream=True, partial_images=2, extra_body=asked))
+    assert [event.type for event in events] == [*["image_edit.partial_image"] * 2, "image_edit.completed"]
+    made = first(edit(image=FILE, prompt=PROMPT, extra_body=asked))
+    assert (picture(events[-1].b64_json) == made).all()
+    assert all(picture(event.b64_json).shape == made.shape for event in events)
+
+
 def test_a_mask(server: Server) -> None:
     mask = Image.new("RGBA", (SIDE, SIDE), "white")
     mask.paste((0, 0, 0, 0), (0, 0, SIDE // 2, SIDE))

@@ -300,6 +300,13 @@ def test_servers_with_other_results_have_other_folders(tmp_path: Path) -> None:
     assert folder(tmp_path, None) != folder(tmp_path, None), "without a journal there is no next server"
 
 
+def test_a_folder_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the working directory of the next server: jobs that outlive this one name the files in it."""
+    monkeypatch.chdir(tmp_path)
+    for results in (tmp_path / "out", None):
+        assert folder(Path("inputs"), results).parent == tmp_path / "inputs"
+
+
 async def test_a_sweep_spares_what_jobs_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "root"
     await sweep((), root)
