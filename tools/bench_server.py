@@ -274,10 +274,10 @@ def listen(address: str, ready: Connection) -> None:
 
 
 async def bench_leak(folder: Path, scale: Scale) -> Figures:
-    """Images, streams and clips in turn; the first tenth warms caches up and is not counted."""
+    """Images, streams and clips in turn. The first ones fill caches that are bounded, and are not counted."""
     async with serving(folder) as server:
         processes = [server.process, server.worker()]
-        warm = max(4, scale.generations // 10)
+        warm = max(4, scale.generations * 3 // 10)
         for number in range(warm):
             await generate(server, number)
         before = [await asyncio.to_thread(usage, process) for process in processes]
