@@ -97,13 +97,18 @@ class Axis:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def all_to_all(self, x: Tensor) -> Tensor:
-        """Part i of the first dimension goes to rank i; what came from rank i is part i of the answer."""
+    def all_to_all(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start to send part i of the first dimension to rank i; the answer waits for part i from each rank i."""
         import torch.distributed as dist
 
         y = torch.empty_like(x)
-        dist.all_to_all_single(y, x, group=self.group)
-        return y
+        work = dist.all_to_all_single(y, x, group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return y
+
+        return arrived
 
     def pass_on(self, x: Tensor) -> Callable[[], Tensor]:
         """Start to send `x` to the next rank; the function that comes back waits for the one before's."""

@@ -86,15 +86,13 @@ class SequenceAttention:
         assert out is not None
         return out.type_as(q)
 
-    def _heads(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Tokens for heads, in one exchange: [B, s, H, D] each -> [B, n*s, H/n, D] each."""
+    def _heads(self, *parts: Tensor) -> list[Tensor]:
+        """Tokens for heads: [B, s, H, D] each -> [B, n*s, H/n, D] each; one is copied while another travels."""
         n = self._ulysses.size
         if n == 1:
-            return parts
-        B, s, H, D = parts[0].shape
-        x = torch.stack([part.view(B, s, n, H // n, D).permute(2, 0, 1, 3, 4) for part in parts], 1)
-        y = self._ulysses.all_to_all(x)  # [n, parts, B, s, H/n, D]
-        return y.permute(1, 2, 0, 3, 4, 5).reshape(len(parts), B, n * s, H // n, D).unbind()
+            return list(parts)
+        arrivals = [self._ulysses.all_to_all(torch.stack(x.chunk(n, 2))) for x in parts]
+        return [arrived().transpose(0, 1).flatten(1, 2) for arrived in arrivals]  # from [n, B, s, H/n, D]
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Heads for tokens: [B, n*s, H/n, D] -> [B, s, H, D]."""
@@ -102,8 +100,8 @@ class SequenceAttention:
         if n == 1:
             return x
         B, S, h, D = x.shape
-        y = self._ulysses.all_to_all(x.reshape(B, n, S // n, h, D).transpose(0, 1).contiguous())  # [n, B, s, h, D]
-        return y.permute(1, 2, 0, 3, 4).reshape(B, S // n, n * h, D)
+        arrived = self._ulysses.all_to_all(x.reshape(B, n, S // n, h, D).transpose(0, 1).contiguous())
+        return torch.cat(arrived().unbind(), 2)  # from [n, B, s, H/n, D]
 
 
 def merge(out: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
