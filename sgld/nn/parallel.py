@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,9 +25,10 @@ from sgld.messages import Seat
 from sgld.platform import Platform
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 T = TypeVar("T")
+AWAKE_S = 0.1  # how long a rank on a CPU keeps its core while it waits for the others' heads
 
 
 @attrs.frozen
@@ -105,6 +108,8 @@ class Axis:
         work = dist.all_to_all_single(y, x, group=self.group, async_op=True)
 
         def arrived() -> Tensor:
+            if x.device.type == "cpu":
+                _stay_awake(work)
             work.wait()
             return y
 
@@ -299,3 +304,14 @@ class Mesh:
         x = x.contiguous()
         dist.broadcast(x, src=0)
         return x
+
+
+def _stay_awake(work: Work) -> None:
+    """Let others run until a collective has ended, for a while at most, without going to sleep.
+
+    Ranks are seldom far apart, and a core that went to sleep comes back late, above all on a virtual machine, whose
+    host has given it to somebody else.
+    """
+    until = time.monotonic() + AWAKE_S
+    while not work.is_completed() and time.monotonic() < until:
+        os.sched_yield()
