@@ -51,6 +51,18 @@ def upright(path: str) -> Image.Image:
         return _on_white(ImageOps.exif_transpose(image))
 
 
+def named(path: str, image: Image.Image) -> Image.Image:
+    """The image, for what `shown` tells of it."""
+    image.info[PICTURE] = path
+    return image
+
+
+def shown(image: Image.Image) -> str:
+    """An image in a message: its field, its file where `named` told it, and its size."""
+    path = image.info.get(PICTURE)
+    return f"{PICTURE}: {'a picture' if path is None else repr(path)} of {image.width}x{image.height} pixels"
+
+
 def read(picture: str, mask: str | None, width: int, height: int) -> Input:
     """A picture file and its mask, if any, scaled to cover that size in pixels and cut to it about the centre.
 

@@ -447,10 +447,10 @@ def near(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 
 def _within(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Width and height of the picture's shape in at most that area, cut to multiples."""
+    """Width and height of the picture's shape in at most that area, cut to multiples, at least one of each."""
     sides = (math.isqrt(area * a // b) for a, b in (picture, picture[::-1]))
     width, height = (max(1, side // multiple) * multiple for side in sides)
-    longest = min(MAX_SIDE, area // min(width, height)) // multiple * multiple
+    longest = max(multiple, min(MAX_SIDE, area // min(width, height)) // multiple * multiple)
     return min(width, longest), min(height, longest)
 
 

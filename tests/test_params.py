@@ -246,6 +246,13 @@ def test_a_size_near_the_picture(picture: tuple[int, int], size: tuple[int, int]
     assert resolve({"image_path": ["a.png"], "width": 48}, info, picture=picture)[0].width == 48
 
 
+@pytest.mark.parametrize("picture", [(1, 1), (20, 12), (64, 2)])
+def test_a_picture_smaller_than_a_multiple_is_the_model_s_to_refuse(picture: tuple[int, int]) -> None:
+    info = attrs.evolve(TAKES, enlarges_picture=False)
+    params, _ = resolve({"image_path": ["a.png"]}, info, picture=picture)
+    assert (params.width, params.height) == (16, 16)
+
+
 def test_a_size_that_is_given_stands() -> None:
     params, notes = resolve({"image_path": ["a.png"], "height": 64}, TAKES, picture=(100, 100))
     assert (params.width, params.height, notes) == (832, 64, [])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL.Image import Image, Resampling
 from torch import Generator, Tensor, nn
 
+from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models.family import Conditioning, Schedule
@@ -414,11 +415,11 @@ def reference(picture: Image, multiple: int) -> Tensor:
         BadRequest: too small, or too long.
     """
     width, height = picture.size
-    shown = f"image_path: a picture of {width}x{height} pixels"
+    told = inputs.shown(picture)
     if min(width, height) < REFERENCE_SIDE:
-        raise BadRequest(f"{shown} is too small; each side needs {REFERENCE_SIDE} or more", "image_path")
+        raise BadRequest(f"{told} is too small; each side needs {REFERENCE_SIDE} or more", inputs.PICTURE)
     if max(width, height) > REFERENCE_ASPECT * min(width, height):
-        raise BadRequest(f"{shown} is too long; one side may be {REFERENCE_ASPECT} times the other", "image_path")
+        raise BadRequest(f"{told} is too long; one side may be {REFERENCE_ASPECT} times the other", inputs.PICTURE)
     if width * height > REFERENCE_PIXELS:
         scale = math.sqrt(REFERENCE_PIXELS / (width * height))
         picture = picture.resize((int(width * scale), int(height * scale)), Resampling.LANCZOS)

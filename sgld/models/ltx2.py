@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image, Resampling, fromarray
 from torch import Generator, Tensor
 
+from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.media import through_h264
 from sgld.messages import Load
@@ -270,7 +271,7 @@ class LTX2(Native):
     def _first_frame(self, picture: Image, params: SamplingParams) -> Tensor:
         """Its latents [1, n], normalized."""
         if min(picture.size) < 2:
-            raise BadRequest(f"image_path: {picture.width}x{picture.height}: at least 2 pixels a side", "image_path")
+            raise BadRequest(f"{inputs.shown(picture)} is too small; each side needs 2 or more", inputs.PICTURE)
         self.parts.residency.need("vae")
         seen = fromarray(through_h264(np.asarray(picture), PICTURE_RATE_FACTOR))
         seen = seen.resize((params.width, params.height), Resampling.BILINEAR)

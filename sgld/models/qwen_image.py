@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL.Image import Image, Resampling
 from torch import Generator, Tensor, nn
 
+from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models.borrowed import text_encoder, tokenizer
@@ -466,13 +467,10 @@ def resized(picture: Image, area: int) -> Image:
 
 def check_shapes(pictures: Sequence[Image]) -> None:
     """Raise `BadRequest` for a picture too long to be seen."""
-    for i, picture in enumerate(pictures, 1):
+    for picture in pictures:
         if max(picture.size) > LONGEST * min(picture.size):
-            shown = f"{picture.width}x{picture.height}"
-            raise BadRequest(
-                f"image_path: picture {i} has {shown} pixels; a side may be {LONGEST} times the other at most",
-                "image_path",
-            )
+            told = inputs.shown(picture)
+            raise BadRequest(f"{told} is too long; one side may be {LONGEST} times the other", inputs.PICTURE)
 
 
 def config_of(parts: Parts) -> QwenImageConfig:

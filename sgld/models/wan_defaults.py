@@ -13,6 +13,12 @@ FAST = (1000, 757, 522)
 TURBO, TURBO_PICTURE = (988, 932, 852, 608), (996, 932, 852, 608)
 FEW_STEPS = {"turbowan2.2-i2v": TURBO_PICTURE, "turbowan": TURBO}  # by a part of the name; the others are FAST
 
+NEGATIVE = (  # gaudy, overexposed, still, blurred, subtitled, grey, low quality, deformed, crowded, walking backwards
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+
 Values = dict[str, Any]
 BASE: Values = {"negative_prompt": "", "max_sequence_length": TEXT_TOKENS, "num_frames": 81, "fps": 16}
 SMALL = BASE | {"width": 832, "height": 480, "num_inference_steps": 50}
@@ -65,10 +71,14 @@ def levels_of(times: Sequence[int], train: int, shift: float) -> list[float]:
 
 
 def defaults(name: str, form: Form) -> Values:
-    """Values of SamplingParams. Few-step models were distilled from a guided one, and are not guided themselves."""
-    values = next((known for part, known in NAMED.items() if part in name.lower()), None) or _by_form(form)
+    """Values of SamplingParams; the negative prompt that the authors advise only with a checkpoint that they named.
+
+    Few-step models were distilled from a guided one, and are not guided themselves.
+    """
+    named = next((known for part, known in NAMED.items() if part in name.lower()), None)
+    values = named or _by_form(form)
     if form.few_steps is None:
-        return values
+        return values | {"negative_prompt": NEGATIVE} if named else values
     few = {"num_inference_steps": len(form.few_steps), "guidance_scale": 1.0, "flow_shift": SHIFT}
     return {key: value for key, value in values.items() if key != "guidance_scale_2"} | few
 

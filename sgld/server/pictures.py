@@ -123,7 +123,8 @@ def _check(picture: str, mask: str | None) -> tuple[int, int]:
 def without_paths(error: SgldError, params: SamplingParams) -> SgldError:
     """What is wrong with a file of a request, without saying where this server has it; other errors as they are."""
     files: dict[str, tuple[str, str | None]] = {}  # how its message begins -> how it is told instead, and the field
-    files |= {f"{inputs.PICTURE}: {path!r}": ("the picture", None) for path in params.image_path or []}
+    for path in params.image_path or []:
+        files[f"{inputs.PICTURE}: {path!r}"] = f"the picture {uploads.called(path)!r}", None
     files |= {f"{inputs.MASK}: {params.mask_path!r}": (f"{MASK}: it", MASK)}
     files |= {f"loras: {lora.path!r}": (f"loras: {lora.nickname!r}", "loras") for lora in params.loras}
     for begin, (instead, param) in files.items():

@@ -106,6 +106,11 @@ async def keep(picture: Picture, root: Path) -> str:
     return name
 
 
+def called(path: str) -> str:
+    """What the client called a picture that `keep` stored, as far as its name tells."""
+    return Path(path).stem.partition("-")[2]
+
+
 def _write(data: bytes, root: Path, name: str) -> None:
     try:
         with LocalStorage(root).create(name) as part:

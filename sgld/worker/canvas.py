@@ -83,7 +83,8 @@ def pictures_of(params: SamplingParams, hook: Hook) -> list[Image]:
     sides = hook.from_rank0(torch.empty(len(params.image_path), 2, dtype=torch.int64), sizes).tolist()
     like = (torch.empty(height, width, 3, dtype=torch.uint8) for height, width in sides)
     shared = [hook.from_rank0(empty, partial(pixels, i)) for i, empty in enumerate(like)]
-    return [fromarray(picture.cpu().numpy()) for picture in shared]
+    images = (fromarray(picture.cpu().numpy()) for picture in shared)
+    return [inputs.named(path, image) for path, image in zip(params.image_path, images, strict=True)]
 
 
 def still(source: Input, num_frames: int) -> Tensor:

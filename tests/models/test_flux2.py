@@ -286,6 +286,13 @@ def test_pictures_that_it_cannot_look_at(size: tuple[int, int], says: str) -> No
         reference(Image.new("RGB", size), 16)
 
 
+def test_the_picture_that_it_cannot_look_at_is_named(twins: Path, photos: list[str], tmp_path: Path) -> None:
+    low = str(tmp_path / "low.png")
+    Image.new("RGB", (300, 63)).save(low)
+    with pytest.raises(BadRequest, match=f"image_path: {low!r} of 300x63 pixels is too small"):
+        picture(load(twins / KLEIN), REQUEST | {"image_path": [photos[0], low]})
+
+
 # ---------------------------------------------------------------------------------------------------- memory
 
 

@@ -467,8 +467,8 @@ def test_warnings_and_errors_of_a_request(models: Path, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="prompt: it holds <|image_pad|>") as caught:
         family.encode(marked, pictures[:1])
     assert caught.value.param == "prompt"
-    with pytest.raises(BadRequest, match="image_path: picture 2 has 500x4 pixels; a side may be 100 times"):
-        family.encode(params, [pictures[0], Image.new("RGB", (500, 4))])
+    with pytest.raises(BadRequest, match=r"image_path: 'b.png' of 500x4 pixels is too long; one side may be 100 "):
+        family.encode(params, [pictures[0], inputs.named("b.png", Image.new("RGB", (500, 4)))])
     with pytest.raises(BadRequest, match="max_sequence_length: 1025"):
         resolve({"image_path": files, "max_sequence_length": 1025}, family.info)
 

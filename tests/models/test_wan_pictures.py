@@ -23,7 +23,7 @@ from sgld.models.parts import Parts
 from sgld.models.vae import WanDecoder, WanVaeConfig
 from sgld.models.vae_encoder import VaeEncoder, WanEncoder
 from sgld.models.wan import WAN_ORIGINAL, Wan, WanConfig, WanTransformer
-from sgld.models.wan_defaults import FAST, TURBO, TURBO_PICTURE, few_steps, levels_of
+from sgld.models.wan_defaults import FAST, NEGATIVE, TURBO, TURBO_PICTURE, few_steps, levels_of
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.params import SamplingParams, resolve
@@ -424,6 +424,7 @@ def test_the_defaults_of_a_known_name(folders: Folders, tmp_path: Path, name: st
     params, _ = resolve({"image_path": ["a.png"]} if "i2v-" in name else {}, load(link).info)
     names = "num_inference_steps", "guidance_scale", "width", "height", "num_frames", "fps", "flow_shift"
     assert tuple(getattr(params, field) for field in names) == DEFAULTS[name]
+    assert params.negative_prompt == ("" if name.startswith("fast") else NEGATIVE)
     if name == "wan22-i2v-a14b":
         assert (params.guidance_scale_2, params.boundary_ratio) == (3.5, 0.9)
 

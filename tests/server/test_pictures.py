@@ -206,7 +206,7 @@ def test_a_picture_that_vanishes_is_told_without_its_path(server: Server, upload
             path.unlink()
         server.client.videos.delete(long.id)
         (error,) = edit.result()
-    told = "the picture is gone from the server; send the request again"
+    told = "the picture 'red' is gone from the server; send the request again"
     assert (error.status_code, error.code, error.body["message"]) == (404, "not_found", told)  # type: ignore[index]
     failed = server.client.videos.poll(video.id)
     assert failed.status == "failed" and failed.error is not None
