@@ -13,7 +13,7 @@ import attrs
 from sgld.config import DEMO_MODEL, Settings, user_path, without_secrets
 from sgld.engine import overlay
 from sgld.engine.materialize import materialize
-from sgld.engine.overlay import MANIFEST, Overlay
+from sgld.engine.overlay import MANIFEST, Manifest, Overlay
 from sgld.errors import BadRequest, ModelError, SgldError
 from sgld.messages import Load
 
@@ -32,10 +32,8 @@ def resolve_model(settings: Settings) -> Load:
     """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
     folder = _model_folder(settings)
     if not (folder / "model_index.json").is_file():
-        hint = "; a repository of raw files needs an overlay (model_overlay_registry)"
-        raise ModelError(
-            f"model_path: {settings.model_path!r} is no model: it has no model_index.json{hint}", "model_path"
-        )
+        told = f"{settings.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
+        raise ModelError(f"model_path: {told} (model_overlay_registry)", "model_path")
     components = {
         name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
         for name, reference in settings.component_paths.items()
@@ -59,7 +57,7 @@ def _model_folder(settings: Settings) -> Path:
             f"{folder / MANIFEST}: source_model_id: it is needed, for the overlay itself is the model_path"
         )
     entry = Overlay(settings.model_path, settings.revision, manifest.source_revision)
-    return _materialized(settings, manifest.source_model_id, entry, folder)
+    return _materialized(settings, manifest.source_model_id, entry, folder, manifest)
 
 
 def _overlaid(settings: Settings, source: str, entry: Overlay) -> Path:
@@ -73,18 +71,20 @@ def _overlaid(settings: Settings, source: str, entry: Overlay) -> Path:
             return resolve(entry.overlay_repo_id, entry.overlay_revision, "overlay_repo_id")
     except SgldError as error:
         raise type(error)(f"{overlay.REGISTRY}: entry {source!r}: {error.message}", overlay.REGISTRY) from None
-    revision = settings.revision or entry.source_revision or overlay.read_manifest(folder).source_revision
-    if not user_path(settings.model_path, "model_path").is_dir():
-        return _materialized(settings, source, attrs.evolve(entry, source_revision=revision), folder)
-    local = overlay.snapshot(resolve(settings.model_path, settings.revision, "model_path"))
-    if revision is not None:
-        log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model_path)
-    return _materialized(settings, source, attrs.evolve(entry, source_revision=None), folder, local)
+    manifest, local = overlay.read_manifest(folder), None
+    revision = settings.revision or entry.source_revision or manifest.source_revision
+    if user_path(settings.model_path, "model_path").is_dir():
+        local = overlay.snapshot(resolve(settings.model_path, settings.revision, "model_path"))
+        if revision is not None:
+            log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model_path)
+            revision = None
+    return _materialized(settings, source, attrs.evolve(entry, source_revision=revision), folder, manifest, local)
 
 
-def _materialized(settings: Settings, source: str, entry: Overlay, folder: Path, local: Path | None = None) -> Path:
+def _materialized(
+    settings: Settings, source: str, entry: Overlay, folder: Path, manifest: Manifest, local: Path | None = None
+) -> Path:
     """What the overlay in `folder` makes of a source, which is downloaded unless it lies in the folder `local`."""
-    manifest = overlay.read_manifest(folder)
 
     def fetch() -> Path:
         patterns = manifest.source_allow_patterns

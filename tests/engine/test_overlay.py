@@ -77,8 +77,10 @@ def made(hub: Path) -> Callable[..., Path]:
 
 
 def load(registry: Any, model_path: str = SOURCE, **settings: Any) -> Path:
-    text = json.dumps(registry)
-    return resolve_model(Settings(model_path=model_path, model_overlay_registry=text, **settings)).folder
+    settings |= {"model_path": model_path, "model_overlay_registry": json.dumps(registry)}
+    command = resolve_model(Settings(**settings))
+    assert command.settings.model_path == model_path  # which is what everybody is told
+    return command.folder
 
 
 def results() -> list[str]:
@@ -560,7 +562,7 @@ def materialize(output_dir, **others):
     def start(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", LOADER, json.dumps(self.settings)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(words, env={**os.environ, **self._environment}, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(words, env={**os.environ, **self._environment}, text=True, **pipes)
 
     def begun(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
