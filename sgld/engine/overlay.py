@@ -16,7 +16,7 @@ import attrs
 
 from sgld.config import user_path
 from sgld.convert import fields_of, knob, once, shown, structure
-from sgld.errors import BadRequest, ModelError, SgldError
+from sgld.errors import BadRequest, ModelError, SgldError, UnknownField
 
 REGISTRY = "model_overlay_registry"
 MANIFEST = "_overlay/overlay_manifest.json"
@@ -89,11 +89,10 @@ def _entry(name: str, value: Any) -> Overlay:
         entry = structure({"overlay_repo_id": value} if isinstance(value, str) else value, Overlay)
         for key in keys:
             if getattr(entry, key) == "":
-                raise BadRequest(
-                    f"{key}: it is empty; overlay_repo_id is needed, {', '.join([*keys][1:])} may be left out"
-                )
+                raise BadRequest(f"{key}: it is empty; overlay_repo_id is needed, the others may be left out")
     except SgldError as error:
-        raise type(error)(f"{REGISTRY}: entry {shown(name)}: {error.message}", REGISTRY) from None
+        allowed = f"; allowed: {', '.join(keys)}" if isinstance(error, UnknownField) else ""
+        raise type(error)(f"{REGISTRY}: entry {shown(name)}: {error.message}{allowed}", REGISTRY) from None
     return entry
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +543,7 @@ class Loaders:
 
     def __init__(self, tmp_path: Path):
         self.hold, self.log = write(tmp_path, {"hold": ""}) / "hold", tmp_path / "log"
+        self.started: list[subprocess.Popen[str]] = []
         code = f"""
 import time
 from pathlib import Path
@@ -562,7 +563,8 @@ def materialize(output_dir, **others):
     def start(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", LOADER, json.dumps(self.settings)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(words, env={**os.environ, **self._environment}, text=True, **pipes)
+        self.started.append(subprocess.Popen(words, env={**os.environ, **self._environment}, text=True, **pipes))
+        return self.started[-1]
 
     def begun(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
@@ -575,8 +577,12 @@ def materialize(output_dir, **others):
 
 
 @pytest.fixture
-def loaders(tmp_path: Path) -> Loaders:
-    return Loaders(tmp_path)
+def loaders(tmp_path: Path) -> Iterator[Loaders]:
+    made = Loaders(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
 
 
 def test_a_build_that_is_killed_is_never_taken_for_whole(loaders: Loaders) -> None:
