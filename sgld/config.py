@@ -123,13 +123,12 @@ class Settings:
         pending="diffusers pipelines",
         built=("auto", "sglang"),
     )
-    trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL, pending="the diffusers backend")
+    trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL)
     model_overlay_registry: str | None = knob(
         None,
-        "JSON text or file of overlays",
+        "JSON object, or a file of one: the overlay repository of each source repository of raw files",
         group=MODEL,
         env="SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY",
-        pending="overlay repositories",
     )
 
     num_gpus: int = knob(1, "workers: one a GPU, or that many processes on a CPU", group=PARALLEL, min=1, max=1024)
@@ -576,6 +575,14 @@ def user_path(text: str, param: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise BadRequest(f"{param}: {shown(text)}: there is no such user, so no such home", param) from None
+
+
+def cache_root() -> Path:
+    """Where models that are made of an overlay and its source are kept: $SGLANG_DIFFUSION_CACHE_ROOT, if it is set."""
+    name = "SGLANG_DIFFUSION_CACHE_ROOT"
+    if os.environ.get(name):
+        return user_path(os.environ[name], name).absolute()
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME").absolute() / "sgl_diffusion"
 
 
 def environment(*names: str) -> dict[str, str]:

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import attrs
 
 from sgld import config
-from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, once, read_map
-from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, shown, type_name
+from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, read_map
+from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, once, shown, type_name
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}

@@ -12,7 +12,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from sgld import config
-from sgld.convert import fields_of, knob_of
+from sgld.convert import fields_of, knob_of, once
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 MAP_SUFFIXES = (".json", ".yaml", ".yml")
@@ -146,15 +146,6 @@ def read_map(path: str, param: str) -> dict[str, Any]:
         raise BadRequest(f"{param}: {path!r} is not valid {kind}: {_one_line(error)}", param) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BadRequest(f"{param}: {path!r} must hold a map of names to values", param)
-    return values
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no key stands twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
     return values
 
 

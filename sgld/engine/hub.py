@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
+import attrs
+
 from sgld.config import DEMO_MODEL, Settings, user_path, without_secrets
-from sgld.errors import BadRequest, ModelError
+from sgld.engine import overlay
+from sgld.engine.materialize import materialize
+from sgld.engine.overlay import MANIFEST, Manifest, Overlay
+from sgld.errors import BadRequest, ModelError, SgldError
 from sgld.messages import Load
 
+log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 # what is downloaded, by patterns whose `*` takes slashes too; all-in-one checkpoints lie in a model's root and stay out
 MODEL_FILES = {"allow_patterns": ["*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]}
@@ -18,18 +25,75 @@ COMPONENT_FILES = {
     "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
     "ignore_patterns": ["*/*"],
 }
+OVERLAY_FILES = {"allow_patterns": [f"*{suffix}" for suffix in overlay.SUFFIXES]}
 
 
 def resolve_model(settings: Settings) -> Load:
     """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
-    folder = resolve(settings.model_path, settings.revision, "model_path")
+    folder = _model_folder(settings)
     if not (folder / "model_index.json").is_file():
-        raise ModelError(f"model_path: {settings.model_path!r} is no model: it has no model_index.json", "model_path")
+        told = f"{settings.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
+        raise ModelError(f"model_path: {told} (model_overlay_registry)", "model_path")
     components = {
         name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
         for name, reference in settings.component_paths.items()
     }
     return Load(without_secrets(settings), folder, components)
+
+
+def _model_folder(settings: Settings) -> Path:
+    """Where the model lies; where it has an overlay, or is one, the folder that is made of that and its source."""
+    overlays = overlay.registry(settings.model_overlay_registry)
+    source = overlay.match(settings.model_path, overlays)
+    if source is not None:
+        return _overlaid(settings, source, overlays[source])
+    folder = resolve(settings.model_path, settings.revision, "model_path")
+    if not (folder / MANIFEST).is_file():
+        return folder
+    folder = resolve(settings.model_path, settings.revision, "model_path", OVERLAY_FILES)
+    manifest = overlay.read_manifest(folder)
+    if manifest.source_model_id is None:
+        raise ModelError(
+            f"{folder / MANIFEST}: source_model_id: it is needed, for the overlay itself is the model_path"
+        )
+    entry = Overlay(settings.model_path, settings.revision, manifest.source_revision)
+    return _materialized(settings, manifest.source_model_id, entry, folder, manifest)
+
+
+def _overlaid(settings: Settings, source: str, entry: Overlay) -> Path:
+    """What the overlay makes of the model path, which means that source; the overlay itself, where it is complete."""
+    try:
+        folder = resolve(entry.overlay_repo_id, entry.overlay_revision, "overlay_repo_id", OVERLAY_FILES)
+        if not (folder / MANIFEST).is_file():
+            if settings.revision or entry.source_revision:
+                raise BadRequest("source_revision: it has no effect: the overlay is complete, without a manifest")
+            log.info("%s is loaded from %s, which is complete", settings.model_path, entry.overlay_repo_id)
+            return resolve(entry.overlay_repo_id, entry.overlay_revision, "overlay_repo_id")
+    except SgldError as error:
+        raise type(error)(f"{overlay.REGISTRY}: entry {source!r}: {error.message}", overlay.REGISTRY) from None
+    manifest, local = overlay.read_manifest(folder), None
+    revision = settings.revision or entry.source_revision or manifest.source_revision
+    if user_path(settings.model_path, "model_path").is_dir():
+        local = overlay.snapshot(resolve(settings.model_path, settings.revision, "model_path"))
+        if revision is not None:
+            log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model_path)
+            revision = None
+    return _materialized(settings, source, attrs.evolve(entry, source_revision=revision), folder, manifest, local)
+
+
+def _materialized(
+    settings: Settings, source: str, entry: Overlay, folder: Path, manifest: Manifest, local: Path | None = None
+) -> Path:
+    """What the overlay in `folder` makes of a source, which is downloaded unless it lies in the folder `local`."""
+
+    def fetch() -> Path:
+        patterns = manifest.source_allow_patterns
+        wanted = {} if patterns is None else {"allow_patterns": patterns + manifest.required_source_files}
+        param = "model_path" if source == settings.model_path else "source_model_id"
+        return local or download(source, entry.source_revision, param, wanted)
+
+    identity = overlay.identity(source, entry, folder, manifest, local)
+    return materialize(identity, folder, manifest, settings.trust_remote_code, fetch)
 
 
 def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]] = MODEL_FILES) -> Path:

@@ -55,8 +55,8 @@ NOT_BUILT = "not built yet in this version of sgld"
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--enable-torch-compile", "--trust-remote-code"],
-         f"--trust-remote-code: {NOT_BUILT} (the diffusers backend); leave it out; nor are --enable-torch-compile"),
+        (["--enable-torch-compile", "--quantization", "fp8"],
+         f"--quantization: {NOT_BUILT} (quantized weights); leave it out; nor are --enable-torch-compile"),
         (["--backend", "diffusers"],
          f"--backend: 'diffusers' is {NOT_BUILT} (diffusers pipelines); use auto or sglang"),
         (["--attention-backend", "_flash_3_hub"],
@@ -73,7 +73,6 @@ NOT_BUILT = "not built yet in this version of sgld"
         (["--enable-frame-interpolation", "--frame-interpolation-exp", "1"],
          f"--enable-frame-interpolation: {NOT_BUILT}"),
         (["--transformer-weights-path", "x"], f"--transformer-weights-path: {NOT_BUILT}"),
-        (["--trust-remote-code"], f"--trust-remote-code: {NOT_BUILT}"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_says_so(words: list[str], line: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import psutil
 import pytest
 
 from sgld.media import decode, decode_sound
+from tests.engine.repositories import contents, publish
 from tools import tiny
 
 SEEDS = Path(__file__).parent / "seeds"
@@ -130,6 +132,47 @@ def test_the_config_of_fast_hunyuan(run: Run, tmp_path: Path) -> None:
     file = made(run(script, "--height 48 --width 64 --num-frames 9", fasthunyuan=None), tmp_path)
     assert file.parent == tmp_path / "outputs"
     assert decode(file)[0].shape == (9, 48, 64, 3)
+
+
+RAW = {  # file of the source, and of the model that the overlay makes
+    "diffusion_pytorch_model.safetensors": "transformer/diffusion_pytorch_model.safetensors",
+    "Wan2.1_VAE.safetensors": "vae/diffusion_pytorch_model.safetensors",
+    "models_t5_umt5-xxl-enc-bf16.safetensors": "text_encoder/model.safetensors",
+    "google/umt5-xxl/tokenizer.json": "tokenizer/tokenizer.json",
+    "google/umt5-xxl/tokenizer_config.json": "tokenizer/tokenizer_config.json",
+}
+
+
+def test_a_source_of_raw_files_through_its_overlay(
+    run: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source and the overlay by their names in the document; the result is the model that both were made of."""
+    twin = contents(tiny.makers()["wan21"](tmp_path / "twin"))
+    mappings = [{"src": raw, "dst": place} for raw, place in RAW.items() if not raw.startswith("google")]
+    mappings.append({"type": "tree", "src": "google/umt5-xxl", "dst_dir": "tokenizer"})
+    manifest = {"source_model_id": "Wan-AI/Wan2.2-S2V-14B", "file_mappings": mappings}
+    brought = {name: text for name, text in twin.items() if name not in RAW.values()}
+    publish(
+        cache, "your-org/Wan2.2-S2V-14B-overlay", brought | {"_overlay/overlay_manifest.json": json.dumps(manifest)}
+    )
+    source = publish(cache, "Wan-AI/Wan2.2-S2V-14B", {raw: twin[place] for raw, place in RAW.items()} | {"a.bin": "a"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[2] / "configs")
+    script = block("cli_newer", "export SGLANG_DIFFUSION_MODEL_OVERLAY", "  --config configs/wan_s2v")
+    more = "--height 32 --width 32 --num-frames 5 --num-inference-steps 2 --seed 7 --output-file-name"
+    first = run(script, f"{more} first.mp4")
+    out, told = first.communicate(timeout=150)
+    assert first.returncode == 0, told
+    [folder] = (tmp_path / "cache/sgl_diffusion/materialized_models").glob("Wan-AI__Wan2.2-S2V-14B-*[0-9a-f]")
+    assert f"in {folder}, with the overlay" in told
+    assert b"Wan-AI/Wan2.2-S2V-14B" in (tmp_path / out.splitlines()[-1]).read_bytes()
+    shutil.rmtree(source.parents[1])  # a later load needs it no more
+    files = [out.splitlines()[-1], made(run(script, f"{more} again.mp4"), tmp_path)]
+    whole = script.replace("--model-path Wan-AI/Wan2.2-S2V-14B", "--model-path twin")
+    files.append(made(run(whole, f"{more} twin.mp4"), tmp_path))
+    frames = [decode(tmp_path / file)[0] for file in files]
+    assert frames[0].shape == (5, 32, 32, 3)
+    assert (frames[0] == frames[1]).all() and (frames[0] == frames[2]).all()
 
 
 @pytest.mark.parametrize(
