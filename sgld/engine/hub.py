@@ -13,7 +13,7 @@ import attrs
 from sgld.config import DEMO_MODEL, Settings, user_path, without_secrets
 from sgld.engine import overlay
 from sgld.engine.materialize import materialize
-from sgld.engine.overlay import MANIFEST, Manifest, Overlay
+from sgld.engine.overlay import BUILT_IN, MANIFEST, Manifest, Overlay
 from sgld.errors import BadRequest, ModelError, SgldError
 from sgld.messages import Load
 
@@ -43,11 +43,13 @@ def resolve_model(settings: Settings) -> Load:
 
 def _model_folder(settings: Settings) -> Path:
     """Where the model lies; where it has an overlay, or is one, the folder that is made of that and its source."""
-    overlays = overlay.registry(settings.model_overlay_registry)
-    source = overlay.match(settings.model_path, overlays)
-    if source is not None:
-        return _overlaid(settings, source, overlays[source])
+    given = overlay.registry(settings.model_overlay_registry)
+    if (source := overlay.match(settings.model_path, given)) is not None:
+        return _overlaid(settings, source, given[source])
     folder = resolve(settings.model_path, settings.revision, "model_path")
+    is_raw = not (folder / "model_index.json").is_file()
+    if is_raw and (source := overlay.match(settings.model_path, BUILT_IN)) is not None:
+        return _overlaid(settings, source, BUILT_IN[source])
     if not (folder / MANIFEST).is_file():
         return folder
     folder = resolve(settings.model_path, settings.revision, "model_path", OVERLAY_FILES)

@@ -33,7 +33,7 @@ class Overlay:
     source_revision: str | None = knob(None, "the same of the source; wins over the manifest's")
 
 
-BUILT_IN: dict[str, Overlay] = {}
+BUILT_IN = {"Lightricks/LTX-2.3": Overlay("MickJ/LTX-2.3-overlay")}  # for as long as the sources are raw files
 
 
 @attrs.frozen
@@ -60,12 +60,12 @@ class Manifest:
 
 
 def registry(given: str | None) -> dict[str, Overlay]:
-    """Overlays by the id of their source: the built-in ones, and over them those of a JSON object or of a file of one.
+    """Overlays by the id of their source, from a JSON object or a file of one.
 
     Raises BadRequest, which names the entry and what is allowed.
     """
     if given is None:
-        return BUILT_IN
+        return {}
     try:
         text = given if given.lstrip().startswith("{") else user_path(given, REGISTRY).read_text(encoding="utf-8-sig")
         entries = json.loads(text, object_pairs_hook=once)
@@ -76,7 +76,7 @@ def registry(given: str | None) -> dict[str, Overlay]:
         raise BadRequest(f"{REGISTRY}: {shown(given)}: it is not valid JSON: {error}", REGISTRY) from None
     if not isinstance(entries, dict):
         raise BadRequest(f"{REGISTRY}: {shown(given)} holds no JSON object", REGISTRY)
-    return BUILT_IN | {name: _entry(name, value) for name, value in entries.items()}
+    return {name: _entry(name, value) for name, value in entries.items()}
 
 
 def _entry(name: str, value: Any) -> Overlay:

@@ -105,13 +105,19 @@ def test_entries_as_text_and_in_a_file(value: Any, entry: Overlay, tmp_path: Pat
     assert overlay.registry(f"\n {text}") == overlay.registry(str(tmp_path / "r.json")) == {SOURCE: entry}
 
 
-def test_entries_are_laid_over_those_that_are_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlay, "BUILT_IN", {"a/b": Overlay("one/one"), "c/d": Overlay("two/two", "v1")})
-    assert overlay.registry('{"a/b": "three/three"}') == {
-        "a/b": Overlay("three/three"),
-        "c/d": Overlay("two/two", "v1"),
-    }
-    assert overlay.registry(None) == overlay.BUILT_IN
+def test_a_built_in_overlay_serves_raw_files_unless_another_is_given(hub: Path) -> None:
+    source, entry = next(iter(overlay.BUILT_IN.items()))
+    publish(hub, source, RAW)
+    publish(hub, entry.overlay_repo_id, files())
+    folder = resolve_model(Settings(model_path=source)).folder
+    assert set(contents(folder)) == MADE and folder.name.startswith(source.replace("/", "__"))
+    publish(hub, OVERLAY, PLAIN)
+    given = json.dumps({source: OVERLAY})
+    assert (
+        contents(resolve_model(Settings(model_path=source, model_overlay_registry=given)).folder).keys() == PLAIN.keys()
+    )
+    whole = publish(hub, source, PLAIN)  # its owner has converted it
+    assert resolve_model(Settings(model_path=source)).folder == whole
 
 
 @pytest.mark.parametrize(
