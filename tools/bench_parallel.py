@@ -6,7 +6,7 @@ cfg             two guidance branches on two workers, against one after the othe
 Each worker has one thread. One worker and two take turns in one run, on the same weights; the table has the medians.
 Two workers that wait for each other run as fast as the slower core of the moment. On a virtual machine the host may
 slow them down, or take them away: `stolen` is the share of the cores' busy time, while one worker ran and while two
-did, in which they did not run. `quiet` is the speed-up of the fastest block of layers of all turns, its exchanges and
+did, in which they did not run. `asleep` is the time of two that let their cores sleep while they wait. `quiet` is the speed-up of the fastest block of layers of all turns, its exchanges and
 waits included: what the workers do where nobody disturbs them.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ import torch
 
 from sgld.messages import Seat
 from sgld.models.wan import TextKeys, WanConfig, WanTransformer
+from sgld.nn import parallel
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Axis, Degrees, Mesh
 from sgld.platform import Cpu
@@ -89,10 +91,6 @@ class Watch:
             block.register_forward_pre_hook(self._start)
             block.register_forward_hook(self._stop)
 
-    def best(self, turns: int) -> float:
-        """Of one turn, if all its blocks were as fast as the fastest."""
-        return min(self.seconds) * len(self.seconds) / turns
-
     def _start(self, *_: object) -> None:
         self._started = time.perf_counter()
 
@@ -142,32 +140,41 @@ def _turns(
         step: torch.Tensor = shared(x, t, keys.row(0))
         return step
 
-    singles, doubles, apart = [], [], 0.0
+    def timed() -> tuple[torch.Tensor, float]:
+        begun = time.perf_counter()
+        made = both()
+        mesh.meet()
+        return made, time.perf_counter() - begun
+
+    singles, doubles, sleepers, apart = [], [], [], 0.0
     taken: list[tuple[float, float]] = []
     for turn in range(repeat + 1):
+        awake, parallel.AWAKE_S = parallel.AWAKE_S, 0.0
+        asleep = timed()[1] if way == "ulysses" else math.nan
+        parallel.AWAKE_S = awake
         counter.sent = 0
         at_start, started = processor_time(), time.perf_counter()
         single = one() if mesh.rank == 0 else None
         middle = time.perf_counter()
         mesh.meet()
-        at_middle, begun = processor_time(), time.perf_counter()
-        double = both()
-        mesh.meet()
-        ended = time.perf_counter()
+        at_middle = processor_time()
+        double, seconds = timed()
         if turn and single is not None:
             singles.append(middle - started)
-            doubles.append(ended - begun)
+            doubles.append(seconds)
+            sleepers.append(asleep)
             taken.append((stolen(at_start, at_middle), stolen(at_middle, processor_time())))
             apart = max(apart, float((single - double).abs().max()))
     if mesh.rank:
         return {}
     pairs = [a / b for a, b in zip(singles, doubles, strict=True)]
-    best_alone, best_shared = (watch.best(repeat + 1) for watch in watches)
+    alone_s, shared_s = (min(watch.seconds) for watch in watches)
     return {
         "one worker, s": statistics.median(singles),
         "two workers, s": statistics.median(doubles),
         "speed-up": statistics.median(pairs),
-        "quiet speed-up": best_alone / best_shared,
+        "asleep, s": statistics.median(sleepers),
+        "quiet speed-up": alone_s * (2 if way == "cfg" else 1) / shared_s,
         "stolen from one": statistics.median(one for one, _ in taken),
         "stolen from two": statistics.median(two for _, two in taken),
         "largest difference": apart,
@@ -208,15 +215,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     figures: dict[str, Any] = {}
-    print("| way | tokens | one, s | two, s | stolen | speed-up | quiet | aim | MB sent | by the formula | apart |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| way | tokens | one, s | two, s | asleep, s | stolen | speed-up | quiet | aim | MB sent | by the formula | apart |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for way in args.ways or WAYS:
         figures[way] = run(way, args.repeat)
         for tokens, seen in figures[way].items():
             sent = f"{seen['bytes sent'] / 1e6:.2f} | {formula(way, tokens) / 1e6:.2f}" if way != "cfg" else " | "
             taken = ", ".join(f"{seen[f'stolen from {who}']:.0%}" for who in ("one", "two"))
             print(
-                f"| {way} | {tokens} | {seen['one worker, s']:.2f} | {seen['two workers, s']:.2f} | {taken} "
+                f"| {way} | {tokens} | {seen['one worker, s']:.2f} | {seen['two workers, s']:.2f} "
+                f"| {seen['asleep, s']:.2f} | {taken} "
                 f"| {seen['speed-up']:.2f} | {seen['quiet speed-up']:.2f} | {AIMS.get((way, tokens), '')} | {sent} "
                 f"| {seen['largest difference']:.1e} |",
                 flush=True,
