@@ -6,8 +6,9 @@ cfg             two guidance branches on two workers, against one after the othe
 Each worker has one thread. One worker and two take turns in one run, on the same weights; the table has the medians.
 Two workers that wait for each other run as fast as the slower core of the moment. On a virtual machine the host may
 slow them down, or take them away: `stolen` is the share of the cores' busy time, while one worker ran and while two
-did, in which they did not run. `asleep` is the time of two that let their cores sleep while they wait. `quiet` is the speed-up of the fastest block of layers of all turns, its exchanges and
-waits included: what the workers do where nobody disturbs them.
+did, in which they did not run. `quiet` is the speed-up of the fastest block of layers of all turns, its exchanges and
+waits included: what the workers do where nobody disturbs them. `asleep` is the time of two workers that let their cores
+sleep while they wait for heads.
 """
 
 from __future__ import annotations
@@ -215,9 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     figures: dict[str, Any] = {}
-    print(
-        "| way | tokens | one, s | two, s | asleep, s | stolen | speed-up | quiet | aim | MB sent | by the formula | apart |"
-    )
+    print("| way | tokens | one, s | two, s | asleep | stolen | speed-up | quiet | aim | MB sent | by formula | apart |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for way in args.ways or WAYS:
         figures[way] = run(way, args.repeat)
