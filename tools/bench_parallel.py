@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     figures: dict[str, Any] = {}
-    print("| way | tokens | one, s | two, s | asleep | stolen | speed-up | quiet | aim | MB sent | by formula | apart |")
+    print("| way | tokens | one, s | two, s | asleep | stolen | speed-up | quiet | aim | MB sent | formula | apart |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for way in args.ways or WAYS:
         figures[way] = run(way, args.repeat)
