@@ -22,14 +22,21 @@ COMPONENT_FILES = {
 
 def resolve_model(settings: Settings) -> Load:
     """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
-    folder = resolve(settings.model_path, settings.revision, "model_path")
+    folder = resolve(settings.model_path, settings.revision, "model_path", _with_code(MODEL_FILES, settings))
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"model_path: {settings.model_path!r} is no model: it has no model_index.json", "model_path")
     components = {
-        name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
+        name: resolve(reference, None, f"component_paths.{name}", _with_code(COMPONENT_FILES, settings))
         for name, reference in settings.component_paths.items()
     }
     return Load(without_secrets(settings), folder, components)
+
+
+def _with_code(wanted: Mapping[str, list[str]], settings: Settings) -> Mapping[str, list[str]]:
+    """A repository's code is not even downloaded unless it is trusted."""
+    if not settings.trust_remote_code:
+        return wanted
+    return {**wanted, "allow_patterns": [*wanted["allow_patterns"], "*.py"]}
 
 
 def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]] = MODEL_FILES) -> Path:
