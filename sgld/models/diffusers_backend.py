@@ -156,8 +156,10 @@ class Pipeline(Whole):
             found |= {"height": side, "width": side}
         for name in (*PASSED, *RATES):
             value = self._call[name].default if name in self._call else None
-            if isinstance(value, int | float | str) and not isinstance(value, bool):
-                found["fps" if name in RATES else name] = round(value) if name in RATES else value
+            if name in RATES and isinstance(value, int | float):
+                found["fps"] = round(value)
+            elif isinstance(value, int | float | str) and not isinstance(value, bool):
+                found[name] = value
         return found
 
     def _config(self, component: Any, key: str) -> Any:
@@ -355,90 +357,90 @@ class Course:
         self._stage.enter_context(self._watch.stage(stage, total))
 
 
-@attrs.frozen
 class Loader:
-    """A folder's pipeline, its weights read from safetensors alone; each model's are complete, or it is refused."""
+    """A folder's pipeline. Weights are read from safetensors alone; a model that lacks some of its own is refused."""
 
-    load: Load
-    platform: Platform
-    progress: Callable[[int, int], None]
+    def __init__(self, load: Load, platform: Platform, progress: Callable[[int, int], None]):
+        self._folder, self._settings, self._replaced = load.folder, load.settings, load.component_folders
+        self._platform, self._progress = platform, progress
+        self._index = read_json(load.folder / "model_index.json")
+        named = {n: v for n, v in self._index.items() if isinstance(v, list) and not n.startswith("_")}
+        self._components = {n: (v[0], v[1]) for n, v in named.items() if len(v) == 2 and isinstance(v[0], str)}
+        self._encoders = [name for name in self._components if name.startswith("text_encoder")]
 
     def pipeline(self) -> Any:
         """The pipeline on the CPU. Raises `BadRequest` and `ModelError` as `Pipeline` does."""
         import diffusers
+        import transformers
 
-        _quiet()
-        folder, trusted = self.load.folder, self.load.settings.trust_remote_code
-        index = read_json(folder / "model_index.json")
-        components = {n: v for n, v in index.items() if isinstance(v, list) and n[0] != "_" and v[0] is not None}
-        self._check_code(index, components)
-        self._check_precisions(components)
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        self._check_code()
+        self._check_precisions()
         made: dict[str, Any] = {}
-        for i, (name, (library, cls)) in enumerate(components.items(), 1):
-            part = self._component(name, library, cls)
+        for i, name in enumerate(self._components, 1):
+            part = self._component(name)
             made |= {} if part is None else {name: part}
-            self.progress(i, len(components) + 1)
-        default = DTYPES[self.load.settings.precision] if self.load.settings.precision else self.platform.dtype
-        options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trusted, "dtype": default}
-        with _as_model_error(folder):
-            found = diffusers.DiffusionPipeline.from_pretrained(folder, **made, **options)
-        self.progress(len(components) + 1, len(components) + 1)
-        return found
+            self._progress(i, len(self._components))
+        options = {"local_files_only": True, "use_safetensors": True, "dtype": self._dtype("")}
+        trusted = self._settings.trust_remote_code
+        with _as_model_error(self._folder):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                self._folder, trust_remote_code=trusted, **made, **options
+            )
 
-    def _check_code(self, index: Mapping[str, Any], components: Mapping[str, Any]) -> None:
+    def _check_code(self) -> None:
         """Raise `BadRequest` for code of the repository that is not trusted, `ModelError` where it is not there."""
-        folder, name = self.load.folder, index["_class_name"]
-        code = [
-            f"{n}/{library}.py" for n, (library, _) in components.items() if (folder / n / f"{library}.py").exists()
-        ]
-        if isinstance(name, list):
-            code.insert(0, f"{name[0]}.py")
-        if code and not self.load.settings.trust_remote_code:
+        name = self._index["_class_name"]
+        files = [f"{n}/{library}.py" for n, (library, _) in self._components.items()]
+        code = [f"{name[0]}.py"] * isinstance(name, list) + [f for f in files if (self._folder / f).is_file()]
+        if code and not self._settings.trust_remote_code:
             reason = f"this model runs code of its own ({', '.join(code)}); read it, and set this if you trust it"
             raise BadRequest(f"trust_remote_code: {reason}", "trust_remote_code")
-        if missing := [file for file in code if not (folder / file).is_file()]:
-            raise ModelError(f"{folder / missing[0]}: no such file, but model_index.json names it")
+        if code and not (file := self._folder / code[0]).is_file():
+            raise ModelError(f"{file}: no such file, but model_index.json names it")
 
-    def _check_precisions(self, components: Mapping[str, Any]) -> None:
-        given, here = self.load.settings.text_encoder_precisions, len(_encoders(components))
+    def _check_precisions(self) -> None:
+        given, here = self._settings.text_encoder_precisions, len(self._encoders)
         if given is not None and len(given) != here:
             told = f"{len(given)} given; this model has {here} text encoder{'s'[: here != 1]}"
             raise BadRequest(f"text_encoder_precisions: {told}", "text_encoder_precisions")
 
-    def _dtype(self, name: str, encoders: list[str]) -> torch.dtype:
-        s = self.load.settings
+    def _dtype(self, name: str) -> torch.dtype:
+        """The precision of a component: its own, else the one for all, else the platform's."""
+        s = self._settings
         own = {"vae": s.vae_precision} | dict.fromkeys(DENOISERS, s.dit_precision)
-        own |= dict(zip(encoders, s.text_encoder_precisions or (), strict=False))
+        own |= dict(zip(self._encoders, s.text_encoder_precisions or (), strict=False))
         named = own.get(name) or s.precision
-        return DTYPES[named] if named else self.platform.dtype
+        return DTYPES[named] if named else self._platform.dtype
 
-    def _component(self, name: str, library: str, cls: str) -> Any:
+    def _component(self, name: str) -> Any:
         """A model of diffusers or transformers, or whatever replaces a component; None leaves it to the pipeline."""
-        folder = self.load.component_folders.get(name, self.load.folder / name)
-        replaced = name in self.load.component_folders
-        own = read_json(file) if replaced and (file := folder / "config.json").is_file() else {}
+        library, cls = self._components[name]
+        folder = self._replaced.get(name, self._folder / name)
+        if name in self._replaced and (file := folder / "config.json").is_file():
+            cls = read_json(file).get("_class_name", cls)
         module = importlib.import_module(library) if library in ("diffusers", "transformers") else None
-        kind = getattr(module, own.get("_class_name", cls), None)
-        if replaced and kind is None:
+        kind = getattr(module, cls, None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            return self._model(kind, folder, self._dtype(name))
+        if name not in self._replaced:
+            return None
+        if kind is None:
             raise ModelError(f"component_paths.{name}: {folder} holds no {cls} of {library}", "component_paths")
         with _as_model_error(folder):
-            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-                return kind.from_pretrained(folder, local_files_only=True) if replaced and kind is not None else None
-            if not any(folder.glob("*.safetensors")):
-                reason = "has no .safetensors weights, and others (.bin, .pt, ...) are not read: they may run code"
-                raise ModelError(f"{folder}: {reason}")
-            index = read_json(self.load.folder / "model_index.json")
-            made, told = kind.from_pretrained(  # type: ignore[attr-defined]
-                folder, dtype=self._dtype(name, _encoders(index)), local_files_only=True, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
+            return kind.from_pretrained(folder, local_files_only=True)
+
+    def _model(self, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+        if not any(folder.glob("*.safetensors")):
+            reason = "has no .safetensors weights, and others (.bin, .pt, ...) are not read: they may run code"
+            raise ModelError(f"{folder}: {reason}")
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        with _as_model_error(folder):
+            made, told = kind.from_pretrained(folder, dtype=dtype, **options)
         if missing := sorted(told["missing_keys"]):
             raise ModelError(f"{folder}: lacks {len(missing)} weights of {kind.__name__}: {', '.join(missing[:5])}")
         return made
-
-
-def _encoders(components: Mapping[str, Any]) -> list[str]:
-    return [n for n, v in components.items() if n.startswith("text_encoder") and isinstance(v, list) and v[0]]
 
 
 @contextmanager
@@ -446,20 +448,10 @@ def _as_model_error(folder: Path) -> Iterator[None]:
     """What the libraries raise about a folder's files, which changes with their versions."""
     try:
         yield
-    except (ModelError, MemoryError):
-        raise
     except Exception as error:
-        if "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         raise ModelError(f"{folder}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _quiet() -> None:
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _refuse(settings: Settings) -> None:
