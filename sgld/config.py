@@ -178,7 +178,11 @@ class Settings:
         None, "precision of the diffusion transformer", group=PRECISION, choices=DTYPES, shown_default="precision"
     )
     vae_precision: str | None = knob(
-        None, "precision of the VAE", group=PRECISION, choices=DTYPES, shown_default="fp32"
+        None,
+        "precision of the VAE",
+        group=PRECISION,
+        choices=DTYPES,
+        shown_default="fp32; of a diffusers pipeline, precision",
     )
     text_encoder_precisions: list[str] | None = knob(
         None, "precision of each text encoder", group=PRECISION, choices=DTYPES, shown_default="precision"

@@ -115,7 +115,7 @@ class Pipeline(Whole):
             defaults=self._defaults() | folder_defaults(load.folder),
             size_multiple=self._size_multiple() if self._sized else 1,
             frame_multiple=self._frame_multiple() if video else 1,
-            components=tuple(self._pipeline.components),
+            components=tuple(name for name, part in self._pipeline.components.items() if part is not None),
             unsupported=self._unsupported(),
             tasks=tuple(f"{source}-to-{kind}" for source in sources),
             min_pictures=needed,
@@ -421,7 +421,7 @@ class Loader:
         if name in self._replaced and (file := folder / "config.json").is_file():
             cls = read_json(file).get("_class_name", cls)
         module = importlib.import_module(library) if library in ("diffusers", "transformers") else None
-        kind = getattr(module, cls, None)
+        kind: Any = getattr(module, cls, None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             return self._model(kind, folder, self._dtype(name))
         if name not in self._replaced:

@@ -30,8 +30,9 @@ from sgld.params import resolve
 from sgld.platform import Cpu
 from sgld.worker.hook import Hook, Stopped
 from sgld.worker.sampler import sample
-from tests.models.parity import Request, apart, levels, photo, picture, quiet, theirs, write_lora
+from tests.models.parity import Request, apart, levels, make, photo, picture, quiet, theirs, write_lora
 from tools import tiny
+from tools.twins import stable_diffusion
 
 REQUEST = {
     "prompt": "a red cat", "negative_prompt": "blurred", "height": 32, "width": 48, "num_inference_steps": 3,
@@ -198,6 +199,49 @@ def test_one_picture_begins_a_video(twin: Callable[[str], Path], tmp_path: Path)
     assert apart(picture(model, CLIP | {"image_path": [file]}), expected) == 0
     with pytest.raises(BadRequest, match="image_path: none given; this model takes 1"):
         picture(model, CLIP)
+
+
+def test_a_unet(twin: Callable[[str], Path]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    model, request = pipeline(twin("stable-diffusion")), REQUEST | {"num_inference_steps": 4}
+    expected = theirs(quiet(StableDiffusionPipeline.from_pretrained(twin("stable-diffusion"))), request)
+    assert apart(picture(model, request), expected) == 0
+    assert (model.info.size_multiple, model.info.defaults["height"], model.info.lora_targets) == (8, 64, ())
+    with pytest.raises(BadRequest, match="sage cannot run here"):
+        pipeline(twin("stable-diffusion"), attention_backend="sage")
+
+
+def test_a_picture_to_start_from(tmp_path: Path) -> None:
+    """This call takes no size; the steps that are run are its own choice."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    folder = stable_diffusion.make(tmp_path / "model", "StableDiffusionImg2ImgPipeline")
+    model, file = pipeline(folder), str(photo(tmp_path / "a.png", 48, 32))
+    assert (model.info.min_pictures, model.info.max_pictures, model.info.tasks) == (1, 1, ("image-to-image",))
+    request = {name: value for name, value in REQUEST.items() if name not in ("height", "width")}
+    request |= {"num_inference_steps": 4, "strength": 0.75}
+    reference = quiet(StableDiffusionImg2ImgPipeline.from_pretrained(folder))
+    made = heard(model, request | {"image_path": [file]})
+    assert made.frames is not None and apart(made.frames, theirs(reference, request | {"image": upright(file)})) == 0
+    assert ("denoise", 3, 3) in made.stages and made.notes == []
+    with pytest.raises(NotBuilt, match="height: this model cannot use it: the call of StableDiffusionImg2Img"):
+        picture(model, request | {"image_path": [file], "height": 64})
+
+
+def test_sound(twin: Callable[[str], Path]) -> None:
+    from diffusers import LTX2Pipeline
+
+    model, reference = pipeline(twin("ltx2")), quiet(LTX2Pipeline.from_pretrained(twin("ltx2")))
+    request = CLIP | {"num_frames": 9, "num_inference_steps": 2, "width": 64, "height": 64}
+    given = {name: value for name, value in request.items() if name != "seed"}
+    generator = torch.Generator().manual_seed(7)
+    expected = reference(**given, frame_rate=8.0, generator=generator, output_type="np")
+    frames, sound = make(model, request | {"fps": 8})
+    assert apart(frames, levels(expected.frames[0])) == 0
+    assert sound is not None and sound.rate == reference.vocoder.config.output_sampling_rate
+    torch.testing.assert_close(sound.samples, expected.audio[0].float(), rtol=0, atol=0)
+    assert model.info.audio
 
 
 # --------------------------------------------------------------------------------------------- on the way, and cancel
