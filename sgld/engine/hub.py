@@ -22,21 +22,19 @@ COMPONENT_FILES = {
 
 def resolve_model(settings: Settings) -> Load:
     """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
-    folder = resolve(settings.model_path, settings.revision, "model_path", _with_code(MODEL_FILES, settings))
+    folder = resolve(settings.model_path, settings.revision, "model_path", model_files(settings.trust_remote_code))
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"model_path: {settings.model_path!r} is no model: it has no model_index.json", "model_path")
     components = {
-        name: resolve(reference, None, f"component_paths.{name}", _with_code(COMPONENT_FILES, settings))
+        name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
         for name, reference in settings.component_paths.items()
     }
     return Load(without_secrets(settings), folder, components)
 
 
-def _with_code(wanted: Mapping[str, list[str]], settings: Settings) -> Mapping[str, list[str]]:
-    """A repository's code is not even downloaded unless it is trusted."""
-    if not settings.trust_remote_code:
-        return wanted
-    return {**wanted, "allow_patterns": [*wanted["allow_patterns"], "*.py"]}
+def model_files(code: bool) -> dict[str, list[str]]:
+    """What is downloaded of a model; its code only where that is trusted."""
+    return {"allow_patterns": [*MODEL_FILES["allow_patterns"], *(["*.py"] if code else [])]}
 
 
 def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]] = MODEL_FILES) -> Path:

@@ -223,6 +223,8 @@ class Pipeline(Whole):
                 raise BadRequest(f"{self._name} refuses the request: {_first_line(error)}") from error
         frames = _frames(self._name, output)
         self._compare(params, frames, watch)
+        if isinstance(output, dict) and any(output.get("nsfw_content_detected") or ()):
+            watch.note(f"the safety checker of {self._name} has blackened the picture; another seed or prompt may pass")
         return frames, self._sound(output)
 
     def _arguments(self, params: SamplingParams, watch: Watch) -> dict[str, Any]:
@@ -244,7 +246,7 @@ class Pipeline(Whole):
             if name in ENGINE_S:
                 raise BadRequest(f"{path}: sgld itself decides it; leave it out", path)
             other = next((n for n in ATTENTION_ARGUMENTS if n in self._call), None)
-            if name not in self._call and name in ATTENTION_ARGUMENTS and other is not None:
+            if name not in self._call and name in ATTENTION_ARGUMENTS and other is not None and other not in given:
                 watch.note(f"{path}: {self._name} names it {other}")
                 name = other
             if name not in self._call and not self._open:
