@@ -117,11 +117,9 @@ class Settings:
     quantization: str | None = knob(None, "quantize weights while loading", group=MODEL, pending="quantized weights")
     backend: str = knob(
         "auto",
-        "native code, or a diffusers pipeline; auto takes native where it stands",
+        "native code (sglang), or a diffusers pipeline; auto takes native where it stands",
         group=MODEL,
         choices=("auto", "sglang", "diffusers"),
-        pending="diffusers pipelines",
-        built=("auto", "sglang"),
     )
     trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL)
     model_overlay_registry: str | None = knob(
@@ -179,7 +177,11 @@ class Settings:
         None, "precision of the diffusion transformer", group=PRECISION, choices=DTYPES, shown_default="precision"
     )
     vae_precision: str | None = knob(
-        None, "precision of the VAE", group=PRECISION, choices=DTYPES, shown_default="fp32"
+        None,
+        "precision of the VAE",
+        group=PRECISION,
+        choices=DTYPES,
+        shown_default="fp32; of a diffusers pipeline, precision",
     )
     text_encoder_precisions: list[str] | None = knob(
         None, "precision of each text encoder", group=PRECISION, choices=DTYPES, shown_default="precision"
@@ -191,8 +193,8 @@ class Settings:
         group=ATTENTION,
         choices=DENSE_ATTENTION + SPARSE_ATTENTION + DIFFUSERS_ATTENTION_BACKENDS,
         shown_default="fa where it can run, else torch_sdpa",
-        pending="sparse attention, and the kernels of diffusers pipelines",
-        built=DENSE_ATTENTION,
+        pending="sparse attention",
+        built=DENSE_ATTENTION + DIFFUSERS_ATTENTION_BACKENDS,
     )
     component_attention_backends: dict[str, str] = knob(
         {},
@@ -208,13 +210,13 @@ class Settings:
         "attention kernel of a diffusers pipeline",
         group=ATTENTION,
         choices=DIFFUSERS_ATTENTION_BACKENDS,
-        pending="the diffusers backend",
+        shown_default="native",
     )
     mask_strategy_file_path: str | None = knob(
         None, "mask file of sliding tile attention", group=ATTENTION, pending="sliding tile attention"
     )
     cache_dit_config: str | None = knob(
-        None, "Cache-DiT file of a diffusers pipeline", group=ATTENTION, pending="the diffusers backend"
+        None, "Cache-DiT file of a diffusers pipeline", group=ATTENTION, pending="step caching"
     )
     enable_torch_compile: bool = knob(
         False, "compile the transformer with torch.compile", group=ATTENTION, pending="torch.compile"

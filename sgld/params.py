@@ -146,7 +146,7 @@ class SamplingParams:
     )
     loras: list[LoraUse] = knob([], "LoRA adapters for this output, in place of those that are set", group=SAMPLING)
     diffusers_kwargs: dict[str, Any] | None = knob(
-        None, "extra arguments of a diffusers pipeline", group=SAMPLING, pending="the diffusers backend"
+        None, "further arguments of a diffusers pipeline's call", group=SAMPLING
     )
 
     quality: str = knob(
@@ -306,6 +306,7 @@ class ModelInfo:
     audio: bool = False  # its videos have sound
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
+    backend: str = "sglang"  # what makes it: native code ("sglang"), or a pipeline of "diffusers"
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
         """Bytes that one output takes at its peak, by the field to lower when they are too many."""

@@ -87,6 +87,8 @@ class Engine:
             self.adapters.give(loras, found)
         await self._remember()
         self._become_ready()
+        if self.info.backend != "sglang" and self.settings.backend == "auto":
+            log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
         if self.settings.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
             log.info("%d workers: %s", self.settings.num_gpus, shares)

@@ -46,7 +46,7 @@ def _model_folder(settings: Settings) -> Path:
     given = overlay.registry(settings.model_overlay_registry)
     if (source := overlay.match(settings.model_path, given)) is not None:
         return _overlaid(settings, source, given[source])
-    folder = resolve(settings.model_path, settings.revision, "model_path")
+    folder = resolve(settings.model_path, settings.revision, "model_path", model_files(settings.trust_remote_code))
     is_raw = not (folder / "model_index.json").is_file()
     if is_raw and (source := overlay.match(settings.model_path, BUILT_IN)) is not None:
         return _overlaid(settings, source, BUILT_IN[source])
@@ -70,7 +70,8 @@ def _overlaid(settings: Settings, source: str, entry: Overlay) -> Path:
             if settings.revision or entry.source_revision:
                 raise BadRequest("source_revision: it has no effect: the overlay is complete, without a manifest")
             log.info("%s is loaded from %s, which is complete", settings.model_path, entry.overlay_repo_id)
-            return resolve(entry.overlay_repo_id, entry.overlay_revision, "overlay_repo_id")
+            wanted = model_files(settings.trust_remote_code)
+            return resolve(entry.overlay_repo_id, entry.overlay_revision, "overlay_repo_id", wanted)
     except SgldError as error:
         raise type(error)(f"{overlay.REGISTRY}: entry {source!r}: {error.message}", overlay.REGISTRY) from None
     manifest, local = overlay.read_manifest(folder), None
@@ -96,6 +97,11 @@ def _materialized(
 
     identity = overlay.identity(source, entry, folder, manifest, local)
     return materialize(identity, folder, manifest, settings.trust_remote_code, fetch)
+
+
+def model_files(code: bool) -> dict[str, list[str]]:
+    """What is downloaded of a model; its code only where that is trusted."""
+    return {"allow_patterns": [*MODEL_FILES["allow_patterns"], *(["*.py"] if code else [])]}
 
 
 def resolve(reference: str, revision: str | None, param: str, wanted: Mapping[str, list[str]] = MODEL_FILES) -> Path:

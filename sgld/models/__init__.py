@@ -6,11 +6,12 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sgld.errors import ModelError, nearest
+from sgld.config import DIFFUSERS_ATTENTION_BACKENDS, Settings
+from sgld.errors import BadRequest, ModelError, nearest
 
 if TYPE_CHECKING:
     from sgld.messages import Load
-    from sgld.models.family import Family
+    from sgld.models.family import Family, Whole
     from sgld.nn.parallel import Mesh
     from sgld.platform import Platform
 
@@ -34,10 +35,11 @@ REGISTRY = {
 }
 
 
-def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]) -> Family:
+def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]) -> Family | Whole:
     """The model in `load.folder`; `progress(done, total)` is called as its parts are loaded.
 
     Raises:
+        BadRequest: settings that it cannot run with.
         ModelError: no model, an unknown pipeline, or a part that is missing or broken; names the file.
         NotBuilt: a variant of a known pipeline that does not stand yet.
     """
@@ -52,11 +54,31 @@ def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[
             raise ModelError(
                 f"component_paths: {component!r} is not in {file}{nearest(component, index)}", "component_paths"
             )
-    name = str(index.get("_class_name"))
-    if name not in REGISTRY:
+    name, backend = index.get("_class_name"), load.settings.backend
+    native = REGISTRY.get(name) if isinstance(name, str) else None
+    if backend == "diffusers" or (backend == "auto" and native is None):
+        from sgld.models.diffusers_backend import Pipeline, has_pipeline
+
+        if has_pipeline(name):
+            return Pipeline(load, mesh, platform, progress)
+        if backend == "diffusers":
+            raise ModelError(f"{file}: diffusers has no pipeline {name!r}")
+    if native is None:
+        known = ", ".join(REGISTRY)
         raise ModelError(
-            f"{file}: pipeline {name!r} is not supported{nearest(name, REGISTRY)}; known: {', '.join(REGISTRY)}"
+            f"{file}: pipeline {str(name)!r} is not supported{nearest(str(name), REGISTRY)}; known: {known}"
         )
-    module, cls = REGISTRY[name].split(":")
+    _refuse_kernels(load.settings)
+    module, cls = native.split(":")
     family: Family = getattr(importlib.import_module(f"sgld.models.{module}"), cls)(load, mesh, platform, progress)
     return family
+
+
+def _refuse_kernels(settings: Settings) -> None:
+    """Raise `BadRequest` for an attention kernel that only a diffusers pipeline has."""
+    for param in ("diffusers_attention_backend", "attention_backend"):
+        if (name := getattr(settings, param)) in DIFFUSERS_ATTENTION_BACKENDS:
+            reason = "is of diffusers pipelines, and this model runs as native code"
+            raise BadRequest(
+                f"{param}: {name!r} {reason}; use attention_backend torch_sdpa, or backend diffusers", param
+            )

@@ -1,11 +1,15 @@
-"""Family: what a model must be able to do. One file and one registry line each."""
+"""Family: what a model must be able to do. One file and one registry line each.
+
+`Model` is what a worker needs of any; a `Family` is denoised step by step here, a `Whole` makes its output by itself.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -50,13 +54,45 @@ class Sound:
     rate: int  # samples a second
 
 
-class Family(ABC):
-    """The pieces of one generation, in the order the sampler calls them."""
+class Model(ABC):
+    """What a worker needs of any model."""
 
     info: ModelInfo
+    lora: Mapping[str, LoraLayers] = MappingProxyType({})  # by component
+
+    def rest(self) -> None:  # noqa: B027 - few models have anything to do
+        """Called after each output, made or not: weights that are offloaded may go."""
+
+
+class Watch(Protocol):
+    """How an output tells of its progress and hears of a cancel: `worker.hook.Hook`."""
+
+    def stage(self, name: str, total: int = 1) -> AbstractContextManager[None]:
+        """A stage of so many steps."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """One step of the current stage."""
+
+    def pulse(self) -> None:
+        """Leave by an exception once a cancel has come."""
+
+    def note(self, text: str) -> None:
+        """A warning for the user."""
+
+
+class Whole(Model):
+    """A model that makes its output in one call, on one rank."""
+
+    @abstractmethod
+    def make(self, params: SamplingParams, watch: Watch) -> tuple[Tensor, Sound | None]:
+        """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard."""
+
+
+class Family(Model):
+    """The pieces of one generation, in the order the sampler calls them."""
+
     scheduler: dict[str, Any]  # scheduler_config.json
     together = False  # whether ranks share the decoding: then all of them hear of a cancel before it goes on
-    lora: Mapping[str, LoraLayers] = MappingProxyType({})  # by component
 
     @abstractmethod
     def encode(
@@ -113,6 +149,3 @@ class Family(ABC):
     def sound(self, x: Tensor, pulse: Callable[[], None]) -> Sound | None:
         """What is heard, on rank 0; called after `decode`."""
         return None
-
-    def rest(self) -> None:  # noqa: B027 - few families have anything to do
-        """Called after each output, made or not: weights that are offloaded may go."""

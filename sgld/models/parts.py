@@ -31,6 +31,7 @@ D = TypeVar("D", bound=Denoiser)
 M = TypeVar("M", bound=nn.Module)
 ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
+NO_PIPELINE = {"diffusers_kwargs": "it runs as native code; start it with backend diffusers to use them"}
 NO_NORMALIZATION = {"cfg_normalization": "it is of another family's guidance"}
 EULER = "FlowMatchEulerDiscreteScheduler"
 LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
@@ -181,20 +182,8 @@ class Parts:
         }
 
     def defaults(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """The folder's generation_config.json, else these.
-
-        Raises:
-            ModelError: the file holds what SamplingParams does not know.
-        """
-        file = self.folder / "generation_config.json"
-        if not file.is_file():
-            return dict(known)
-        given = read_json(file)
-        try:
-            structure(given, SamplingParams)
-        except BadRequest as error:
-            raise ModelError(f"{file}: {error.message}") from None
-        return given
+        """The folder's generation_config.json, else these."""
+        return folder_defaults(self.folder) or dict(known)
 
     def memory(self, tiling: Tiling | None, **estimate: int) -> Memory:
         """The estimate of what an output takes, with what there is, and the offloaded weights that come for it."""
@@ -219,6 +208,21 @@ class Parts:
         if self.platform.ranks_share_memory:
             return block * self.mesh.cfg.size
         return block // self.mesh.tokens.size
+
+
+def folder_defaults(folder: Path) -> dict[str, Any]:
+    """A model's own values of SamplingParams, as its generation_config.json has them, if there is one.
+
+    Raises:
+        ModelError: the file holds what SamplingParams does not know.
+    """
+    file = folder / "generation_config.json"
+    given = read_json(file) if file.is_file() else {}
+    try:
+        structure(given, SamplingParams)
+    except BadRequest as error:
+        raise ModelError(f"{file}: {error.message}") from None
+    return given
 
 
 @attrs.frozen
@@ -265,7 +269,7 @@ class Native(Family):
         return ModelInfo(
             name=parts.index["_class_name"],
             components=parts.names,
-            unsupported={**lacks, **unsupported},
+            unsupported={**NO_PIPELINE, **lacks, **unsupported},
             lora_targets=tuple(self.lora),
             degrees=attrs.asdict(parts.degrees),
             **own,

@@ -342,7 +342,7 @@ class LoadedModel:
     task_type: str
     supported_task_types: list[str]
     dit_precision: Annotated[str | None, Told("null: chosen by the device")]
-    vae_precision: Annotated[str | None, Told("null: fp32")]
+    vae_precision: Annotated[str | None, Told("null: fp32; of a diffusers pipeline, precision")]
     pipeline_name: str
     pipeline_class: str
 

@@ -120,12 +120,14 @@ class Worker:
         return failed
 
     def _load(self, command: Load) -> ModelInfo | None:
+        from sgld.models.family import Whole
         from sgld.worker import solvers
         from sgld.worker.adapters import Adapters
 
         self._family = self._adapters = None
         family = self._load_family(command, self.mesh, self.platform, self._loading)
-        solvers.check(family.scheduler)
+        if not isinstance(family, Whole):
+            solvers.check(family.scheduler)
         self._family, self._adapters = family, Adapters(family.lora, self.mesh)
         return family.info if self.mesh.rank == 0 else None
 

@@ -1,4 +1,4 @@
-"""The one denoise loop, for every family."""
+"""The one denoise loop, for every family; a model that makes its output as a whole does without it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ import torch
 from torch import Tensor
 
 from sgld.messages import Tokens
-from sgld.models.family import Conditioning, Family, Sound
+from sgld.models.family import Conditioning, Family, Sound, Whole
 from sgld.params import SamplingParams
 from sgld.worker.canvas import Canvas, pictures_of
 from sgld.worker.hook import Hook
 from sgld.worker.solvers import Solver, make_solver
 
 
-@torch.inference_mode()
-def sample(family: Family, params: SamplingParams, hook: Hook, previews: int = 0) -> tuple[Tensor, Sound | None]:
+def sample(model: Family | Whole, params: SamplingParams, hook: Hook, previews: int = 0) -> tuple[Tensor, Sound | None]:
     """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard. `params` holds one seed.
 
     Raises:
         Stopped: all ranks agreed to stop, between two steps.
     """
     try:
-        return _sample(family, params, hook, previews)
+        if isinstance(model, Whole):
+            return model.make(params, hook)
+        return _sample(model, params, hook, previews)
     finally:
-        family.rest()
+        model.rest()
 
 
+@torch.inference_mode()
 def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -> tuple[Tensor, Sound | None]:
     assert isinstance(params.seed, int)
     with hook.stage("encode"):

@@ -55,15 +55,12 @@ NOT_BUILT = "not built yet in this version of sgld"
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--enable-torch-compile", "--quantization", "fp8"],
-         f"--quantization: {NOT_BUILT} (quantized weights); leave it out; nor are --enable-torch-compile"),
-        (["--backend", "diffusers"],
-         f"--backend: 'diffusers' is {NOT_BUILT} (diffusers pipelines); use auto or sglang"),
-        (["--attention-backend", "_flash_3_hub"],
-         f"--attention-backend: '_flash_3_hub' is {NOT_BUILT} (sparse attention, and the kernels of diffusers "
-         "pipelines); use torch_sdpa or fa or fa2 or fa3 or fa4 or torch_cudnn_sdpa or sage_attn or sage_attn_3 or "
-         "aiter"),
-        (["--diffusers-attention-backend", "flash"], f"--diffusers-attention-backend: {NOT_BUILT}"),
+        (["--enable-torch-compile", "--cache-dit-config", "x.yaml"],
+         f"--cache-dit-config: {NOT_BUILT} (step caching); leave it out; nor are --enable-torch-compile"),
+        (["--attention-backend", "vmoba_attn"],
+         f"--attention-backend: 'vmoba_attn' is {NOT_BUILT} (sparse attention); use torch_sdpa or fa or fa2 or fa3 or "
+         "fa4 or torch_cudnn_sdpa or sage_attn or sage_attn_3 or aiter or flash or _flash_3_hub or sage or xformers or "
+         "native"),
         (["--cache-dit-config", "x.yaml"], f"--cache-dit-config: {NOT_BUILT}"),
         (["--component-attention-backends.transformer.self", "vmoba_attn"],
          f"--component-attention-backends.transformer.self: vmoba_attn is {NOT_BUILT} (sparse attention)"),
@@ -83,6 +80,8 @@ def test_what_is_not_built_says_so(words: list[str], line: str) -> None:
     "words",
     [
         ["--backend", "sglang"],
+        ["--backend", "diffusers", "--trust-remote-code", "--diffusers-attention-backend", "flash"],
+        ["--diffusers-kwargs", '{"clip_skip": 1}'],
         ["--backend", "auto", "--attention-backend", "torch_sdpa"],
         ["--attention-backend", "fa", "--component-attention-backends", "text_encoder=torch_sdpa"],
         ["--text-encoder-cpu-offload", "--dit-layerwise-offload", "--pin-cpu-memory"],

@@ -175,6 +175,44 @@ def test_a_source_of_raw_files_through_its_overlay(
     assert (frames[0] == frames[1]).all() and (frames[0] == frames[2]).all()
 
 
+def test_ovis_image_as_a_diffusers_pipeline(run: Run, tmp_path: Path) -> None:
+    """Both documents have the same command. It asks for flash attention, which a CPU cannot run."""
+    script = after("cli_older", "Example: running Ovis-Image-7B", "sglang generate", "  --output-file-name")
+    assert script == after("cli_newer", "## Diffusers Backend", "sglang generate", "  --output-file-name")
+    small = script.replace("1024", "32").replace("steps 30", "steps 2")
+    refused = run(small, ovis_image=None)
+    _, told = refused.communicate(timeout=150)
+    assert refused.returncode == 2
+    assert "diffusers-attention-backend: flash cannot run here: it needs an NVIDIA GPU" in told
+    assert told.rstrip().endswith("these can: native")
+    file = made(run(small.replace("backend flash", "backend native"), ovis_image=None), tmp_path)
+    assert file == tmp_path / "outputs" / "ovis_garden.png"
+    assert decode(file)[0].shape == (1, 32, 32, 3)
+
+
+def test_the_config_with_arguments_of_the_pipeline_s_own(run: Run, tmp_path: Path) -> None:
+    """The file's `cross_attention_kwargs` are `joint_attention_kwargs` there, and a warning says so."""
+    (tmp_path / "config.json").write_text(after("cli_older", "For pipeline-specific parameters", "{", "}"))
+    script = after("cli_older", "For pipeline-specific parameters", "sglang generate --config", "sglang generate")
+    process = run(script, "--height 32 --width 48 --num-inference-steps 2", ovis_image=None)
+    out, told = process.communicate(timeout=150)
+    assert process.returncode == 0, told
+    assert decode(tmp_path / out.splitlines()[-1])[0].shape == (1, 32, 48, 3)
+    assert "cross_attention_kwargs: OvisImagePipeline names it joint_attention_kwargs" in told
+
+
+def test_auto_says_that_diffusers_runs_it(run: Run, tmp_path: Path) -> None:
+    command = "sglang generate --model-path AIDC-AI/Ovis-Image-7B --prompt 'a red cat'"
+    small = "--height 32 --width 48 --num-inference-steps 2"
+    process = run(command, small, ovis_image=None)
+    _, told = process.communicate(timeout=150)
+    assert process.returncode == 0, told
+    assert "OvisImagePipeline: sgld has no native code for it; diffusers runs it" in told
+    refused = run(f"{command} --backend sglang", small, ovis_image=None)
+    _, told = refused.communicate(timeout=150)
+    assert (refused.returncode, "pipeline 'OvisImagePipeline' is not supported" in told) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("script", "models"),
     [

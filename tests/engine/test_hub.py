@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from sgld.config import DEMO_MODEL, Settings
-from sgld.engine.hub import COMPONENT_FILES, MODEL_FILES, resolve, resolve_model
+from sgld.engine.hub import COMPONENT_FILES, MODEL_FILES, model_files, resolve, resolve_model
 from sgld.errors import BadRequest, ModelError
 from sgld.models import load_family
 from sgld.nn.parallel import Mesh
@@ -99,6 +99,10 @@ def test_the_files_of_a_model_and_of_a_component() -> None:
     others = ["README.md", "vae/model.bin", "pytorch_model.bin", "demo.mp4"]
     names = [*nested, *root, *others]
     assert set(filter_repo_objects(names, **MODEL_FILES)) == {*nested, "config.json"}
+    code = ["pipeline.py", "transformer/own.py"]
+    for trusted in (True, False):
+        found = set(filter_repo_objects([*names, *code], **model_files(code=trusted)))
+        assert found - {*nested, "config.json"} == set(code * trusted)
     assert set(filter_repo_objects(names, **COMPONENT_FILES)) == set(root)
 
 

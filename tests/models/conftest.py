@@ -49,7 +49,9 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> Family:
     """That model on the CPU."""
     command = Load(Settings(model_path=str(folder), **settings), folder)
-    return load_family(command, mesh or Mesh.solo(), Cpu(), lambda step, total: None)
+    family = load_family(command, mesh or Mesh.solo(), Cpu(), lambda step, total: None)
+    assert isinstance(family, Family)
+    return family
 
 
 def generate(family: Family, mesh: Mesh | None = None, **changes: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sgld.config import Settings
 from sgld.messages import Load, Preview
 from sgld.models import load_family
-from sgld.models.family import Family, Sound
+from sgld.models.family import Family, Sound, Whole
 from sgld.nn.lora import Use
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
@@ -34,10 +34,14 @@ def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> Family:
     """That model on the CPU; as many workers as the mesh has ranks."""
     mesh = mesh or Mesh.solo()
     command = Load(Settings(model_path=str(folder), num_gpus=mesh.world, **settings), folder)
-    return load_family(command, mesh, Cpu(), lambda step, total: None)
+    family = load_family(command, mesh, Cpu(), lambda step, total: None)
+    assert isinstance(family, Family)
+    return family
 
 
-def make(family: Family, request: Request, mesh: Mesh | None = None, previews: int = 0) -> tuple[Tensor, Sound | None]:
+def make(
+    family: Family | Whole, request: Request, mesh: Mesh | None = None, previews: int = 0
+) -> tuple[Tensor, Sound | None]:
     """Frames u8 [N, H, W, 3], and what is heard."""
     params, _ = resolve(request, family.info)
     ours, theirs = Pipe()
@@ -48,7 +52,7 @@ def make(family: Family, request: Request, mesh: Mesh | None = None, previews: i
         theirs.close()
 
 
-def picture(family: Family, request: Request, mesh: Mesh | None = None) -> Tensor:
+def picture(family: Family | Whole, request: Request, mesh: Mesh | None = None) -> Tensor:
     """Frames u8 [N, H, W, 3]."""
     return make(family, request, mesh)[0]
 
