@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sgld.config import Settings, VaeConfig
@@ -40,6 +40,7 @@ from tests.models.parity import (
     quiet,
     same_state,
     shown,
+    spelled,
     wear,
     write_lora,
 )
@@ -361,28 +362,41 @@ def test_half_precision(folders: Folders, pictures: list[str]) -> None:
         assert 0 < apart(half, whole) < 128
 
 
-@proves(PICTURE, "LoRA")
-def test_an_adapter_as_with_diffusers(folders: Folders, pictures: list[str], tmp_path: Path) -> None:
-    family = wan(folders("wan21-i2v-480p"))
-    request = REQUEST | {"image_path": pictures[:1]}
+def original(key: str) -> str:
+    """An adapter's key with the authors' name of its layer."""
+    layer, part = key.removeprefix("transformer.").split(".lora_")
+    for pattern, replacement in WAN_ORIGINAL:
+        layer = re.sub(pattern, replacement, layer)
+    return f"transformer.{layer}.lora_{part}"
+
+
+@pytest.mark.parametrize(
+    ("name", "request_of"),
+    [
+        pytest.param("wan21-i2v-480p", REQUEST, marks=proves(PICTURE, "LoRA")),
+        pytest.param("wan22-ti2v-5b", TI2V, marks=proves(TEXT, "LoRA")),
+    ],
+)
+def test_an_adapter_as_with_diffusers(
+    folders: Folders, pictures: list[str], tmp_path: Path, name: str, request_of: dict[str, Any]
+) -> None:
+    family = wan(folders(name))
+    request = request_of | {"image_path": pictures[:1]}
     plain = picture(family, request)
     file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
     wear(family, file)
     worn = picture(family, request)
     assert apart(worn, plain) > 20
     assert apart(worn, their_picture(family.parts.folder, request, adapter=file)) <= 1
-    family.lora["transformer"].apply([], "merge")
+    family.lora["transformer"].clear()
     assert torch.equal(picture(family, request), plain)
-    renamed = {}
-    for key, tensor in load_file(file).items():
-        layer, part = key.removeprefix("transformer.").split(".lora_")
-        for pattern, replacement in WAN_ORIGINAL:
-            layer = re.sub(pattern, replacement, layer)
-        renamed[f"diffusion_model.{layer}.lora_{part}"] = tensor
-    assert not renamed.keys() & load_file(file).keys()
-    save_file(renamed, tmp_path / "authors.safetensors")
-    wear(family, tmp_path / "authors.safetensors")
-    assert torch.equal(picture(family, request), worn)
+    ours = load_file(file)
+    theirs = {original(key): tensor for key, tensor in ours.items()}
+    assert not theirs.keys() & ours.keys()
+    for tensors, spelling in ((theirs, "comfy"), (theirs, "kohya"), (ours, "kohya")):
+        wear(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
+        assert torch.equal(picture(family, request), worn), spelling
+        family.lora["transformer"].clear()
 
 
 def test_the_estimate_of_memory_grows(folders: Folders) -> None:
