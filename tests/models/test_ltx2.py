@@ -181,12 +181,29 @@ def test_a_picture_is_the_first_frame(twins: Path, reference: Reference, shot: P
     assert apart(frames, reference(name)[0]) > 20
 
 
+@proves(PIPELINE, "text-to-image")
+@pytest.mark.parametrize("name", ["ltx2", "ltx23"])
+def test_a_single_frame_is_a_silent_picture(twins: Path, reference: Reference, name: str) -> None:
+    frames, sound = make(load(twins / name), REQUEST | {"num_frames": 1})
+    assert sound is None
+    assert frames.float().std() > 10
+    assert apart(frames, reference(name, num_frames=1)[0]) <= 1
+    assert apart(frames, reference(name, num_frames=1, seed=8)[0]) > 20
+
+
 @proves(FROM_PICTURE, "image-to-video", "audio")
 def test_the_same_from_a_folder_of_the_other_pipeline(twins: Path, reference: Reference, shot: Path) -> None:
     frames, sound = make(load(twins / "ltx2-picture"), REQUEST | {"image_path": [str(shot)]})
     expected, heard = reference("ltx2", image=shot)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
+
+
+@proves(FROM_PICTURE, "text-to-video", "text-to-image")
+@pytest.mark.parametrize("count", [1, 9])
+def test_that_folder_needs_no_picture(twins: Path, reference: Reference, count: int) -> None:
+    frames = picture(load(twins / "ltx2-picture"), REQUEST | {"num_frames": count})
+    assert apart(frames, reference("ltx2", num_frames=count)[0]) <= 1
 
 
 def test_one_step(twins: Path) -> None:
@@ -403,9 +420,8 @@ def test_a_picture_too_small_to_be_seen(twins: Path, tmp_path: Path) -> None:
         make(load(twins / "ltx2"), REQUEST | {"image_path": [str(tmp_path / "thin.png")]})
 
 
-def test_a_single_frame_is_silent_and_a_long_prompt_is_cut(twins: Path) -> None:
+def test_a_long_prompt_is_cut(twins: Path) -> None:
     family = load(twins / "ltx2")
-    assert make(family, REQUEST | {"num_frames": 1})[1] is None
     params, _ = resolve(REQUEST | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info)
     condition, notes = family.encode(params, [])
     assert notes == ["prompt cut from 100 to 8 tokens, the most this request allows"]

@@ -116,14 +116,19 @@ def _their_picture(folder: Path, asked: str, times: tuple[int, ...] | None, adap
     if index.get("image_processor", [None])[0]:
         parts["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
     name = "WanImageToVideoPipeline" if looks else "WanPipeline"
+    if "strength" in request:
+        name = "WanVideoToVideoPipeline"
     if name == "WanImageToVideoPipeline" and "image_encoder" not in index:
         parts |= {"image_encoder": None, "image_processor": None}
     pipeline = quiet(getattr(diffusers, name).from_pretrained(folder, **parts))
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
     size = request["width"], request["height"]
-    for key, image in zip(("image", "last_image"), looks, strict=False):
-        request[key] = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in looks]
+    if "strength" in request:
+        request["video"] = fitted * request.pop("num_frames")
+    else:
+        request |= zip(("image", "last_image"), fitted, strict=False)
     torch.manual_seed(request.pop("seed"))
     return levels(pipeline(**request, output_type="np").frames[0])
 
@@ -203,12 +208,13 @@ def test_tokens_with_times_of_their_own(folders: Folders, pictures: list[str], f
 # -------------------------------------------------------------------------------------------------- few steps
 
 
-@proves(FEW_TEXT, "text-to-video", "image-to-video")
+@proves(FEW_TEXT, "text-to-video", "image-to-video", "text-to-image")
 @proves(FEW_PICTURE, "image-to-video")
 @pytest.mark.parametrize(
     ("name", "request_of", "shows", "times"),
     [
         ("fastwan21", REQUEST, 0, FAST),
+        ("fastwan21", REQUEST | {"num_frames": 1}, 0, FAST),
         ("fastwan22-ti2v-5b", TI2V, 0, FAST),
         ("fastwan22-ti2v-5b", TI2V, 1, FAST),
         ("wan22-i2v-a14b", REQUEST, 1, TURBO_PICTURE),
@@ -257,11 +263,13 @@ def test_the_setting_is_refused_where_nothing_reads_it(folders: Folders) -> None
         Parts(load_it, Mesh.solo(), Cpu(), lambda step, total: None)
 
 
-def test_few_steps_may_begin_at_a_picture(folders: Folders, pictures: list[str]) -> None:
+@proves(FEW_TEXT, "image-to-video", "image-to-image")
+@pytest.mark.parametrize("frames", [1, 9])
+def test_few_steps_may_begin_at_a_picture(folders: Folders, pictures: list[str], frames: int) -> None:
     family = wan(folders("fastwan21"))
-    request = REQUEST | FEW | {"image_path": pictures[:1], "strength": 0.7}
-    started, anew = (picture(family, request | {"strength": strength}) for strength in (0.7, 1.0))
-    assert apart(started, anew) > 20
+    request = REQUEST | FEW | {"num_frames": frames, "image_path": pictures[:1]}
+    started = check(family, request | {"strength": 0.7}, FAST)
+    assert apart(started, picture(family, request | {"strength": 1.0})) > 20
 
 
 # ------------------------------------------------------------------------------------------------------ ranks
