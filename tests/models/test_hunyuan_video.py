@@ -223,25 +223,31 @@ def test_precisions(twin: Path) -> None:
     assert 0 < difference.abs().mean() < 10
 
 
-@pytest.mark.proves("HunyuanVideoPipeline", "image-to-video")
+@pytest.mark.proves("HunyuanVideoPipeline", "image-to-video", "image-to-image")
+@pytest.mark.parametrize("frames", [1, 9])
 def test_a_picture_to_start_from(
-    twin: Path, tmp_path: Path, pipeline: Any, plain: Tensor, reference: Callable[..., Tensor]
+    twin: Path, tmp_path: Path, pipeline: Any, reference: Callable[..., Tensor], frames: int
 ) -> None:
     """diffusers has no such pipeline, but its own takes latents, and noise levels to begin with."""
     pixels = np.stack(np.meshgrid(np.arange(48) * 5, np.arange(32) * 8), -1) @ np.array([[1, 0, 0.5], [0, 1, 0.5]])
     file = tmp_path / "slope.png"
     Image.fromarray(pixels.astype(np.uint8)).save(file)
-    ours = picture(load(twin), REQUEST | {"num_inference_steps": 4, "image_path": [str(file)], "strength": 0.5})
-    clip = torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1)[None, :, None].expand(-1, -1, 9, -1, -1)
+    family, request = load(twin), REQUEST | {"num_inference_steps": 4, "num_frames": frames}
+    ours = picture(family, request | {"image_path": [str(file)], "strength": 0.5})
+    clip = torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1)[None, :, None].expand(-1, -1, frames, -1, -1)
     with torch.inference_mode():
         clean = pipeline.vae.encode(clip / 127.5 - 1).latent_dist.mode() * pipeline.vae.config.scaling_factor
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(7))
     first = 7 * 0.5 / (1 + 6 * 0.5)  # the noise level 0.5, shifted
     theirs = reference(
-        num_inference_steps=2, sigmas=[0.5, 0.25], latents=(1 - first) * clean + first * noise, negative_prompt=None
+        request,
+        num_inference_steps=2,
+        sigmas=[0.5, 0.25],
+        latents=(1 - first) * clean + first * noise,
+        negative_prompt=None,
     )
     assert apart(ours, theirs) <= 1
-    assert apart(ours, plain) > 20
+    assert apart(ours, picture(family, request)) > 20
 
 
 # ------------------------------------------------------------------------------------------------------ adapters

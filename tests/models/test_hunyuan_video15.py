@@ -26,6 +26,7 @@ from tests.models.parity import (
     levels,
     load,
     picture,
+    picture_of_ranks,
     pictures_of_ranks,
     quiet,
     same_state,
@@ -134,6 +135,13 @@ def test_same_picture_on_two_ranks(twin: Path, tmp_path: Path, pipeline: Any, re
     assert apart(shared, reference()) <= 1
     pipeline.vae.disable_tiling()
     assert apart(shared, ulysses) > 1  # tiles make a difference
+
+
+def test_same_picture_on_four_ranks(twin: Path, tmp_path: Path, reference: Callable[..., Tensor]) -> None:
+    """Every two with heads of their own; one pair predicts for the prompt, the other for the negative one."""
+    settings = {"enable_cfg_parallel": True, "ulysses_degree": 2}
+    ours = picture_of_ranks(4, tmp_path / "store", twin, WIDE, **settings)
+    assert apart(ours, reference(WIDE)) <= 1
 
 
 def test_tiles_are_diffusers_own(twin: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:

@@ -22,6 +22,7 @@ from sgld.models import ltx2
 from sgld.models.family import Sound
 from sgld.models.ltx2_transformer import LTX2Transformer, ltx2_config
 from sgld.nn.attention import TORCH
+from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
@@ -35,6 +36,7 @@ from tests.models.parity import (
     quiet,
     same_state,
     shown,
+    spelled,
     wear,
     write_lora,
 )
@@ -179,12 +181,29 @@ def test_a_picture_is_the_first_frame(twins: Path, reference: Reference, shot: P
     assert apart(frames, reference(name)[0]) > 20
 
 
+@proves(PIPELINE, "text-to-image")
+@pytest.mark.parametrize("name", ["ltx2", "ltx23"])
+def test_a_single_frame_is_a_silent_picture(twins: Path, reference: Reference, name: str) -> None:
+    frames, sound = make(load(twins / name), REQUEST | {"num_frames": 1})
+    assert sound is None
+    assert frames.float().std() > 10
+    assert apart(frames, reference(name, num_frames=1)[0]) <= 1
+    assert apart(frames, reference(name, num_frames=1, seed=8)[0]) > 20
+
+
 @proves(FROM_PICTURE, "image-to-video", "audio")
 def test_the_same_from_a_folder_of_the_other_pipeline(twins: Path, reference: Reference, shot: Path) -> None:
     frames, sound = make(load(twins / "ltx2-picture"), REQUEST | {"image_path": [str(shot)]})
     expected, heard = reference("ltx2", image=shot)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
+
+
+@proves(FROM_PICTURE, "text-to-video", "text-to-image")
+@pytest.mark.parametrize("count", [1, 9])
+def test_that_folder_needs_no_picture(twins: Path, reference: Reference, count: int) -> None:
+    frames = picture(load(twins / "ltx2-picture"), REQUEST | {"num_frames": count})
+    assert apart(frames, reference("ltx2", num_frames=count)[0]) <= 1
 
 
 def test_one_step(twins: Path) -> None:
@@ -311,11 +330,11 @@ def test_a_tile_of_one_latent(twins: Path) -> None:
 
 
 def original(name: str) -> str:
-    """An adapter's key in the authors' names."""
+    """An adapter's key with the authors' name of its layer."""
     layer, part = name.removeprefix("transformer.").split(".lora_")
     for pattern, replacement in ltx2.LTX2_ORIGINAL:
         layer = re.sub(pattern, replacement, layer)
-    return f"diffusion_model.{layer}.lora_{part}"
+    return f"transformer.{layer}.lora_{part}"
 
 
 @both("LoRA")
@@ -329,15 +348,31 @@ def test_lora(twins: Path, tmp_path: Path, reference: Reference, shot: Path, nam
     worn = picture(family, request)
     assert apart(worn, before) > 20
     assert apart(worn, reference("ltx23", lora=file, image=shot if looks else None)[0]) <= 1
-    theirs = {original(name): x for name, x in load_file(file).items()}
-    for expected in ("av_ca_a2v_gate_adaln_single.linear", "audio_prompt_adaln_single.linear", "patchify_proj"):
-        assert f"diffusion_model.{expected}.lora_A.weight" in theirs
-    save_file(theirs, tmp_path / "b.safetensors")
-    again = load(twins / name)
-    wear(again, tmp_path / "b.safetensors")
-    assert torch.equal(picture(again, request), worn)
-    family.lora["transformer"].apply([], "merge")
+    family.lora["transformer"].clear()
     assert torch.equal(picture(family, request), before)
+    ours = load_file(file)
+    theirs = {original(name): x for name, x in ours.items()}
+    for expected in ("av_ca_a2v_gate_adaln_single.linear", "audio_prompt_adaln_single.linear", "patchify_proj"):
+        assert f"transformer.{expected}.lora_A.weight" in theirs
+    for tensors, spelling in ((theirs, "comfy"), (theirs, "kohya"), (ours, "kohya")):
+        wear(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
+        assert torch.equal(picture(family, request), worn), spelling
+        family.lora["transformer"].clear()
+
+
+def test_an_adapter_of_the_connectors_is_refused(twins: Path, tmp_path: Path) -> None:
+    """diffusers would load it."""
+    family = load(twins / "ltx2")
+    assert isinstance(family, ltx2.LTX2)
+    parts = {"transformer": family._transformer, "connectors": family._connectors}
+    files = [write_lora(tmp_path / name, module, prefix=f"{name}.") for name, module in parts.items()]
+    save_file(load_file(files[0]) | load_file(files[1]), tmp_path / "both.safetensors")
+    says = r"does not fit the model's transformer: \d+ of \d+ keys: connectors\.\S+\.lora_A\.weight \(no such layer\)"
+    with pytest.raises(BadRequest, match=says):
+        wear(family, tmp_path / "both.safetensors")
+    adapter = read_adapter(tmp_path / "both.safetensors")
+    fitted = family.lora["transformer"].fit(adapter, strict=False)
+    assert len(fitted.skipped) == len(load_file(files[1]))
 
 
 # ---------------------------------------------------------------------------------------------------- requests
@@ -385,9 +420,8 @@ def test_a_picture_too_small_to_be_seen(twins: Path, tmp_path: Path) -> None:
         make(load(twins / "ltx2"), REQUEST | {"image_path": [str(tmp_path / "thin.png")]})
 
 
-def test_a_single_frame_is_silent_and_a_long_prompt_is_cut(twins: Path) -> None:
+def test_a_long_prompt_is_cut(twins: Path) -> None:
     family = load(twins / "ltx2")
-    assert make(family, REQUEST | {"num_frames": 1})[1] is None
     params, _ = resolve(REQUEST | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info)
     condition, notes = family.encode(params, [])
     assert notes == ["prompt cut from 100 to 8 tokens, the most this request allows"]

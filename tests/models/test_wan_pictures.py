@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sgld.config import Settings, VaeConfig
@@ -40,6 +40,7 @@ from tests.models.parity import (
     quiet,
     same_state,
     shown,
+    spelled,
     wear,
     write_lora,
 )
@@ -115,14 +116,19 @@ def _their_picture(folder: Path, asked: str, times: tuple[int, ...] | None, adap
     if index.get("image_processor", [None])[0]:
         parts["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
     name = "WanImageToVideoPipeline" if looks else "WanPipeline"
+    if "strength" in request:
+        name = "WanVideoToVideoPipeline"
     if name == "WanImageToVideoPipeline" and "image_encoder" not in index:
         parts |= {"image_encoder": None, "image_processor": None}
     pipeline = quiet(getattr(diffusers, name).from_pretrained(folder, **parts))
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
     size = request["width"], request["height"]
-    for key, image in zip(("image", "last_image"), looks, strict=False):
-        request[key] = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in looks]
+    if "strength" in request:
+        request["video"] = fitted * request.pop("num_frames")
+    else:
+        request |= zip(("image", "last_image"), fitted, strict=False)
     torch.manual_seed(request.pop("seed"))
     return levels(pipeline(**request, output_type="np").frames[0])
 
@@ -202,12 +208,13 @@ def test_tokens_with_times_of_their_own(folders: Folders, pictures: list[str], f
 # -------------------------------------------------------------------------------------------------- few steps
 
 
-@proves(FEW_TEXT, "text-to-video", "image-to-video")
+@proves(FEW_TEXT, "text-to-video", "image-to-video", "text-to-image")
 @proves(FEW_PICTURE, "image-to-video")
 @pytest.mark.parametrize(
     ("name", "request_of", "shows", "times"),
     [
         ("fastwan21", REQUEST, 0, FAST),
+        ("fastwan21", REQUEST | {"num_frames": 1}, 0, FAST),
         ("fastwan22-ti2v-5b", TI2V, 0, FAST),
         ("fastwan22-ti2v-5b", TI2V, 1, FAST),
         ("wan22-i2v-a14b", REQUEST, 1, TURBO_PICTURE),
@@ -256,11 +263,13 @@ def test_the_setting_is_refused_where_nothing_reads_it(folders: Folders) -> None
         Parts(load_it, Mesh.solo(), Cpu(), lambda step, total: None)
 
 
-def test_few_steps_may_begin_at_a_picture(folders: Folders, pictures: list[str]) -> None:
+@proves(FEW_TEXT, "image-to-video", "image-to-image")
+@pytest.mark.parametrize("frames", [1, 9])
+def test_few_steps_may_begin_at_a_picture(folders: Folders, pictures: list[str], frames: int) -> None:
     family = wan(folders("fastwan21"))
-    request = REQUEST | FEW | {"image_path": pictures[:1], "strength": 0.7}
-    started, anew = (picture(family, request | {"strength": strength}) for strength in (0.7, 1.0))
-    assert apart(started, anew) > 20
+    request = REQUEST | FEW | {"num_frames": frames, "image_path": pictures[:1]}
+    started = check(family, request | {"strength": 0.7}, FAST)
+    assert apart(started, picture(family, request | {"strength": 1.0})) > 20
 
 
 # ------------------------------------------------------------------------------------------------------ ranks
@@ -361,28 +370,41 @@ def test_half_precision(folders: Folders, pictures: list[str]) -> None:
         assert 0 < apart(half, whole) < 128
 
 
-@proves(PICTURE, "LoRA")
-def test_an_adapter_as_with_diffusers(folders: Folders, pictures: list[str], tmp_path: Path) -> None:
-    family = wan(folders("wan21-i2v-480p"))
-    request = REQUEST | {"image_path": pictures[:1]}
+def original(key: str) -> str:
+    """An adapter's key with the authors' name of its layer."""
+    layer, part = key.removeprefix("transformer.").split(".lora_")
+    for pattern, replacement in WAN_ORIGINAL:
+        layer = re.sub(pattern, replacement, layer)
+    return f"transformer.{layer}.lora_{part}"
+
+
+@pytest.mark.parametrize(
+    ("name", "request_of"),
+    [
+        pytest.param("wan21-i2v-480p", REQUEST, marks=proves(PICTURE, "LoRA")),
+        pytest.param("wan22-ti2v-5b", TI2V, marks=proves(TEXT, "LoRA")),
+    ],
+)
+def test_an_adapter_as_with_diffusers(
+    folders: Folders, pictures: list[str], tmp_path: Path, name: str, request_of: dict[str, Any]
+) -> None:
+    family = wan(folders(name))
+    request = request_of | {"image_path": pictures[:1]}
     plain = picture(family, request)
     file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
     wear(family, file)
     worn = picture(family, request)
     assert apart(worn, plain) > 20
     assert apart(worn, their_picture(family.parts.folder, request, adapter=file)) <= 1
-    family.lora["transformer"].apply([], "merge")
+    family.lora["transformer"].clear()
     assert torch.equal(picture(family, request), plain)
-    renamed = {}
-    for key, tensor in load_file(file).items():
-        layer, part = key.removeprefix("transformer.").split(".lora_")
-        for pattern, replacement in WAN_ORIGINAL:
-            layer = re.sub(pattern, replacement, layer)
-        renamed[f"diffusion_model.{layer}.lora_{part}"] = tensor
-    assert not renamed.keys() & load_file(file).keys()
-    save_file(renamed, tmp_path / "authors.safetensors")
-    wear(family, tmp_path / "authors.safetensors")
-    assert torch.equal(picture(family, request), worn)
+    ours = load_file(file)
+    theirs = {original(key): tensor for key, tensor in ours.items()}
+    assert not theirs.keys() & ours.keys()
+    for tensors, spelling in ((theirs, "comfy"), (theirs, "kohya"), (ours, "kohya")):
+        wear(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
+        assert torch.equal(picture(family, request), worn), spelling
+        family.lora["transformer"].clear()
 
 
 def test_the_estimate_of_memory_grows(folders: Folders) -> None:
