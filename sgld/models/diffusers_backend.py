@@ -255,6 +255,8 @@ class Pipeline(Whole):
                     f"{', '.join(known)}",
                     path,
                 )
+            if name in ATTENTION_ARGUMENTS and isinstance(value, dict) and "scale" in value:
+                watch.note(f"{path}.scale: it does not reach adapters; each has a strength of its own")
             found[name] = value
         return found
 

@@ -294,7 +294,10 @@ def test_diffusers_kwargs_reach_the_call(ovis: Pipeline, ovis_picture: Tensor) -
 def test_attention_arguments_go_by_the_pipeline_s_own_name(ovis: Pipeline, ovis_picture: Tensor) -> None:
     made = heard(ovis, REQUEST | {"diffusers_kwargs": {"cross_attention_kwargs": {"scale": 0.5}}})
     assert made.frames is not None and apart(made.frames, ovis_picture) == 0  # no adapter is there to be scaled
-    assert made.notes == ["diffusers_kwargs.cross_attention_kwargs: OvisImagePipeline names it joint_attention_kwargs"]
+    assert made.notes == [
+        "diffusers_kwargs.cross_attention_kwargs: OvisImagePipeline names it joint_attention_kwargs",
+        "diffusers_kwargs.cross_attention_kwargs.scale: it does not reach adapters; each has a strength of its own",
+    ]
 
 
 @pytest.mark.parametrize(
