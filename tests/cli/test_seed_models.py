@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sgld.media import decode, decode_sound
+from sgld.media import decode, decode_sound, read_metadata
 from tests.engine.repositories import contents, publish
 from tools import tiny
 
@@ -211,6 +211,35 @@ def test_auto_says_that_diffusers_runs_it(run: Run, tmp_path: Path) -> None:
     refused = run(f"{command} --backend sglang", small, ovis_image=None)
     _, told = refused.communicate(timeout=150)
     assert (refused.returncode, "pipeline 'OvisImagePipeline' is not supported" in told) == (1, True)
+
+
+def test_the_same_config_in_yaml(run: Run, tmp_path: Path) -> None:
+    config = after("cli_newer", "```yaml Config", "model_path", "enable_torch_compile")
+    (tmp_path / "config.yaml").write_text(config)
+    script = block("cli_newer", "sglang generate --config config.yaml", "sglang generate --config config.yaml")
+    file = made(run(script, "--height 48 --width 64 --num-frames 9", fasthunyuan=None), tmp_path)
+    told = read_metadata(file)
+    assert (file.parent, decode(file)[0].shape) == (tmp_path / "outputs", (9, 48, 64, 3))
+    assert (told["seed"], told["fps"], told["num_inference_steps"]) == (1024, 24, 6)
+    assert told["prompt"] == "A beautiful woman in a red dress walking down a street"
+
+
+def test_dotted_attention_and_an_autoencoder_from_a_local_folder(run: Run, tmp_path: Path) -> None:
+    """The shell leaves the ~ behind a = alone; a CPU has no flash attention."""
+    flag = block("cli_older", "  --vae-path=~", "  --vae-path=~").strip()
+    home, folder = tmp_path / "home", flag.removeprefix("--vae-path=~/")
+    tiny.makers()["flux2-tiny-autoencoder"](home / folder)
+    dotted = after("cli_newer", "You can also pass dotted", "sglang generate", "  --component-attention-backends.tr")
+    script = f"export HOME={home}\n{dotted.replace('<MODEL_PATH_OR_ID>', 'black-forest-labs/FLUX.2-dev')}"
+    asked, models = '--prompt "a red cat" --seed 1', {"flux2_dev": SMALL | {"guidance_scale": 4.0}}
+    refused = run(script, asked, **models)
+    _, told = refused.communicate(timeout=150)
+    assert refused.returncode == 2
+    assert "component-attention-backends.transformer: fa cannot run here" in told
+    script = script.replace("transformer fa", "transformer torch_sdpa")
+    own, other = (decode(made(run(script, f"{asked} {more}", **models), tmp_path))[0] for more in ("", flag))
+    assert own.shape == other.shape == (1, 32, 32, 3)
+    assert (own != other).any()
 
 
 @pytest.mark.parametrize(
