@@ -457,7 +457,7 @@ def test_info(twins: Path, dev: Flux) -> None:
     assert (info.defaults["width"], info.defaults["height"]) == (1024, 1024)
     assert (info.max_pictures, info.starts_from_picture) == (1, True)
     assert info.tasks == ("text-to-image", "image-to-image")
-    assert set(info.unsupported) == {"cfg_normalization", "guidance_scale_2", "boundary_ratio"}
+    assert set(info.unsupported) == {"cfg_normalization", "guidance_scale_2", "boundary_ratio", "diffusers_kwargs"}
     info = load(twins / "flux1-schnell").info
     assert (info.defaults["num_inference_steps"], info.defaults["max_sequence_length"]) == (4, 256)
     with pytest.raises(NotBuilt, match="guidance_scale: this model cannot use it: .*trained without"):

@@ -565,7 +565,7 @@ def test_info(twins: Path) -> None:
     assert klein.defaults == common | {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert (dev.min_pictures, dev.max_pictures, dev.starts_from_picture) == (0, 10, False)
     assert dev.lora_targets == ("transformer",)
-    assert set(dev.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization"}
+    assert set(dev.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization", "diffusers_kwargs"}
     assert set(klein.unsupported) == {*dev.unsupported, "true_cfg_scale"}
     without = load(twins / DEV, vae_config=VaeConfig(load_encoder=False)).info
     assert (without.tasks, without.max_pictures) == (("text-to-image",), 0)

@@ -392,7 +392,7 @@ def test_info(family: HunyuanVideo) -> None:
     info = family.info
     assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("HunyuanVideoPipeline", "video", 16, 4)
     assert info.tasks == ("text-to-video", "text-to-image", "image-to-video", "image-to-image")
-    assert set(info.unsupported) == {"cfg_normalization", "guidance_scale_2", "boundary_ratio"}
+    assert set(info.unsupported) == {"cfg_normalization", "guidance_scale_2", "boundary_ratio", "diffusers_kwargs"}
     params, notes = resolve({"prompt": "a cat"}, attrs.evolve(info, memory=None))
     assert (params.width, params.height, params.num_frames, params.fps) == (1280, 720, 125, 24)
     assert (params.num_inference_steps, params.guidance_scale, params.true_cfg_scale) == (50, 6.0, 1.0)

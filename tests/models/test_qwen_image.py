@@ -411,7 +411,7 @@ def test_info(models: Path) -> None:
     assert info.tasks == ("text-to-image", "image-to-image")
     assert (info.max_pictures, info.min_pictures, info.starts_from_picture) == (1, 0, True)
     assert (info.max_tokens, info.lora_targets) == (1024, ("transformer",))
-    assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization"}
+    assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization", "diffusers_kwargs"}
     edits = [load(models / name).info for name in ("qwen-image-edit", "qwen-image-edit-2509")]
     assert [(info.min_pictures, info.max_pictures, info.starts_from_picture) for info in edits] == [
         (1, 1, False), (1, 16, False)

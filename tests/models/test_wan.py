@@ -117,7 +117,7 @@ def test_info(twins: Path) -> None:
     assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("WanPipeline", "video", 16, 4)
     assert info.components == ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     assert info.defaults["guidance_scale"] == 3.0
-    of_others = {"true_cfg_scale", "cfg_normalization"}
+    of_others = {"true_cfg_scale", "cfg_normalization", "diffusers_kwargs"}
     assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio"} | of_others
     assert (info.starts_from_picture, info.min_pictures, info.max_pictures, info.fixed_steps) == (True, 0, 1, None)
     info = load(twins / "wan22-a14b").info
