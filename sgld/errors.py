@@ -166,3 +166,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, without the lines behind that."""
+    return (str(error).strip().splitlines() or [""])[0]

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from sgld import inputs
 from sgld.config import DIFFUSERS_ATTENTION_BACKENDS, TRANSFORMERS, Settings
 from sgld.convert import default_of, fields_of, shown
-from sgld.errors import BadRequest, ModelError, nearest
+from sgld.errors import BadRequest, ModelError, first_line, nearest
 from sgld.messages import Load
 from sgld.models.family import Sound, Watch, Whole
-from sgld.models.parts import folder_defaults
+from sgld.models.parts import PRECISIONS, check_precisions, folder_defaults
 from sgld.nn.attention import BACKENDS
 from sgld.nn.lora import LoraLayers
 from sgld.nn.parallel import Mesh
@@ -48,7 +48,6 @@ OUTPUTS = ("images", "frames", "video", "sample")
 DENOISERS = (*TRANSFORMERS, "unet")
 MAX_PICTURES = 10
 NEEDS_PICTURE = re.compile("Img2Img|Image2Image|ImageToImage|ImageToVideo|Inpaint|Edit|Upscale|InstructPix2Pix")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KERNELS = {
     "native": BACKENDS["torch_sdpa"],
     "flash": BACKENDS["fa2"],
@@ -220,7 +219,7 @@ class Pipeline(Whole):
             except (ValueError, TypeError) as error:
                 if course.denoises:
                     raise
-                raise BadRequest(f"{self._name} refuses the request: {_first_line(error)}") from error
+                raise BadRequest(f"{self._name} refuses the request: {first_line(error)}") from error
         frames = _frames(self._name, output)
         self._compare(params, frames, watch)
         if isinstance(output, dict) and any(output.get("nsfw_content_detected") or ()):
@@ -380,7 +379,7 @@ class Loader:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self._check_code()
-        self._check_precisions()
+        check_precisions(self._settings, len(self._encoders))
         made: dict[str, Any] = {}
         for i, name in enumerate(self._components, 1):
             part = self._component(name)
@@ -404,19 +403,13 @@ class Loader:
         if code and not (file := self._folder / code[0]).is_file():
             raise ModelError(f"{file}: no such file, but model_index.json names it")
 
-    def _check_precisions(self) -> None:
-        given, here = self._settings.text_encoder_precisions, len(self._encoders)
-        if given is not None and len(given) != here:
-            told = f"{len(given)} given; this model has {here} text encoder{'s'[: here != 1]}"
-            raise BadRequest(f"text_encoder_precisions: {told}", "text_encoder_precisions")
-
     def _dtype(self, name: str) -> torch.dtype:
         """The precision of a component: its own, else the one for all, else the platform's."""
         s = self._settings
         own = {"vae": s.vae_precision} | dict.fromkeys(DENOISERS, s.dit_precision)
         own |= dict(zip(self._encoders, s.text_encoder_precisions or (), strict=False))
         named = own.get(name) or s.precision
-        return DTYPES[named] if named else self._platform.dtype
+        return PRECISIONS[named] if named else self._platform.dtype
 
     def _component(self, name: str) -> Any:
         """A model of diffusers or transformers, or whatever replaces a component; None leaves it to the pipeline."""
@@ -455,7 +448,7 @@ def _as_model_error(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
-        raise ModelError(f"{folder}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _refuse(settings: Settings) -> None:
@@ -480,7 +473,7 @@ def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) ->
     try:
         pipeline.enable_model_cpu_offload(device=mesh.device)
     except ImportError as error:
-        raise BadRequest(f"{asked[0]}: {_first_line(error)}", asked[0]) from None
+        raise BadRequest(f"{asked[0]}: {first_line(error)}", asked[0]) from None
     return True
 
 
@@ -511,7 +504,7 @@ def _use_kernel(module: Any, name: str, param: str) -> None:
     try:
         module.set_attention_backend(name)
     except (RuntimeError, ValueError) as error:
-        raise BadRequest(f"{param}: {name} cannot run here: {_first_line(error)}", param) from None
+        raise BadRequest(f"{param}: {name} cannot run here: {first_line(error)}", param) from None
 
 
 def _set_vae(vae: Any, settings: Settings) -> None:
@@ -555,7 +548,3 @@ def _frames(name: str, output: Any) -> Tensor:
     if frames.dtype != np.uint8:
         frames = (frames.astype(np.float32) * 255).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(frames).expand(-1, -1, -1, 3)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from sgld.config import TRANSFORMERS
+from sgld.config import TRANSFORMERS, Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
@@ -29,6 +29,7 @@ from sgld.platform import Platform
 
 D = TypeVar("D", bound=Denoiser)
 M = TypeVar("M", bound=nn.Module)
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
 NO_PIPELINE = {"diffusers_kwargs": "it runs as native code; start it with backend diffusers to use them"}
@@ -67,7 +68,7 @@ class Parts:
         self.train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
         self.mesh, self.degrees = mesh, Degrees()
         self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
-        self._check_precisions()
+        check_precisions(self.settings, len(self.encoders))
         if self.settings.dmd_denoising_steps and not few_steps:
             raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
         self.residency = Residency.of(self.settings, platform, self.names)
@@ -76,14 +77,6 @@ class Parts:
         self._chooser.check((*self.encoders, *others, "vae"))
         weighed = [name for name in self.names if (self.path(name) / "config.json").is_file()]
         self._progress, self._loaded, self._total = progress, 0, len(weighed)
-
-    def _check_precisions(self) -> None:
-        given, here = self.settings.text_encoder_precisions, len(self.encoders)
-        if given is not None and len(given) != here:
-            raise BadRequest(
-                f"text_encoder_precisions: {len(given)} given; this model has {here} text encoder{'s'[: here > 1]}",
-                "text_encoder_precisions",
-            )
 
     def needs_euler(self) -> None:
         """Raise `ModelError` for a scheduler that takes no noise levels of a family's own."""
@@ -128,8 +121,7 @@ class Parts:
         else:
             own = None if component == "image_encoder" else s.vae_precision or "fp32"
         name = own or s.precision
-        known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        return known[name] if name else self.platform.dtype
+        return PRECISIONS[name] if name else self.platform.dtype
 
     def transformer(
         self,
@@ -208,6 +200,14 @@ class Parts:
         if self.platform.ranks_share_memory:
             return block * self.mesh.cfg.size
         return block // self.mesh.tokens.size
+
+
+def check_precisions(settings: Settings, encoders: int) -> None:
+    """Raise `BadRequest` unless `text_encoder_precisions`, where it is given, has one for each text encoder."""
+    given = settings.text_encoder_precisions
+    if given is not None and len(given) != encoders:
+        told = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
+        raise BadRequest(f"text_encoder_precisions: {told}", "text_encoder_precisions")
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:

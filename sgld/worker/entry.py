@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sgld import config
-from sgld.errors import OutOfMemory, SgldError
+from sgld.errors import OutOfMemory, SgldError, first_line
 from sgld.messages import (
     Audio,
     Cancel,
@@ -175,14 +175,10 @@ def _failed(error: Exception, *, out_of_memory: bool = False) -> Failed:
     trace = "".join(traceback.format_exception(error))
     if out_of_memory:
         hint = "ask for fewer frames, a smaller size, or more workers"
-        return Failed(OutOfMemory.code, f"out of memory: {hint} ({_one_line(error)})", None, trace)
+        return Failed(OutOfMemory.code, f"out of memory: {hint} ({first_line(error)})", None, trace)
     if isinstance(error, SgldError):
         return Failed(error.code, error.message, error.param, trace)
-    return Failed(SgldError.code, f"{type(error).__name__}: {_one_line(error)}", None, trace)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    return Failed(SgldError.code, f"{type(error).__name__}: {first_line(error)}", None, trace)
 
 
 def _prepare_process(seat: Seat) -> None:
