@@ -84,8 +84,8 @@ class VaeConfig:
         "how to split the decode",
         group=MEMORY,
         choices=("tiled", "patch", "spatial_shard", "spatial", "auto"),
-        pending="splitting the decode by tiles",
-        built=("spatial_shard", "spatial", "auto"),
+        pending="splitting the decode by patches",
+        built=("tiled", "spatial_shard", "spatial", "auto"),
     )
 
 
@@ -232,7 +232,9 @@ class Settings:
         False, "the same for the transformer, and while it works two of its blocks at a time", group=MEMORY
     )
     pin_cpu_memory: bool = knob(True, "pin host memory of offloaded weights, for faster copies to a GPU", group=MEMORY)
-    vae_tiling: bool = knob(False, "decode tile by tile", group=MEMORY)
+    vae_tiling: bool | None = knob(
+        None, "decode large outputs tile by tile", group=MEMORY, shown_default="as the model's authors do"
+    )
     vae_slicing: bool = knob(False, "decode one output at a time; always so", group=MEMORY)
     vae_sp: bool = knob(False, "decode on all workers, each some rows or tiles of the pictures", group=MEMORY)
     vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
@@ -356,6 +358,21 @@ class Settings:
             raise BadRequest(f"dist_init_addr: {told}", "dist_init_addr")
         return found[1], int(found[2])
 
+    def tiles(self, by_default: bool = False) -> bool:
+        """Whether the VAE works tile by tile, if a model that is not told does so `by_default`.
+
+        Raises:
+            BadRequest: it does not, but sizes of tiles are given.
+        """
+        vae = self.vae_config
+        asked = vae.use_tiling if self.vae_tiling is None else self.vae_tiling
+        tiled = by_default if asked is None else asked
+        for name in ("min_height", "min_width", "stride_height", "stride_width"):
+            if not tiled and getattr(vae, f"tile_sample_{name}") is not None:
+                path = f"vae_config.tile_sample_{name}"
+                raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
+        return tiled
+
     @property
     def parallel_decode(self) -> bool:
         """Whether several workers decode together."""
@@ -463,16 +480,11 @@ def without_secrets(settings: Settings) -> Settings:
 
 
 def _check_tiles(settings: Settings) -> None:
-    """Tile sizes mean nothing without tiling, and tiling is asked for in one voice."""
-    vae = settings.vae_config
-    if settings.vae_tiling and vae.use_tiling is False:
-        raise BadRequest(
-            "vae_config.use_tiling: false contradicts vae_tiling true; leave one out", "vae_config.use_tiling"
-        )
-    for name in ("min_height", "min_width", "stride_height", "stride_width"):
-        if getattr(vae, f"tile_sample_{name}") is not None and not (settings.vae_tiling or vae.use_tiling):
-            path = f"vae_config.tile_sample_{name}"
-            raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
+    """Tiling is asked for in one voice."""
+    one, other = settings.vae_config.use_tiling, settings.vae_tiling
+    if None not in (one, other) and one != other:
+        told = f"{one} contradicts vae_tiling {other}".lower()
+        raise BadRequest(f"vae_config.use_tiling: {told}; leave one out", "vae_config.use_tiling")
 
 
 def _check_offload(settings: Settings) -> None:

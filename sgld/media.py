@@ -114,11 +114,11 @@ def _adapter(lora: LoraUse) -> dict[str, Any]:
 
 def _telling(settings: Settings) -> dict[str, Any]:
     """The settings that change pixels, but for those that stand at their defaults, or choose what runs anyway."""
-    tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name))}
+    tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name)) is not None}
     adapters = [Path(path).name for path in settings.lora_path or []]
     values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
     values["backend"] = settings.backend if settings.backend == "diffusers" else None
-    return {name: value for name, value in values.items() if value}
+    return {name: value for name, value in values.items() if value or value is False}
 
 
 def check_encodable(

@@ -5,7 +5,8 @@ cold      wall seconds of `sgld generate`, process start included, clip and imag
 loop      gaps of the event loop while a generation runs, milliseconds
 spine     a request through the engine against the same sampling in this process, run in turns
 
-`tools/bench_server.py` measures `sgld serve`; `tools/bench_lora.py` measures LoRA adapters against diffusers.
+`tools/bench faults`, `lora`, `parallel` and `server` measure killed workers, LoRA adapters against diffusers, several
+workers sharing one picture, and `sgld serve`.
 """
 
 from __future__ import annotations

@@ -181,11 +181,10 @@ class Autoencoder:
         self.config = config
         self.spatial, self.temporal, self.least = spatial, temporal, least
         self.rows = parts.mesh.all if s.parallel_decode else Axis()
-        wanted = s.vae_tiling or (tiled if s.vae_config.use_tiling is None else s.vae_config.use_tiling)
-        if s.parallel_decode:  # on one worker too, so that any number of them makes the same picture
+        if s.parallel_decode:
             _check_shared_in_tiles(s)
-            wanted = True
-        self.tiling = Tiling.of(s.vae_config, spatial) if wanted else None
+        tiled |= s.parallel_decode  # on one worker too, so that any number of them makes the same picture
+        self.tiling = Tiling.of(s.vae_config, spatial) if s.tiles(by_default=tiled) else None
 
     def grid(self, params: SamplingParams) -> tuple[int, int, int]:
         """Frames, rows and columns of an output's latents."""
@@ -270,9 +269,9 @@ def _filled(tile: Tensor, t: Tiling) -> Tensor:
 
 def _check_shared_in_tiles(s: Settings) -> None:
     """Refuse settings for a decode that is shared otherwise: its norms see the whole picture."""
-    if s.vae_config.use_tiling is False:
-        path = "vae_config.use_tiling"
+    if not s.tiles(by_default=True):
+        path = "vae_config.use_tiling" if s.vae_tiling is None else "vae_tiling"
         raise BadRequest(f"{path}: false: this model's decode is shared tile by tile; leave it or vae_sp out", path)
-    if (mode := s.vae_config.parallel_decode_mode) not in (None, "auto"):
+    if (mode := s.vae_config.parallel_decode_mode) not in (None, "auto", "tiled"):
         path = "vae_config.parallel_decode_mode"
-        raise BadRequest(f"{path}: {mode!r}: this model's decode is shared tile by tile; only auto is allowed", path)
+        raise BadRequest(f"{path}: {mode!r}: this model's decode is shared tile by tile; use auto or tiled", path)

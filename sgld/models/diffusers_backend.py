@@ -510,7 +510,7 @@ def _use_kernel(module: Any, name: str, param: str) -> None:
 def _set_vae(vae: Any, settings: Settings) -> None:
     """Tiles and slices, as the VAE has them. Raises `BadRequest` where it has not."""
     tiles = {n: v for n, v in attrs.asdict(settings.vae_config).items() if n.startswith("tile_sample_") and v}
-    if settings.vae_tiling or settings.vae_config.use_tiling:
+    if settings.tiles():
         takes = inspect.signature(vae.enable_tiling).parameters if hasattr(vae, "enable_tiling") else {}
         for name in tiles:
             if name not in takes:

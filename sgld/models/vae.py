@@ -301,6 +301,9 @@ class Vae:
     ):
         if not settings.vae_config.load_decoder:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
+        if (mode := settings.vae_config.parallel_decode_mode) == "tiled":
+            path = "vae_config.parallel_decode_mode"
+            raise BadRequest(f"{path}: {mode!r}: this model's decode is shared row by row; use auto or spatial", path)
         c = vae_config(folder / "config.json")
         self.config = c
         self.channels, self.spatial, self.temporal = c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal
@@ -308,8 +311,7 @@ class Vae:
         self.module = load_module(lambda: WanDecoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(-1, 1, 1).to(device, dtype) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
-        tiled = settings.vae_tiling or settings.vae_config.use_tiling
-        self.tiling = Tiling.of(settings.vae_config, self.spatial) if tiled else None
+        self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
         self.rows = rows or Axis()
 
     def decode(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:

@@ -166,8 +166,7 @@ class VaeEncoder:
         self.module = load_module(lambda: WanEncoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(device) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
-        tiled = settings.vae_tiling or settings.vae_config.use_tiling
-        self.tiling = Tiling.of(settings.vae_config, self.spatial) if tiled else None
+        self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
 
     def encode(self, pictures: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """Pictures [N, 3, H, W] in [-1, 1], N = 4k+1, to latents float32 [1, C, k+1, H/8, W/8].

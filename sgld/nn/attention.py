@@ -152,8 +152,8 @@ class Entry:
     keys: tuple[str, ...] = ()  # of attention_backend_config
     joins: bool = True  # whether it tells log-sum-exps, which a ring of workers needs
 
-    def obstacle(self, platform: Platform, dtype: torch.dtype, head: int) -> str | None:
-        """Why it cannot run, if it cannot."""
+    def obstacle(self, platform: Platform, dtype: torch.dtype, head: int, ring: bool = False) -> str | None:
+        """Why it cannot run, if it cannot; in a `ring` of workers, or without."""
         if self.gpu and not re.fullmatch(self.gpu, platform.gpu or ""):
             return f"it needs {self.needs}; this worker computes on {platform.gpu or 'a CPU'}"
         if not _installed(self.package):
@@ -162,6 +162,8 @@ class Entry:
             return "it computes in fp16 or bf16; the component's precision is fp32"
         if head > self.max_head:
             return f"it takes heads of at most {self.max_head} channels; the component's have {head}"
+        if ring and not self.joins:
+            return "it cannot join what the workers of a ring attend to"
         return None
 
 
@@ -217,7 +219,7 @@ class Chooser:
             raise BadRequest(f"{path}: this model has no such attention: {why}; leave it out", path)
 
     def choose(self, component: str, role: str, dtype: torch.dtype, head: int, ring: bool = False) -> Backend:
-        """The backend for a transformer's attention to itself, or across, with heads of so many channels.
+        """The backend for a transformer's attention to itself, maybe in a `ring` of workers, or across.
 
         The role's own, or the component's, or those of the first of several such components, or the one for all; else
         flash attention where it can run, and torch's own where it cannot.
@@ -231,13 +233,13 @@ class Chooser:
         asked = next((n for n in (f"{component}.{role}", component, f"{first}.{role}", first) if n in given), None)
         param = f"component_attention_backends.{asked}" if asked else "attention_backend"
         name = wanted = given[asked] if asked else self.settings.attention_backend
-        runs = [n for n, entry in BACKENDS.items() if entry.obstacle(self.platform, dtype, head) is None]
+        runs = [n for n, entry in BACKENDS.items() if entry.obstacle(self.platform, dtype, head, ring) is None]
         if name in (None, "fa"):
-            flash = [n for n in FLASH if n in runs and (BACKENDS[n].joins or not ring)]
+            flash = [n for n in FLASH if n in runs]
             name = next(iter(flash), FLASH[-1] if name else "torch_sdpa")
         if name not in BACKENDS:
             raise NotBuilt(f"{param}: {name} is not built yet in this version of sgld; use torch_sdpa", param)
-        if reason := BACKENDS[name].obstacle(self.platform, dtype, head):
+        if reason := BACKENDS[name].obstacle(self.platform, dtype, head, ring):
             raise BadRequest(f"{param}: {wanted} cannot run here: {reason}; these can: {', '.join(runs)}", param)
         self._check_keys(name)
         return BACKENDS[name].make()

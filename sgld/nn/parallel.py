@@ -178,11 +178,15 @@ class Degrees:
         sequence = s.num_gpus // cfg
         ulysses = s.ulysses_degree or (sequence // s.ring_degree if s.ring_degree else math.gcd(sequence, heads))
         if heads % ulysses:
-            allowed = ", ".join(str(d) for d in range(1, sequence + 1) if sequence % d == 0 and heads % d == 0)
+            fit = [d for d in range(1, sequence + 1) if sequence % d == 0 and heads % d == 0]
+            name, given, allowed, rest = "ulysses_degree", str(ulysses), fit, ", and ring_degree takes the rest"
+            if not s.ulysses_degree:
+                name, given, rest = "ring_degree", f"{s.ring_degree} leaves ulysses_degree {ulysses}, and so many", ""
+                allowed = [sequence // d for d in reversed(fit)]
             raise BadRequest(
-                f"ulysses_degree: {ulysses} workers cannot share {heads} attention heads evenly; allowed for "
-                f"{sequence} workers: {allowed}, and ring_degree takes the rest",
-                "ulysses_degree",
+                f"{name}: {given} workers cannot share {heads} attention heads evenly; allowed for "
+                f"{sequence} workers: {', '.join(map(str, allowed))}{rest}",
+                name,
             )
         return cls(cfg, sequence // ulysses, ulysses)
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgld.errors import BadRequest
 from sgld.nn.attention import Backend
 from sgld.nn.parallel import Mesh
 
@@ -23,12 +22,7 @@ class SequenceAttention:
 
     def __init__(self, mesh: Mesh, backend: Backend):
         self._ulysses, self._ring = mesh.ulysses, mesh.ring
-        if backend.attend_lse is None and self._ring.size > 1:
-            raise BadRequest(
-                f"ring_degree: attention_backend {backend.name} cannot join what several workers attended to; "
-                "use 1, or another attention_backend",
-                "ring_degree",
-            )
+        assert backend.attend_lse is not None or self._ring.size == 1, f"{backend.name} was chosen for a ring"
         self._attend, self._attend_lse = backend.attend, backend.attend_lse
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
+from numpy.typing import NDArray
 
 from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import WorkerDied
-from sgld.messages import Event, Frames, Progress
+from sgld.messages import Event, Frames, Preview, Progress
 from sgld.params import SamplingParams, resolve
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -42,9 +45,13 @@ def kill_at(engine: Engine, stage: str, step: int, rank: int) -> Callable[[Event
     return follow
 
 
+def entries(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Engine]:
-    async with Engine(Settings(num_gpus=2, worker_retries=1)) as engine:
+    async with Engine(Settings(num_gpus=2, worker_retries=1, vae_sp=True)) as engine:
         await engine.load(ignore)
         yield engine
 
@@ -55,6 +62,7 @@ async def made(engine: Engine, follow: Callable[[Event], None] = ignore) -> Fram
 
 @pytest.mark.parametrize(("stage", "step", "rank"), [
     ("encode", 0, 0), ("encode", 0, 1), ("denoise", 0, 1), ("denoise", 4, 0), ("decode", 0, 0),
+    ("decode", 0, 1),
 ])  # fmt: skip
 async def test_a_job_is_made_again_and_those_that_wait_are_made(
     engine: Engine, stage: str, step: int, rank: int
@@ -67,15 +75,63 @@ async def test_a_job_is_made_again_and_those_that_wait_are_made(
     assert np.array_equal(queued, expected)
 
 
-async def test_nothing_is_left_of_the_killed(engine: Engine) -> None:
+async def test_nothing_is_left_of_the_killed(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     us = psutil.Process()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    await made(engine, kill_at(engine, "denoise", 0, 1))
     await made(engine)
+    files = entries(tmp_path)
     descriptors, children = us.num_fds(), len(us.children(recursive=True))
     for rank in (0, 1, 0):
         await made(engine, kill_at(engine, "denoise", 0, rank))
     assert us.num_fds() == descriptors
+    assert entries(tmp_path) == files > 0
     assert len(us.children(recursive=True)) == children
     assert not [child for child in us.children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+async def test_a_cancel_while_both_decode(engine: Engine) -> None:
+    """Which they share; a long clip, so that it comes in time."""
+    assert engine.info is not None
+    clip = resolve(REQUEST | {"num_frames": 33, "num_inference_steps": 1}, engine.info)[0]
+    ended: list[float] = []
+
+    def cancel(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.step) == ("decode", 0):
+            job.cancel()
+        if isinstance(event, Progress) and (event.stage, event.step) == ("decode", 1):
+            ended.append(event.step)
+
+    pids = engine.group.pids
+    job = asyncio.ensure_future(engine.generate("job", clip, cancel))
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert not ended, "it came too late"
+    expected = await made(engine)
+    assert expected.any()
+    assert engine.group.pids == pids, "a worker was killed for it"
+
+
+async def test_previews_that_both_decode(engine: Engine) -> None:
+    """They show what one worker's show."""
+
+    async def shown(engine: Engine) -> list[NDArray[np.int64]]:
+        found: list[NDArray[np.int64]] = []
+
+        def follow(event: Event) -> None:
+            if isinstance(event, Preview):
+                found.append(event.frames.array.astype(int))
+
+        await engine.generate("job", asked(engine), follow, 2)
+        return found
+
+    async with Engine(Settings()) as single:
+        await single.load(ignore)
+        alone = await shown(single)
+    together = await shown(engine)
+    assert len(together) == len(alone) == 2
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(together, alone, strict=True))
+    assert np.abs(alone[0] - alone[1]).max() > 20
 
 
 async def test_a_job_that_always_kills_fails_in_the_end() -> None:

@@ -1,7 +1,9 @@
 """What every family is held to: diffusers' picture from the same seed, on any number of ranks, with any weights."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from sgld.config import Settings
+from sgld.config import settings_of
 from sgld.messages import Load, Preview
 from sgld.models import load_family
 from sgld.models.family import Family, Sound, Whole
@@ -33,7 +36,7 @@ Request = Mapping[str, Any]
 def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> Family:
     """That model on the CPU; as many workers as the mesh has ranks."""
     mesh = mesh or Mesh.solo()
-    command = Load(Settings(model_path=str(folder), num_gpus=mesh.world, **settings), folder)
+    command = Load(settings_of({"model_path": str(folder), "num_gpus": mesh.world} | settings), folder)
     family = load_family(command, mesh, Cpu(), lambda step, total: None)
     assert isinstance(family, Family)
     return family
@@ -72,17 +75,87 @@ def shown(family: Family, request: Request, previews: int) -> tuple[Tensor, list
 
 
 Case = tuple[Path, Request, Mapping[str, Any]]  # a model's folder, what is asked of it, and with which settings
+Made = tuple[Tensor, Tensor | None]  # frames u8 [N, H, W, 3], samples [C, N]
+SPLITS = ("num_gpus", "sp_degree", "ulysses_degree", "ring_degree", "enable_cfg_parallel", "tp_size")
 
 
-def _on_rank(mesh: Mesh, cases: Iterable[Case]) -> Any:
-    return [picture(load(folder, mesh, **settings), request, mesh).numpy() for folder, request, settings in cases]
+@contextmanager
+def _counted(family: Family) -> Iterator[Counter[str]]:
+    """Fills with the multiplications of layers in the stages that ranks may share, and the steps under guidance."""
+    found: Counter[str] = Counter()
+    stages = ["other"]
+
+    def count(module: nn.Module, args: object, y: Any) -> None:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim > 1 and not isinstance(module, nn.Embedding):
+            found[stages[-1]] += y.numel() * weight[0].numel()
+
+    def within(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            stages.append(stage)
+            answer = method(*args)
+            stages.pop()
+            found["guided"] += stage == "velocities" and answer[1] is not None
+            return answer
+
+        return run
+
+    for stage in ("encode", "velocities", "decode"):
+        setattr(family, stage, within(stage, getattr(family, stage)))
+    hook = register_module_forward_hook(count)
+    yield found
+    hook.remove()
 
 
-def pictures_of_ranks(world: int, store: Path, cases: Iterable[Case]) -> list[Tensor]:
-    """Frames of each, made by that many processes, which meet in the file `store`; all but the first have none."""
-    first, *others = on_ranks(world, store, _on_rank, list(cases))
-    assert all(frames.size == 0 for rank in others for frames in rank)
-    return [torch.from_numpy(frames) for frames in first]
+def _on_rank(mesh: Mesh, cases: Iterable[Case], prepare: Callable[[], object]) -> list[tuple[Any, Any, Counter[str]]]:
+    prepare()
+    answers = []
+    for folder, request, settings in cases:
+        family = load(folder, mesh, **settings)
+        with _counted(family) as work:
+            frames, sound = make(family, request, mesh)
+        answers.append((frames.numpy(), None if sound is None else sound.samples.numpy(), work))
+    return answers
+
+
+def made_by_ranks(world: int, store: Path, cases: Iterable[Case], prepare: Callable[[], object] = dict) -> list[Made]:
+    """Each case, made by that many processes, which meet in the file `store` and call `prepare` first.
+
+    One process alone makes the same, within a level; what is shared takes each of many less than that one; and all but
+    the first of them have no frames and no sound.
+    """
+    cases = list(cases)
+    alone = [(folder, request, {k: v for k, v in given.items() if k not in SPLITS}) for folder, request, given in cases]
+    different = {str(case): case for case in alone}
+    (answers,) = on_ranks(1, store.with_name("alone"), _on_rank, list(different.values()), prepare)
+    singles = dict(zip(different, answers, strict=True))
+    ranks = on_ranks(world, store, _on_rank, cases, prepare)
+    found: list[Made] = []
+    work: dict[str, list[Counter[str]]] = {}  # by model and settings: of the one, and of each of many
+    for (folder, _, settings), same, parts in zip(cases, alone, zip(*ranks, strict=True), strict=True):
+        (whole, heard, all_of_it), ((frames, samples, _), *others) = singles[str(same)], parts
+        assert apart(torch.from_numpy(frames), torch.from_numpy(whole)) <= 1, settings
+        assert (samples is None) == (heard is None)
+        assert samples is None or float(abs(samples - heard).max()) < 1e-3
+        assert all(frames.size == 0 and samples is None for frames, samples, _ in others)
+        found.append((torch.from_numpy(frames), None if samples is None else torch.from_numpy(samples)))
+        sums = work.setdefault(str((folder, settings)), [Counter() for _ in range(world + 1)])
+        for total, more in zip(sums, (all_of_it, *(done for _, _, done in parts)), strict=True):
+            total.update(more)
+    for folder, _, settings in cases:
+        one, *many = work[str((folder, settings))]
+        halved = one["guided"] or world > 2 or not settings.get("enable_cfg_parallel")
+        shared = {"velocities": halved, "encode": settings.get("tp_size"), "decode": settings.get("vae_sp")}
+        for stage in (stage for stage, split in shared.items() if split):
+            assert max(rank[stage] for rank in many) < one[stage], f"{settings}: a rank of {world} does all of {stage}"
+    return found
+
+
+def pictures_of_ranks(
+    world: int, store: Path, cases: Iterable[Case], prepare: Callable[[], object] = dict
+) -> list[Tensor]:
+    """The frames of `made_by_ranks`."""
+    return [frames for frames, _ in made_by_ranks(world, store, cases, prepare)]
 
 
 def picture_of_ranks(world: int, store: Path, folder: Path, request: Request, **settings: Any) -> Tensor:

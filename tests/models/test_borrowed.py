@@ -252,6 +252,20 @@ def test_decoding_is_that_of_diffusers(folders: Mapping[str, Path], tiled: bool)
     assert ((found.int() - whole.int()).abs().max() > 1) == tiled, "tiles make no difference, so this proves nothing"
 
 
+def test_it_is_shared_by_tiles_alone(folders: Mapping[str, Path]) -> None:
+    folder = folders["LlamaModel"]
+    mode = attrs.evolve(TILES, parallel_decode_mode="tiled")
+    assert autoencoder(folder, vae_sp=True, vae_config=mode).tiling
+    with pytest.raises(BadRequest, match=r"^vae_config.parallel_decode_mode: 'spatial': .*; use auto or tiled$"):
+        autoencoder(folder, vae_sp=True, vae_config=VaeConfig(parallel_decode_mode="spatial"))
+    for path, settings in {
+        "vae_tiling": {"vae_tiling": False},
+        "vae_config.use_tiling": {"vae_config": VaeConfig(use_tiling=False)},
+    }.items():
+        with pytest.raises(BadRequest, match=f"^{path}: false: this model's decode is shared tile by tile"):
+            autoencoder(folder, vae_sp=True, **settings)
+
+
 def test_encoding_is_the_mode(folders: Mapping[str, Path]) -> None:
     from diffusers import AutoencoderKL
 

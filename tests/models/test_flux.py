@@ -32,6 +32,8 @@ from tests.models.parity import (
     load,
     photo,
     picture,
+    picture_of_ranks,
+    pictures_of_ranks,
     quiet,
     same_state,
     shown,
@@ -40,7 +42,6 @@ from tests.models.parity import (
     wear,
     write_lora,
 )
-from tests.nn.ranks import on_ranks
 from tools.tiny import stir
 from tools.twins.flux import MAKERS
 
@@ -211,23 +212,13 @@ def test_a_mask_leaves_the_rest_alone(dev: Flux, cat: Path, tmp_path: Path) -> N
 # -------------------------------------------------------------------------------------------------------- ranks
 
 SPLITS: dict[int, list[dict[str, Any]]] = {
-    2: [{"ulysses_degree": 2, "vae_sp": True}, {"ring_degree": 2, "tp_size": 2}, {"enable_cfg_parallel": True}],
-    4: [{"ulysses_degree": 2, "ring_degree": 2}],
+    2: [{"ulysses_degree": 2}, {"ring_degree": 2, "tp_size": 2}, {"enable_cfg_parallel": True}],
+    4: [{"ulysses_degree": 2, "ring_degree": 2}, {"enable_cfg_parallel": True, "ring_degree": 2}],
 }
 
 
-def _pictures(mesh: Mesh, twins: Path, start: Path, cat: Path) -> list[Any]:
+def _small_sizes() -> None:
     flux.KONTEXT_SIZES[:] = SMALL_SIZES
-    requests = {
-        "flux1-dev": [REQUEST | GUIDED, REQUEST | START | {"image_path": [str(start)]}],
-        "flux1-kontext": [REQUEST | GUIDED, REQUEST | {"height": 16, "image_path": [str(cat)]}],
-    }
-    made = []
-    for split in SPLITS[mesh.world]:
-        for name, asked in requests.items():
-            family = load(twins / name, mesh, **split)
-            made += [picture(family, request, mesh).numpy() for request in asked]
-    return made
 
 
 @pytest.mark.proves("FluxPipeline", "USP", "CFG parallel")
@@ -245,10 +236,26 @@ def test_ranks_make_the_picture_of_diffusers(
         reference("flux1-kontext", **GUIDED, guidance_scale=2.5),
         reference("flux1-kontext", height=16, image=Image.open(cat), guidance_scale=2.5),
     ]
-    first, *others = on_ranks(world, tmp_path / "store", _pictures, twins, start, cat)
-    for made, one in zip(first, expected * len(SPLITS[world]), strict=True):
-        assert apart(torch.from_numpy(made), one) <= 1
-    assert all(made.size == 0 for rank in others for made in rank)
+    asked = [
+        ("flux1-dev", REQUEST | GUIDED),
+        ("flux1-dev", REQUEST | START | {"image_path": [str(start)]}),
+        ("flux1-kontext", REQUEST | GUIDED),
+        ("flux1-kontext", REQUEST | {"height": 16, "image_path": [str(cat)]}),
+    ]
+    cases = [(twins / name, request, split) for split in SPLITS[world] for name, request in asked]
+    for made, one in zip(
+        pictures_of_ranks(world, tmp_path / "store", cases, _small_sizes), expected * len(SPLITS[world]), strict=True
+    ):
+        assert apart(made, one) <= 1
+
+
+def test_ranks_decode_a_tile_each(twins: Path, tmp_path: Path) -> None:
+    tiles = {
+        f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride", 16)) for side in ("height", "width")
+    }
+    settings = {"vae_sp": True, "vae_config": tiles}
+    ours = picture_of_ranks(2, tmp_path / "store", twins / "flux1-dev", REQUEST, **settings)
+    assert apart(ours, picture(load(twins / "flux1-dev"), REQUEST)) > 1, "there was one tile"
 
 
 # ------------------------------------------------------------------------------------------------------- weights

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.models import hunyuan_video
 from sgld.models.hunyuan_video import (
@@ -37,7 +36,6 @@ from tests.models.parity import (
     levels,
     load,
     picture,
-    picture_of_ranks,
     pictures_of_ranks,
     quiet,
     same_state,
@@ -141,7 +139,7 @@ def test_same_picture_at_the_edges(
 
 
 TILES = {f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride", 16)) for side in ("height", "width")}
-SHARED = {"tp_size": 2, "vae_sp": True, "vae_config": VaeConfig(**TILES)}
+SHARED = {"tp_size": 2, "vae_sp": True, "vae_config": TILES}
 
 
 @pytest.mark.proves("HunyuanVideoPipeline", "USP", "CFG parallel")
@@ -164,20 +162,30 @@ def test_same_picture_on_two_ranks(twin: Path, tmp_path: Path, pipeline: Any, re
 
 
 def test_same_picture_on_four_ranks(twin: Path, tmp_path: Path, reference: Callable[..., Tensor]) -> None:
-    ours = picture_of_ranks(4, tmp_path / "store", twin, WIDE, ulysses_degree=2, ring_degree=2)
-    assert apart(ours, reference(WIDE)) <= 1
+    """Who share heads and keys; and every two with heads of their own, one pair for each guidance branch."""
+    cases = [
+        (twin, WIDE, {"ulysses_degree": 2, "ring_degree": 2}),
+        (twin, GUIDED, {"enable_cfg_parallel": True, "ulysses_degree": 2}),
+    ]
+    sequence, branches = pictures_of_ranks(4, tmp_path / "store", cases)
+    assert apart(sequence, reference(WIDE)) <= 1
+    assert apart(branches, reference(GUIDED)) <= 1
 
 
 def test_tiles_are_diffusers_own(twin: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:
     tiles = {"tile_sample_min_height": 32, "tile_sample_min_width": 32} | {
         "tile_sample_stride_height": 16, "tile_sample_stride_width": 24,
     }  # fmt: skip
-    ours = picture(load(twin, vae_config=VaeConfig(**tiles)), REQUEST | {"num_frames": 29})
+    ours = picture(load(twin, vae_config=tiles), REQUEST | {"num_frames": 29})
     pipeline.vae.enable_tiling(**tiles)
     theirs = reference(num_frames=29)
     pipeline.vae.disable_tiling()
     assert apart(ours, theirs) <= 1
-    assert apart(ours, reference(num_frames=29)) > 1
+    whole = reference(num_frames=29)
+    assert apart(ours, whole) > 1
+    sizes = {"tile_sample_min_height": 32}
+    with pytest.raises(BadRequest, match=r"vae_config.tile_sample_min_height: it has no effect without vae_tiling"):
+        load(twin, vae_tiling=False, vae_config=sizes)
 
 
 def test_full_size_keys_and_shapes(tmp_path: Path) -> None:
@@ -405,7 +413,7 @@ def test_info(family: HunyuanVideo) -> None:
 
 
 def test_without_the_autoencoders_encoder_it_takes_no_picture(twin: Path) -> None:
-    info = load(twin, vae_config=VaeConfig(load_encoder=False)).info
+    info = load(twin, vae_config={"load_encoder": False}).info
     assert (info.max_pictures, info.tasks) == (0, ("text-to-video", "text-to-image"))
 
 

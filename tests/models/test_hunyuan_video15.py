@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import VaeConfig
 from sgld.errors import ModelError, NotBuilt
 from sgld.models import hunyuan_video15
 from sgld.models.hunyuan_video15 import SYSTEM_TOKENS, TEMPLATE, HunyuanVideo15, HunyuanVideo15Transformer, glyphs
@@ -119,7 +118,7 @@ def test_same_picture_at_the_edges(
 
 
 TILES = {f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride", 16)) for side in ("height", "width")}
-SHARED = {"ulysses_degree": 2, "tp_size": 2, "vae_sp": True, "vae_config": VaeConfig(**TILES)}
+SHARED = {"ulysses_degree": 2, "tp_size": 2, "vae_sp": True, "vae_config": TILES}
 
 
 @pytest.mark.proves("HunyuanVideo15Pipeline", "USP", "CFG parallel")
@@ -147,7 +146,7 @@ def test_same_picture_on_four_ranks(twin: Path, tmp_path: Path, reference: Calla
 def test_tiles_are_diffusers_own(twin: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:
     tiles = {"min_height": 64, "min_width": 64, "stride_height": 48, "stride_width": 48}
     large = REQUEST | {"height": 96, "width": 96}
-    settings = VaeConfig(**{f"tile_sample_{name}": n for name, n in tiles.items()})
+    settings = {f"tile_sample_{name}": n for name, n in tiles.items()}
     ours = picture(load(twin, vae_config=settings), large)
     pipeline.vae.enable_tiling(64, 64, 4, 4, 0.25)
     theirs = reference(large)

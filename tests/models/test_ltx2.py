@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError, SgldError
 from sgld.models import ltx2
 from sgld.models.family import Sound
@@ -31,8 +30,10 @@ from tests.models.parity import (
     edit,
     levels,
     load,
+    made_by_ranks,
     make,
     picture,
+    picture_of_ranks,
     quiet,
     same_state,
     shown,
@@ -40,7 +41,6 @@ from tests.models.parity import (
     wear,
     write_lora,
 )
-from tests.nn.ranks import on_ranks
 from tools.twins import ltx2 as twins_of
 
 REQUEST = {
@@ -224,18 +224,9 @@ def test_every_guidance_of_ltx23_counts(twins: Path, monkeypatch: pytest.MonkeyP
 
 # ------------------------------------------------------------------------------------------------------- ranks
 
-Case = tuple[str, dict[str, Any], dict[str, Any]]  # twin, settings, changes of the request
 
-
-def on_rank(mesh: Mesh, twins: Path, cases: list[Case]) -> list[tuple[Any, Any]]:
-    """For each case the frames, and samples if there is sound."""
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ltx2, "LTX23_GUIDANCE", SECOND_BLOCK)
-        for name, settings, changes in cases:
-            frames, sound = make(load(twins / name, mesh, **settings), REQUEST | changes, mesh)
-            made.append((frames.numpy(), None if sound is None else sound.samples.numpy()))
-    return made
+def _second_block() -> None:
+    ltx2.LTX23_GUIDANCE = SECOND_BLOCK
 
 
 @proves(PIPELINE, "USP", "CFG parallel")
@@ -243,23 +234,37 @@ def on_rank(mesh: Mesh, twins: Path, cases: list[Case]) -> list[tuple[Any, Any]]
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_on_several_ranks(twins: Path, tmp_path: Path, reference: Reference, shot: Path, world: int) -> None:
     look = {"image_path": [str(shot)]}
-    two: list[Case] = [
-        ("ltx2", {"ulysses_degree": 2, "tp_size": 2, "vae_sp": True}, {}),
+    odd = {"height": 96, "num_frames": 17}  # 27 tokens, which no two ranks have alike
+    two: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("ltx2", {"ulysses_degree": 2, "tp_size": 2}, {}),
         ("ltx23", {"ring_degree": 2}, {}),
         ("ltx23", {"enable_cfg_parallel": True}, {}),
         ("ltx2-picture", {"ulysses_degree": 2}, look),
         ("ltx23-picture", {"ring_degree": 2}, look),
         ("ltx2-picture", {"enable_cfg_parallel": True}, look),
+        ("ltx2", {"ring_degree": 2}, odd),
     ]
-    four: list[Case] = [("ltx2", {"ulysses_degree": 2, "ring_degree": 2}, {})]
-    cases = {2: two, 4: four}[world]
-    first, *others = on_ranks(world, tmp_path / "store", on_rank, twins, cases)
-    for rank in others:
-        assert all(frames.size == 0 and sound is None for frames, sound in rank)
-    for (frames, sound), (name, _, changes) in zip(first, cases, strict=True):
-        expected, heard = reference(name.removesuffix("-picture"), image=shot if changes else None)
-        assert apart(torch.from_numpy(frames), expected) <= 1
-        assert float((torch.from_numpy(sound) - heard).abs().max()) < 1e-3
+    four: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("ltx2", {"ulysses_degree": 2, "ring_degree": 2}, {}),
+        ("ltx23", {"enable_cfg_parallel": True, "ulysses_degree": 2}, odd),
+    ]
+    asked = {2: two, 4: four}[world]
+    cases = [(twins / name, REQUEST | changes, settings) for name, settings, changes in asked]
+    made = made_by_ranks(world, tmp_path / "store", cases, _second_block)
+    for (frames, sound), (name, _, changes) in zip(made, asked, strict=True):
+        given = {"image": shot} if changes is look else changes
+        expected, heard = reference(name.removesuffix("-picture"), **given)
+        assert apart(frames, expected) <= 1
+        assert sound is not None and float((sound - heard).abs().max()) < 1e-3
+
+
+def test_ranks_decode_a_tile_each(twins: Path, tmp_path: Path) -> None:
+    tiles = {
+        f"tile_sample_{name}_{side}": n for name, n in (("min", 64), ("stride", 32)) for side in ("height", "width")
+    }
+    settings = {"vae_sp": True, "vae_config": tiles}
+    ours = picture_of_ranks(2, tmp_path / "store", twins / "ltx2", REQUEST, **settings)
+    assert apart(ours, picture(load(twins / "ltx2"), REQUEST)) > 1, "there was one tile"
 
 
 # --------------------------------------------------------------------------------------------------- full size
@@ -320,7 +325,7 @@ def test_a_tile_of_one_latent(twins: Path) -> None:
     """13 latents side by side leave one for the last tile, which the decoder could not reflect."""
     family, wide = load(twins / "ltx2"), REQUEST | {"width": 416, "num_inference_steps": 1}
     frames = picture(family, wide)
-    whole = picture(load(twins / "ltx2", vae_config=VaeConfig(use_tiling=False)), wide)
+    whole = picture(load(twins / "ltx2", vae_tiling=False), wide)
     assert frames.shape == whole.shape == (9, 64, 416, 3)
     assert apart(frames[:, :, :32], whole[:, :, :32]) <= 1  # far from the seams
     assert picture(family, wide | {"width": 32}).shape == (9, 64, 32, 3)
@@ -393,7 +398,7 @@ def test_info(twins: Path) -> None:
         "fps": 24,
     }
     assert wanted.items() <= info.defaults.items()
-    newer = load(twins / "ltx23", vae_config=VaeConfig(load_encoder=False)).info
+    newer = load(twins / "ltx23", vae_config={"load_encoder": False}).info
     assert {"num_inference_steps": 30, "guidance_scale": 3.0}.items() <= newer.defaults.items()
     assert (newer.max_pictures, newer.tasks) == (0, ("text-to-video", "text-to-image"))
 

@@ -1,7 +1,8 @@
 """Offload: the same picture, bit for bit, and less memory; precision and attention of each component."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -10,17 +11,22 @@ from PIL import Image
 from torch import Tensor
 
 import sgld
+from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError
+from sgld.messages import Load
+from sgld.models import load_family
 from sgld.models.wan import Wan
 from sgld.nn.lora import Mode, Use
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.params import resolve
+from sgld.platform import Cpu, Prefetcher
 from tests.adapters import write_adapter
 from tests.models.conftest import REQUEST, generate, levels_apart, load
 from tests.nn.ranks import in_fresh_process, on_ranks
 from tools import tiny
 
+T = TypeVar("T")
 WHOLE: dict[str, Any] = {"text_encoder_cpu_offload": True, "dit_cpu_offload": True, "vae_cpu_offload": True}
 MIB = 2**20
 DEMO = Path(sgld.__file__).parent / "demo"
@@ -67,6 +73,34 @@ def test_the_same_picture_on_two_ranks(twins: Path, tmp_path: Path) -> None:
     (plain, offloaded), _ = on_ranks(2, tmp_path / "store", _pictures, twins / "wan22-a14b")
     assert plain.size
     assert (plain == offloaded).all()
+
+
+def test_the_next_block_is_read_while_one_computes(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the first one of the next step, while the last one computes."""
+    seen: list[str] = []
+
+    class Recorder(Cpu):
+        def prefetcher(self) -> Prefetcher:
+            threads = super().prefetcher()
+
+            class Recording:
+                def start(self, read: Callable[[], T]) -> Callable[[], T]:
+                    seen.append("read")
+                    return threads.start(read)
+
+            return Recording()
+
+    family = load_family(
+        Load(Settings(dit_layerwise_offload=True), twins / "wan21"), Mesh.solo(), Recorder(), lambda step, total: None
+    )
+    assert isinstance(family, Wan)
+    blocks = family._experts.high.blocks
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append("compute"))
+    generate(family, num_inference_steps=2)
+    assert len(blocks) == 2
+    assert seen == ["read", *["read", "compute"] * seen.count("compute")]
+    assert seen.count("compute") == 2 * 2 * len(blocks), "two steps of two guidance branches"
 
 
 def weights_held(family: Wan) -> int:
@@ -138,8 +172,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _peak(mesh: Mesh, folder: Path, warm: Path, settings: dict[str, Any]) -> tuple[int, int]:
     """Most MiB from the loading on, above what the process held before; and what was foreseen."""
-    from sgld.platform import Cpu
-
     generate(load(warm, mesh), mesh, num_frames=1)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = Cpu().peak_memory()

@@ -34,6 +34,7 @@ from tests.models.parity import (
     load,
     photo,
     picture,
+    pictures_of_ranks,
     quiet,
     same_state,
     shown,
@@ -41,7 +42,6 @@ from tests.models.parity import (
     wear,
     write_lora,
 )
-from tests.nn.ranks import on_ranks
 from tools.tiny import make_cache, set_scheduler
 from tools.twins.qwen_image import MAKERS, TEXT, VAE
 
@@ -259,12 +259,8 @@ SPLITS: dict[int, list[tuple[str, dict[str, Any]]]] = {
 }
 
 
-def _pictures(mesh: Mesh, models: Path, area: int, glance: int) -> list[Any]:
-    qwen_image.PICTURE_AREA, qwen_image.GLANCE_AREA = area, glance
-    return [
-        picture(load(models / name, mesh, **settings), request(models, name), mesh).numpy()
-        for name, settings in SPLITS[mesh.world]
-    ]
+def _small_areas() -> None:
+    qwen_image.PICTURE_AREA, qwen_image.GLANCE_AREA = AREA, GLANCE
 
 
 @proves(DRAWS, "USP", "CFG parallel")
@@ -274,11 +270,11 @@ def _pictures(mesh: Mesh, models: Path, area: int, glance: int) -> list[Any]:
 def test_the_picture_of_diffusers_on_several_ranks(
     models: Path, pipelines: Callable[[str], Any], tmp_path: Path, world: int
 ) -> None:
-    made, *others = on_ranks(world, tmp_path / "store", _pictures, models, AREA, GLANCE)
+    cases = [(models / name, request(models, name), settings) for name, settings in SPLITS[world]]
+    made = pictures_of_ranks(world, tmp_path / "store", cases, _small_areas)
     expected = cache(lambda name: theirs(pipelines(name), request(models, name)))
     for (name, settings), frames in zip(SPLITS[world], made, strict=True):
-        assert apart(torch.from_numpy(frames), expected(name)) <= 1, settings
-    assert all(part.size == 0 for parts in others for part in parts)
+        assert apart(frames, expected(name)) <= 1, settings
 
 
 # ------------------------------------------------------------------------------------------------- full size

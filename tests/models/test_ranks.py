@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import VaeConfig
 from sgld.errors import BadRequest
 from sgld.nn.parallel import Mesh
-from tests.models.conftest import generate, levels_apart, load
-from tests.nn.ranks import on_ranks
+from tests.models.conftest import REQUEST, levels_apart, load
+from tests.models.parity import pictures_of_ranks
 
 SIDES = {
     "tile_sample_min_height": 24, "tile_sample_min_width": 32, "tile_sample_stride_height": 16,
     "tile_sample_stride_width": 16,
 }  # fmt: skip
-TILES = {"vae_tiling": True, "vae_config": VaeConfig(**SIDES)}
+TILES = {"vae_tiling": True, "vae_config": SIDES}
 REQUESTS: list[dict[str, Any]] = [
     {},
     {"height": 16, "width": 48, "num_frames": 5},  # 6 tokens and 2 latent rows do not divide over 3 or 4 ranks
@@ -29,15 +28,10 @@ SPLITS: list[tuple[int, dict[str, Any]]] = [
     (2, {"enable_cfg_parallel": True}),
     (2, {"ulysses_degree": 2}),
     (2, {"ring_degree": 2, "tp_size": 2, "vae_sp": True}),
-    (3, {"ring_degree": 3, "vae_sp": True}),
+    (3, {"ring_degree": 3, "vae_sp": True} | TILES),
     (4, {"ulysses_degree": 2, "ring_degree": 2, "tp_size": 2, "vae_sp": True}),
-    (4, {"enable_cfg_parallel": True, "ulysses_degree": 2, "vae_sp": True} | TILES),
+    (4, {"enable_cfg_parallel": True, "ulysses_degree": 2, "vae_sp": True}),
 ]
-
-
-def _pictures(mesh: Mesh, folder: Path, settings: dict[str, Any]) -> list[Any]:
-    family = load(folder, mesh, num_gpus=mesh.world, **settings)
-    return [generate(family, mesh, **request).numpy() for request in REQUESTS]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +46,10 @@ def expected(twins: Path, reference: Callable[..., Tensor]) -> dict[bool, list[T
 def test_ranks_make_the_picture_of_diffusers(
     world: int, settings: dict[str, Any], twins: Path, expected: dict[bool, list[Tensor]], tmp_path: Path
 ) -> None:
-    first, *others = on_ranks(world, tmp_path / "store", _pictures, twins / "wan22-a14b", settings)
+    cases = [(twins / "wan22-a14b", REQUEST | request, settings) for request in REQUESTS]
+    first = pictures_of_ranks(world, tmp_path / "store", cases)
     for frames, theirs in zip(first, expected["vae_tiling" in settings], strict=True):
-        assert levels_apart(torch.from_numpy(frames), theirs) <= 1
-    assert all(frames.size == 0 for rank in others for frames in rank)
+        assert levels_apart(frames, theirs) <= 1
     whole, tiled = (expected[tiles][0] for tiles in (False, True))
     assert levels_apart(whole, tiled) > 1, "tiles make no difference, so this proves nothing of them"
 

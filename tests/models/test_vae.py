@@ -93,6 +93,13 @@ def test_tiles_equal_diffusers(pair: tuple[Any, Path]) -> None:
 def test_tiling_is_off_unless_asked(pair: tuple[Any, Path]) -> None:
     assert ours(pair[1]).tiling is None
     assert ours(pair[1], vae_config=VaeConfig(use_tiling=True)).tiling == module.Tiling(256, 256, 192, 192)
+    with pytest.raises(BadRequest, match=r"^vae_config.tile_sample_min_height: it has no effect without vae_tiling$"):
+        ours(pair[1], vae_config=VaeConfig(tile_sample_min_height=64))
+
+
+def test_rows_are_shared_not_tiles(pair: tuple[Any, Path]) -> None:
+    with pytest.raises(BadRequest, match=r"^vae_config.parallel_decode_mode: 'tiled': .* is shared row by row"):
+        ours(pair[1], vae_sp=True, vae_config=VaeConfig(parallel_decode_mode="tiled"))
 
 
 def test_a_model_needs_its_decoder(pair: tuple[Any, Path]) -> None:

@@ -197,6 +197,19 @@ def test_flash_attention_is_the_default_where_it_runs(packages: None) -> None:
     assert Chooser(Settings(), gpu("sm90")).choose("transformer", SELF, torch.float32, 128).name == "torch_sdpa"
 
 
+def test_in_a_ring_a_kernel_must_tell_log_sum_exps(packages: None) -> None:
+    def ring(platform: Cpu, **settings: Any) -> str:
+        return Chooser(Settings(**settings), platform).choose("transformer", SELF, HALF, 128, ring=True).name
+
+    assert [ring(gpu(name)) for name in ("sm80", "sm90", "sm100")] == ["fa2", "fa3", "fa2"]
+    with pytest.raises(BadRequest) as caught:
+        ring(gpu("sm90"), attention_backend="fa4")
+    assert caught.value.message == (
+        "attention_backend: fa4 cannot run here: it cannot join what the workers of a ring attend to; these can: "
+        "torch_sdpa, fa2, fa3, torch_cudnn_sdpa, sage_attn"
+    )
+
+
 def test_the_nearest_setting_counts(packages: None) -> None:
     """Role, then component, then the first component of its kind, then the one for all."""
     hopper = gpu("sm90")

@@ -10,8 +10,8 @@ from torch import Tensor
 from sgld.config import Settings
 from sgld.errors import BadRequest
 from sgld.messages import Seat
-from sgld.nn.attention import TORCH, Backend, sdpa
-from sgld.nn.parallel import Axis, Degrees, Mesh
+from sgld.nn.attention import TORCH, sdpa
+from sgld.nn.parallel import Degrees, Mesh
 from sgld.nn.usp import SequenceAttention, merge
 from sgld.platform import Cpu
 from tests.nn.ranks import on_ranks
@@ -65,12 +65,6 @@ def test_merged_attention_is_that_over_all_keys() -> None:
         out, lse = merge(out, lse, *TORCH.attend_lse(q, k[:, part], v[:, part]))
     assert out is not None
     assert _apart(out, sdpa(q, k, v)) < 1e-6
-
-
-def test_a_kernel_without_log_sum_exps_cannot_go_round() -> None:
-    mesh = Mesh(0, 2, torch.device("cpu"), ring=Axis((0, 1)))
-    with pytest.raises(BadRequest, match="ring_degree: attention_backend plain cannot join"):
-        SequenceAttention(mesh, Backend("plain", sdpa))
 
 
 def _collectives(mesh: Mesh) -> dict[str, Any]:
@@ -135,6 +129,8 @@ def test_what_the_settings_leave_open_is_chosen(
 def test_heads_that_do_not_divide_are_an_error_that_names_those_that_do() -> None:
     with pytest.raises(BadRequest, match=r"4 workers cannot share 6 attention heads .*for 4 workers: 1, 2, and ring"):
         Degrees.of(Settings(num_gpus=4, ulysses_degree=4), 6, True)
+    with pytest.raises(BadRequest, match="^ring_degree: 2 leaves ulysses_degree 3, .*for 6 workers: 3, 6$"):
+        Degrees.of(Settings(num_gpus=6, ring_degree=2, enable_cfg_parallel=False), 4, True)
 
 
 def test_a_world_of_one_needs_no_process_group(tmp_path: Path) -> None:

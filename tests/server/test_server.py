@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ class Server:
                 return statuses
             time.sleep(0.1)
         raise AssertionError(self.log.read_text())
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its workers."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
     def stop(self) -> int:
         self.client.close()
@@ -242,11 +248,8 @@ def test_a_killed_worker_fails_its_job_and_the_server_recovers(server: Server) -
     video = server.client.videos.create(prompt="a red circle", extra_body={"num_inference_steps": 1000})
     while server.client.videos.retrieve(video.id).progress < 6:
         time.sleep(0.05)
-    ranks = [
-        child for child in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(child.cmdline())
-    ]
-    assert len(ranks) == 1
-    ranks[0].kill()
+    (rank,) = server.ranks()
+    rank.kill()
     for _ in range(400):
         video = server.client.videos.retrieve(video.id)
         if video.status == "failed":
@@ -255,6 +258,29 @@ def test_a_killed_worker_fails_its_job_and_the_server_recovers(server: Server) -
     assert video.error is not None and video.error.code == "worker_died"
     assert 503 in server.wait_until_healthy()
     assert server.client.images.generate(prompt="a red circle", extra_body=extra()).data
+
+
+def test_two_servers_with_several_workers_at_once(tmp_path: Path) -> None:
+    """Each keeps to its own workers, and one does not mind what happens to the other's."""
+    servers = [Server(tmp_path / name / "results", "--num-gpus", "2", "--worker-retries", "1") for name in "ab"]
+    try:
+        for server in servers:
+            server.wait_until_healthy()
+        with ThreadPoolExecutor(2) as pool:
+            asked = [
+                pool.submit(server.client.images.generate, prompt="a red circle", extra_body=extra(seed=5, **steps))
+                for server, steps in zip(servers, ({}, {"num_inference_steps": 40}), strict=True)
+            ]
+            time.sleep(0.5)
+            servers[0].ranks()[1].kill()
+            made = [call.result().data for call in asked]
+        assert all(data and picture(data[0].b64_json).any() for data in made)
+        other = servers[1].client.images.generate(prompt="a red circle", extra_body=extra(seed=5)).data
+        assert made[0] and other
+        assert np.abs(picture(made[0][0].b64_json).astype(int) - picture(other[0].b64_json)).max() <= 1
+    finally:
+        codes = [server.stop() for server in servers]
+    assert codes == [0, 0]
 
 
 def test_a_busy_port_is_a_clear_error(server: Server) -> None:
