@@ -98,6 +98,7 @@ async def server_info(request: web.Request) -> web.Response:
         tp_size=service.settings.tp_size,
         num_gpus=service.settings.num_gpus,
         degrees=service.engine.info.degrees if service.engine.info else {},
+        attention=service.engine.info.attention if service.engine.info else {},
         version=__version__,
         state=service.engine.state,
         started_at=service.started_at,
