@@ -59,6 +59,7 @@ def test_words_become_values_of_their_type_or_stay_words(text: str, kind: Any, v
         ({"num_gpus": 4, "tp_size": 3}, "tp_size: 3 does not divide num_gpus (4)"),
         ({"vae_config": {"parallel_decode_mode": "auto"}}, "vae_config.parallel_decode_mode: it has no effect without"),
         ({"component_paths": {"vea": "x"}}, "component_paths: 'vea' is no component; did you mean vae?"),
+        ({"component_paths": {"u_net": "x"}}, "component_paths: 'u_net' is no component; did you mean unet?"),
         ({"dit_precision": "fp8"}, "dit_precision: 'fp8' is not one of fp32, fp16, bf16"),
         ({"pin_cpu_memory": False}, "pin_cpu_memory: false has no effect without one of text_encoder_cpu_offload, "),
         ({"component_attention_backends": {"vae": "flash"}},
