@@ -43,9 +43,11 @@ COMPONENTS = (
     "text_encoder",
     "text_encoder_2",
     "text_encoder_3",
+    "text_encoder_4",
     "tokenizer",
     "tokenizer_2",
     "tokenizer_3",
+    "tokenizer_4",
     "scheduler",
     "image_encoder",
     "image_processor",
@@ -53,6 +55,11 @@ COMPONENTS = (
     "audio_vae",
     "vocoder",
     "connectors",
+    "unet",
+    "controlnet",
+    "safety_checker",
+    "movq",
+    "processor",
 )
 
 

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 
 import attrs
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from sgld.errors import BadRequest, TooLarge
 
 MAX_PIXELS = 64_000_000
-OPENERS = ("PNG", "JPEG", "WEBP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 PICTURE, MASK = "image_path", "mask_path"
 PAINTED = 128  # from this weight of a mask on, the model paints a pixel; below, it is only faded
 
@@ -35,7 +36,7 @@ class Input:
 
 def size_of(path: str) -> tuple[int, int]:
     """Width and height of a picture once it is upright, told from its header. Raises BadRequest, TooLarge."""
-    with _opened(path, PICTURE) as image:
+    with opened(path, path, PICTURE) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         return (image.height, image.width) if turned else image.size
 
@@ -47,7 +48,7 @@ def upright(path: str) -> Image.Image:
         BadRequest: it is missing, damaged or no picture.
         TooLarge: it has more than `MAX_PIXELS` pixels.
     """
-    with _opened(path, PICTURE) as image:
+    with opened(path, path, PICTURE) as image:
         return _on_white(ImageOps.exif_transpose(image))
 
 
@@ -86,7 +87,7 @@ def read(picture: str, mask: str | None, width: int, height: int) -> Input:
 
 def read_mask(path: str, size: tuple[int, int]) -> Image.Image:
     """The mask of a picture of that width and height, as grey: white where it is painted anew. Raises as `read`."""
-    with _opened(path, MASK) as image:
+    with opened(path, path, MASK) as image:
         mask = _changes(ImageOps.exif_transpose(image))
     if mask.size != size:
         told, wanted = ("x".join(map(str, sides)) for sides in (mask.size, size))
@@ -97,27 +98,32 @@ def read_mask(path: str, size: tuple[int, int]) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: str, param: str) -> Iterator[Image.Image]:
-    """An image whose header has been read; whatever goes wrong with it names the file."""
+def opened(file: str | BytesIO, name: str, param: str) -> Iterator[Image.Image]:
+    """An image whose header has been read; whatever goes wrong with it, while it is open too, tells that name.
+
+    Raises:
+        BadRequest: it is missing, damaged or no picture.
+        TooLarge: it has more than `MAX_PIXELS` pixels.
+    """
     try:
-        with Image.open(path, formats=OPENERS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise _bomb(path, param, f" of {image.width}x{image.height}")
+                raise _bomb(name, param, f" of {image.width}x{image.height}")
             yield image
     except UnidentifiedImageError:
-        allowed = ", ".join(OPENERS).lower()
-        raise BadRequest(f"{param}: {path!r} is no picture that is taken; allowed are {allowed}", param) from None
+        allowed = ", ".join(FORMATS).lower()
+        raise BadRequest(f"{param}: {name!r} is no picture that is taken; allowed are {allowed}", param) from None
     except _BOMBS:
-        raise _bomb(path, param) from None
+        raise _bomb(name, param) from None
     except FileNotFoundError:
-        raise BadRequest(f"{param}: {path!r}: no such file", param) from None
+        raise BadRequest(f"{param}: {name!r}: no such file", param) from None
     except _DAMAGED as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BadRequest(f"{param}: {path!r} cannot be read: {reason}", param) from None
+        raise BadRequest(f"{param}: {name!r} cannot be read: {reason}", param) from None
 
 
-def _bomb(path: str, param: str, size: str = "") -> TooLarge:
-    return TooLarge(f"{param}: {path!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", param)
+def _bomb(name: str, param: str, size: str = "") -> TooLarge:
+    return TooLarge(f"{param}: {name!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", param)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

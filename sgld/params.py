@@ -306,6 +306,7 @@ class ModelInfo:
     audio: bool = False  # its videos have sound
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
+    attention: dict[str, str] = attrs.field(factory=dict)  # kernels by use, such as transformer.self
     backend: str = "sglang"  # what makes it: native code ("sglang"), or a pipeline of "diffusers"
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:

@@ -63,6 +63,7 @@ def test_words_become_values_of_their_type_or_stay_words(text: str, kind: Any, v
         ({"vae_tiling": False, "vae_config": {"use_tiling": True}},
          "vae_config.use_tiling: true contradicts vae_tiling false; leave one out"),
         ({"component_paths": {"vea": "x"}}, "component_paths: 'vea' is no component; did you mean vae?"),
+        ({"component_paths": {"u_net": "x"}}, "component_paths: 'u_net' is no component; did you mean unet?"),
         ({"dit_precision": "fp8"}, "dit_precision: 'fp8' is not one of fp32, fp16, bf16"),
         ({"pin_cpu_memory": False}, "pin_cpu_memory: false has no effect without one of text_encoder_cpu_offload, "),
         ({"component_attention_backends": {"vae": "flash"}},

@@ -92,6 +92,8 @@ class Engine:
         if self.settings.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
             log.info("%d workers: %s", self.settings.num_gpus, shares)
+        if self.info.attention:
+            log.info("attention: %s", ", ".join(f"{use} {kernel}" for use, kernel in self.info.attention.items()))
         return self.info
 
     async def _bring_up(self, command: Load, loras: list[LoraUse], emit: Emit) -> ModelInfo:

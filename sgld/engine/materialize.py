@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -25,9 +23,8 @@ from sgld.errors import BadRequest, ModelError
 log = logging.getLogger(__name__)
 MARKER = ".sglang_overlay_materialized.json"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
-LINKED_BYTES = 64 * 2**20  # files of this size and above are hard linked where that is possible
+LINKED_BYTES = 64 * 2**20  # files of this size and above are hard linked where that is possible, and safe
 _WEIGHTLESS = re.compile("(Tokenizer|Processor)(Fast)?$|Scheduler$|FeatureExtractor$")  # classes of components
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 def materialize(
@@ -85,7 +82,7 @@ def _locked(final: Path) -> Iterator[None]:
 
 
 def _make(final: Path, identity: Mapping[str, str], overlay: Path, manifest: Manifest, source: Path) -> None:
-    """Make the folder beside its place, then put it there."""
+    """Make the folder beside its place, then put it there, instead of one that is not whole."""
     missing = [name for name in manifest.required_source_files if not (source / name).is_file()]
     if missing:
         raise ModelError(f"{source}: lacks {', '.join(missing)}, which {overlay / MANIFEST} requires")
@@ -93,22 +90,24 @@ def _make(final: Path, identity: Mapping[str, str], overlay: Path, manifest: Man
     new = final.with_name(f"{final.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
+    may_link = not manifest.custom_materializer  # which may write into what it finds
     try:
         for file in brought(overlay):
             if file.relative_to(overlay).parts[0] != "_overlay":
-                _place(inside(overlay, file), new / file.relative_to(overlay))
+                _place(inside(overlay, file), new / file.relative_to(overlay), may_link)
         if left := [file.name for file in files_of(overlay) if file.suffix in WEIGHTS]:
             log.warning("%s: an overlay with a manifest brings no weights; not taken: %s", overlay, ", ".join(left))
         for mapping in manifest.file_mappings:
             for file, place in _mapped(mapping, source):
-                _place(inside(source, file), new / place)
+                _place(inside(source, file), new / place, may_link)
         if manifest.custom_materializer:
             _run(inside(overlay, overlay / manifest.custom_materializer), overlay, source, new)
         _check_components(new)
         (new / MARKER).unlink(missing_ok=True)  # of an overlay that was one's result
         sizes = {file.relative_to(new).as_posix(): file.stat().st_size for file in files_of(new)}
         (new / MARKER).write_text(json.dumps({**identity, "files": sizes}, indent=2))
-        _put(new, final)
+        shutil.rmtree(final, ignore_errors=True)
+        new.rename(final)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -129,12 +128,12 @@ def _mapped(mapping: FileMapping, source: Path) -> list[tuple[Path, PurePosixPat
     return found
 
 
-def _place(file: Path, target: Path) -> None:
-    """Link a large file and copy any other, never as a symbolic link: the hub's cache may be deleted."""
+def _place(file: Path, target: Path, may_link: bool) -> None:
+    """Link a large file, hard, and copy any other: the hub's cache may be deleted."""
     if target.exists():
         raise ModelError(f"{target.name}: two files of the overlay and its source have this place: {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if file.stat().st_size >= LINKED_BYTES:
+    if may_link and file.stat().st_size >= LINKED_BYTES:
         try:
             target.hardlink_to(file)
             return
@@ -173,17 +172,3 @@ def _check_components(folder: Path) -> None:
         weightless = _WEIGHTLESS.search(str(value[-1])) or not (folder / name / "config.json").is_file()
         if not weightless and not any((folder / name).glob("*.safetensors")):
             raise ModelError(f"{folder / name}: has no .safetensors; the source's weights are not mapped there")
-
-
-def _put(new: Path, final: Path) -> None:
-    """Give `new` the place of `final`, and the other way round: in one step where the file system can."""
-    if not final.exists():
-        new.rename(final)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_HERE, os.fsencode(new), _HERE, os.fsencode(final), _EXCHANGE):  # as on NFS
-        old = final.with_name(f"{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -190,7 +191,10 @@ def _fingerprint(overlay: Path) -> str:
     """SHA-256 over names and contents of the overlay's files; of its weights, which are not taken, nothing."""
     digest = hashlib.sha256()
     for file in brought(overlay):
-        content = hashlib.sha256(inside(overlay, file).read_bytes()).hexdigest()
+        try:
+            content = hashlib.sha256(inside(overlay, file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ModelError(f"{file}: cannot be read: {error.strerror}") from None
         digest.update(json.dumps([file.relative_to(overlay).as_posix(), content]).encode())
     return digest.hexdigest()
 
@@ -225,7 +229,7 @@ def inside(root: Path, path: Path) -> Path:
 
     Raises ModelError where they lead elsewhere.
     """
-    real = path.resolve(strict=True)
+    real = Path(os.path.realpath(path, strict=True))  # a loop of links is an OSError here
     snapshots = [each for each in root.parents if each.name == "snapshots" and each.parent.name.startswith("models--")]
     if any(real.is_relative_to(each.resolve()) for each in (root, *(each.parent / "blobs" for each in snapshots))):
         return real

@@ -72,6 +72,7 @@ class Parts:
         if self.settings.dmd_denoising_steps and not few_steps:
             raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
         self.residency = Residency.of(self.settings, platform, self.names)
+        self.kernels: dict[str, str] = {}  # by transformer and role
         self._chooser = Chooser(self.settings, platform)
         others = (name for name in (*TRANSFORMERS, "connectors") if name in self.names)
         self._chooser.check((*self.encoders, *others, "vae"))
@@ -142,6 +143,7 @@ class Parts:
         dtype, ring = self.dtype(name), self.mesh.ring.size > 1
         own = self._chooser.choose(name, SELF, dtype, head, ring)
         kernels = [own, self._chooser.choose(name, CROSS, dtype, head)] if crosses else [own]
+        self.kernels |= {f"{name}.{role}": kernel.name for role, kernel in zip((SELF, CROSS), kernels, strict=False)}
         if not crosses:
             self._chooser.refuse(f"{name}.{CROSS}", "it attends to picture and text as one sequence")
         keeper = self.residency.keeper(name, layers)
@@ -272,6 +274,7 @@ class Native(Family):
             unsupported={**NO_PIPELINE, **lacks, **unsupported},
             lora_targets=tuple(self.lora),
             degrees=attrs.asdict(parts.degrees),
+            attention=parts.kernels,
             **own,
         )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from sgld import __version__
+from sgld import __version__, inputs
 from sgld.convert import fields_of, plain
 from sgld.params import MAX_PROMPT_CHARACTERS, ModelInfo, SamplingParams
-from sgld.server import fetch, uploads
+from sgld.server import fetch
 from sgld.server.describe import Described
 from sgld.server.openapi import refused_fields, request_fields
 from sgld.server.schema import (
@@ -98,6 +98,7 @@ async def server_info(request: web.Request) -> web.Response:
         tp_size=service.settings.tp_size,
         num_gpus=service.settings.num_gpus,
         degrees=service.engine.info.degrees if service.engine.info else {},
+        attention=service.engine.info.attention if service.engine.info else {},
         version=__version__,
         state=service.engine.state,
         started_at=service.started_at,
@@ -148,7 +149,7 @@ def _limits(service: Service, info: ModelInfo) -> Limits:
         max_prompt_tokens=info.max_tokens,
         max_output_memory_bytes=info.memory.free if info.memory is not None else None,
         max_pictures=info.max_pictures,
-        max_picture_pixels=uploads.MAX_PIXELS,
+        max_picture_pixels=inputs.MAX_PIXELS,
         max_fetched_bytes=fetch.MAX_BYTES,
         job_ttl_seconds=service.settings.job_ttl or None,
     )

@@ -356,6 +356,9 @@ class ServerInfo:
     tp_size: int
     num_gpus: int
     degrees: Annotated[dict[str, int], Told("how many workers share what; empty until the model is loaded")]
+    attention: Annotated[
+        dict[str, str], Told("kernels of the transformers; empty of a diffusers pipeline, or while it loads")
+    ]
     version: str
     state: Annotated[str, Told("of the workers")]
     started_at: Time

@@ -7,8 +7,6 @@ import io
 import logging
 import re
 import secrets
-import struct
-import zlib
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -16,22 +14,17 @@ from pathlib import Path, PurePosixPath
 import anyio
 import anyio.to_thread
 import attrs
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
-from sgld.errors import BadRequest, OutputError, TooLarge
+from sgld.errors import OutputError
+from sgld.inputs import opened
 from sgld.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
-MAX_PIXELS = 64_000_000
-FORMATS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp", "GIF": "gif"}  # MPO: a JPEG with more behind it
-
-_OPENERS = ("PNG", "JPEG", "WEBP", "GIF")
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 _UPRIGHT = 1
 _NAME_CHARACTERS, _FOLDER_CHARACTERS = 40, 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
-DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of MAX_PIXELS
+DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of inputs.MAX_PIXELS
 
 
 @attrs.frozen
@@ -52,7 +45,7 @@ async def read_picture(data: bytes, name: str | None, param: str) -> Picture:
 
     Raises:
         BadRequest: another format, or truncated or damaged.
-        TooLarge: more than `MAX_PIXELS`; told from the header, before anything is decoded.
+        TooLarge: more than `inputs.MAX_PIXELS`; told from the header, before anything is decoded.
     """
     return await anyio.to_thread.run_sync(_read, data, safe_name(name), param, limiter=DECODERS)
 
@@ -64,27 +57,13 @@ def safe_name(name: str | None) -> str:
 
 
 def _read(data: bytes, name: str, param: str) -> Picture:
-    try:
-        with Image.open(io.BytesIO(data), formats=_OPENERS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _bomb(name, param, f" of {image.width}x{image.height}")
-            image.load()
-            return _upright(image, data, name)
-    except UnidentifiedImageError:
-        allowed = ", ".join(dict.fromkeys(FORMATS.values()))
-        raise BadRequest(f"{param}: {name!r} is no picture that is taken; allowed are {allowed}", param) from None
-    except _BOMBS:
-        raise _bomb(name, param) from None
-    except _DAMAGED as error:
-        raise BadRequest(f"{param}: {name!r} is truncated or damaged: {error}", param) from None
-
-
-def _bomb(name: str, param: str, size: str = "") -> TooLarge:
-    return TooLarge(f"{param}: {name!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", param)
+    with opened(io.BytesIO(data), name, param) as image:
+        image.load()
+        return _upright(image, data, name)
 
 
 def _upright(image: Image.Image, data: bytes, name: str) -> Picture:
-    format = FORMATS[str(image.format)]
+    format = str(image.format).lower().replace("mpo", "jpeg")  # MPO: a JPEG with more behind it
     turned = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT) != _UPRIGHT
     if not turned and not getattr(image, "is_animated", False) and format != "gif":
         return Picture(data, format, image.width, image.height, name)

@@ -90,6 +90,7 @@ def test_every_sampling_field_of_the_replaced_system_is_a_flag_and_a_key() -> No
         (["--vae-path=~/x"], {"component_paths": {"vae": "~/x"}}),
         (["--component-paths.vae", "x", "--transformer-2-path", "y"],
          {"component_paths": {"vae": "x", "transformer_2": "y"}}),
+        (["--unet-path", "x", "--text-encoder-4-path", "y"], {"component_paths": {"unet": "x", "text_encoder_4": "y"}}),
         (["--component-paths", "vae=1"], {"component_paths": {"vae": "1"}}),
         (["--component-attention-backends", "text_encoder=torch_sdpa,transformer=fa"],
          {"component_attention_backends": {"text_encoder": "torch_sdpa", "transformer": "fa"}}),

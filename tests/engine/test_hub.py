@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,11 +14,14 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sgld.config import DEMO_MODEL, Settings
 from sgld.engine.hub import COMPONENT_FILES, MODEL_FILES, model_files, resolve, resolve_model
-from sgld.errors import BadRequest, ModelError
+from sgld.engine.overlay import MANIFEST
+from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.models import load_family
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
 from tests.cli.command import sgld
+from tests.engine.repositories import contents
+from tests.hub import Hub, served
 
 NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -96,7 +100,7 @@ def test_what_no_path_can_be(reference: str, words: str) -> None:
 def test_the_files_of_a_model_and_of_a_component() -> None:
     nested = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/spiece.model"]
     root = ["config.json", "diffusion_pytorch_model-00001-of-2.safetensors", "merges.txt", "spiece.model"]
-    others = ["README.md", "vae/model.bin", "pytorch_model.bin", "demo.mp4"]
+    others = ["README.md", "vae/model.bin", "vae/model.fp16.safetensors", "model.fp16.safetensors", "demo.mp4"]
     names = [*nested, *root, *others]
     assert set(filter_repo_objects(names, **MODEL_FILES)) == {*nested, "config.json"}
     code = ["pipeline.py", "transformer/own.py"]
@@ -104,6 +108,81 @@ def test_the_files_of_a_model_and_of_a_component() -> None:
         found = set(filter_repo_objects([*names, *code], **model_files(code=trusted)))
         assert found - {*nested, "config.json"} == set(code * trusted)
     assert set(filter_repo_objects(names, **COMPONENT_FILES)) == set(root)
+
+
+NAMED = {"unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"], "safety_checker": [None, None]}
+LIGHT = {"model_index.json": json.dumps({"_class_name": "P", **NAMED}), "unet/config.json": "{}"}
+SHARDS = [f"unet/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+PLAIN = ["unet/diffusion_pytorch_model.safetensors.index.json", *SHARDS, "text_encoder/model.safetensors"]
+VARIANTS = [
+    "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "text_encoder/model.fp16.safetensors",
+]
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of models with plain weights and variants, with variants alone, and with variants of what is not used."""
+    light = {name: text.encode() for name, text in LIGHT.items()}
+
+    def repository(*names: str) -> dict[str, bytes]:
+        return {**light, **dict.fromkeys(names, b"weights")}
+
+    unused = ("safety_checker/model.fp16.safetensors", "vae_1_0/model.fp16.safetensors")
+    hub = Hub(
+        {
+            "owner/both": repository(*PLAIN, *VARIANTS),
+            "owner/variants": repository(*SHARDS, VARIANTS[-1]),
+            "owner/unused": repository(*PLAIN, *unused),
+        }
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "online"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    address = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+    with served(hub):
+        yield hub
+
+
+def test_variants_stay_on_the_hub(online: Hub) -> None:
+    part = {"unet": "owner/both/unet"}
+    load = resolve_model(Settings(model_path="owner/both", component_paths=part))
+    assert set(contents(load.folder)) == {*LIGHT, *PLAIN}
+    assert load.component_folders == {"unet": load.folder / "unet"}
+    assert set(contents(resolve_model(Settings(model_path="owner/unused")).folder)) == {*LIGHT, *PLAIN}
+
+
+def test_variants_alone_are_refused_before_they_are_downloaded(online: Hub, tmp_path: Path) -> None:
+    with pytest.raises(
+        NotBuilt, match="^model_variant: 'owner/variants' .*text_encoder, such as text_encoder/model.fp16"
+    ):
+        resolve_model(Settings(model_path="owner/variants"))
+    assert online.asked == ["owner/variants:model_index.json"]
+    (tmp_path / "mine").mkdir()
+    replaced = Settings(model_path="owner/variants", component_paths={"text_encoder": str(tmp_path / "mine")})
+    assert set(contents(resolve_model(replaced).folder)) == {*LIGHT, *SHARDS}
+
+
+def test_a_revision_that_is_not_there_goes_by_its_name(online: Hub, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="^revision: 'gone' is not in 'owner/both'"):
+        resolve_model(Settings(model_path="owner/both", revision="gone"))
+    (tmp_path / "mine" / "_overlay").mkdir(parents=True)
+    (tmp_path / "mine" / MANIFEST).write_text(json.dumps({"source_revision": "lost"}))
+    for revision, entry, words in (
+        ("gone", str(tmp_path / "mine"), "^revision: 'gone' is not in 'owner/both'"),
+        (None, str(tmp_path / "mine"), "^source_revision: 'lost' is not in 'owner/both'"),
+        (
+            None,
+            {"overlay_repo_id": "owner/unused", "overlay_revision": "off"},
+            "^model_overlay.*: overlay_revision: 'off'",
+        ),
+    ):
+        registry = json.dumps({"owner/both": entry})
+        with pytest.raises(ModelError, match=words):
+            resolve_model(Settings(model_path="owner/both", revision=revision, model_overlay_registry=registry))
 
 
 def test_a_replaced_component_loads(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,6 +107,11 @@ def test_entries_as_text_and_in_a_file(value: Any, entry: Overlay, tmp_path: Pat
 def test_a_built_in_overlay_serves_raw_files_unless_another_is_given(hub: Path) -> None:
     source, entry = next(iter(overlay.BUILT_IN.items()))
     publish(hub, source, RAW)
+    with pytest.raises(
+        ModelError, match=f"^model_path: the overlay of '{source}': .*'{entry.overlay_repo_id}' is no"
+    ) as caught:
+        resolve_model(Settings(model_path=source))  # and of no registry, for none was given
+    assert caught.value.param == "model_path"
     publish(hub, entry.overlay_repo_id, files())
     folder = resolve_model(Settings(model_path=source)).folder
     assert set(contents(folder)) == MADE and folder.name.startswith(source.replace("/", "__"))
@@ -298,7 +302,7 @@ def test_a_local_overlay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert set(contents(got)) == MADE
     record = json.loads((got / materialize.MARKER).read_text())
     assert (record["overlay_revision"], record["source_revision"]) == ("local", "main")
-    with pytest.raises(BadRequest, match=f"entry '{SOURCE}': revision: 'main': .* has none"):
+    with pytest.raises(BadRequest, match=f"entry '{SOURCE}': overlay_revision: 'main': .* has none"):
         load({SOURCE: {"overlay_repo_id": str(folder), "overlay_revision": "main"}})
 
 
@@ -323,9 +327,13 @@ def test_an_overlay_without_a_manifest_is_the_model(hub: Path, tmp_path: Path) -
     entry = {"overlay_repo_id": OVERLAY, "overlay_revision": "v2"}
     assert load({SOURCE: entry}) == second
     assert results() == []
-    for words in ({"source_revision": "main"}, {}):
-        with pytest.raises(BadRequest, match="source_revision: it has no effect: the overlay is complete"):
-            load({SOURCE: entry | words}, revision=None if words else "main")
+    with pytest.raises(
+        BadRequest, match=f"entry '{SOURCE}': source_revision: 'main' has no effect: the overlay is complete"
+    ):
+        load({SOURCE: entry | {"source_revision": "main"}})
+    with pytest.raises(BadRequest, match="^revision: 'main' has no effect: the overlay is complete") as caught:
+        load({SOURCE: entry}, revision="main")
+    assert caught.value.param == "revision"
 
 
 # What is wrong
@@ -438,6 +446,14 @@ def test_links_of_an_overlay_may_not_leave_it(link: str, tmp_path: Path) -> None
     assert results() == []
 
 
+@pytest.mark.parametrize(("target", "reason"), [("nowhere", "No such file"), ("more.json", "Too many levels")])
+def test_links_of_an_overlay_that_lead_nowhere(target: str, reason: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", files())
+    (folder / "transformer/more.json").symlink_to(target)
+    with pytest.raises(ModelError, match=f"mine/transformer/more.json: cannot be read: {reason}"):
+        load({SOURCE: str(folder)})
+
+
 # Code of an overlay
 
 CODE = """
@@ -467,6 +483,20 @@ def test_code_runs_only_where_it_is_trusted(made: Callable[..., Path], hub: Path
     assert (folder / "transformer/made.safetensors").read_text() == "w" * 100 + "!v7"
     assert not list(hub.rglob("__pycache__"))
     assert made(whole) == folder  # nothing runs
+
+
+def test_code_that_writes_over_a_file_spoils_no_source(
+    made: Callable[..., Path], hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(materialize, "LINKED_BYTES", 1)
+    code = """
+def materialize(output_dir, **others):
+    with open(output_dir + "/transformer/model.safetensors", "r+") as file:
+        file.write("anew")
+"""
+    folder = made(files(CUSTOM | {"file_mappings": MAPPINGS}) | {"_overlay/code.py": code}, trust=True)
+    assert (folder / "transformer/model.safetensors").read_text() == "anew" + "w" * 96
+    assert not [path for path in hub.rglob("blobs/*") if path.read_bytes().startswith(b"anew")]
 
 
 @pytest.mark.parametrize(
@@ -509,30 +539,15 @@ def test_what_is_not_whole_is_made_again(damage: str, made: Callable[..., Path])
     assert results() == [folder.name]
 
 
-def test_there_is_always_one(tmp_path: Path) -> None:
-    final, stop, absent = tmp_path / "final", threading.Event(), 0
-
-    def watch() -> None:
-        nonlocal absent
-        while not stop.is_set():
-            absent += not final.exists()
-
-    write(final, {"a": "0"})
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for i in range(200):
-        materialize._put(write(tmp_path / "new", {"a": str(i)}), final)
-        assert (final / "a").read_text() == str(i)
-    stop.set()
-    watcher.join()
-    assert absent == 0
-
-
-def test_where_the_file_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(materialize, "_EXCHANGE", 1 << 20)  # the kernel refuses it, as NFS does the other
-    here = tmp_path / "here"
-    materialize._put(write(here / "new", {"a": "new"}), write(here / "final", {"a": "old"}))
-    assert contents(here) == {"final/a": b"new"}
+def test_what_a_crash_has_left_is_cleared(made: Callable[..., Path]) -> None:
+    """Killed while what was not whole gave way to what was made in its stead."""
+    folder = made(files())
+    good = contents(folder)
+    new = folder.rename(folder.with_name(f"{folder.name}.tmp"))
+    write(folder, {"transformer/config.json": "{}"})
+    assert made(files()) == folder
+    assert contents(folder) == good and not new.exists()
+    assert results() == [folder.name]
 
 
 LOADER = """

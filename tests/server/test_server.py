@@ -110,6 +110,12 @@ def test_health_is_503_until_the_model_is_loaded(server: Server) -> None:
     assert 503 in statuses
 
 
+def test_the_server_tells_its_attention(server: Server) -> None:
+    told = dict.fromkeys(("transformer.self", "transformer.cross"), "torch_sdpa")
+    assert server.get("/server_info")[1]["attention"] == told
+    assert "attention: transformer.self torch_sdpa, transformer.cross torch_sdpa" in server.log.read_text()
+
+
 def test_models(server: Server) -> None:
     listed = server.client.models.list().data
     assert [model.id for model in listed] == ["sgld/demo"]

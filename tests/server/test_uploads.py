@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from sgld import inputs
 from sgld.errors import BadRequest, OutputError, SgldError, TooLarge
-from sgld.server import uploads
-from sgld.server.uploads import MAX_PIXELS, Picture, folder, keep, read_picture, remove, safe_name, sweep
+from sgld.inputs import MAX_PIXELS
+from sgld.server.uploads import Picture, folder, keep, read_picture, remove, safe_name, sweep
 
 WIDTH, HEIGHT = 12, 8
 
@@ -204,10 +205,10 @@ async def test_a_bomb_is_refused_from_its_header(
 
 
 async def test_the_limit_itself_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_PIXELS", WIDTH * HEIGHT)
+    monkeypatch.setattr(inputs, "MAX_PIXELS", WIDTH * HEIGHT)
     data = packed(scene(), "png")
     await read_picture(data, None, "image")
-    monkeypatch.setattr(uploads, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(inputs, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     assert "of 12x8" in await refusal(data, TooLarge)
 
 
