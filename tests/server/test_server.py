@@ -268,7 +268,10 @@ def test_a_killed_worker_fails_its_job_and_the_server_recovers(server: Server) -
 
 def test_two_servers_with_several_workers_at_once(tmp_path: Path) -> None:
     """Each keeps to its own workers, and one does not mind what happens to the other's."""
-    servers = [Server(tmp_path / name / "results", "--num-gpus", "2", "--worker-retries", "1") for name in "ab"]
+    folders = [tmp_path / name / "results" for name in "ab"]
+    for folder in folders:
+        folder.parent.mkdir()
+    servers = [Server(folder, "--num-gpus", "2", "--worker-retries", "1") for folder in folders]
     try:
         for server in servers:
             server.wait_until_healthy()
