@@ -233,7 +233,7 @@ class Settings:
     )
     pin_cpu_memory: bool = knob(True, "pin host memory of offloaded weights, for faster copies to a GPU", group=MEMORY)
     vae_tiling: bool = knob(False, "decode tile by tile", group=MEMORY)
-    vae_slicing: bool = knob(False, "decode one output at a time; always so", group=MEMORY)
+    vae_slicing: bool = knob(False, "decode one output at a time; native models always do", group=MEMORY)
     vae_sp: bool = knob(False, "decode on all workers, each some rows or tiles of the pictures", group=MEMORY)
     vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
 
