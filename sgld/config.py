@@ -242,7 +242,7 @@ class Settings:
     vae_tiling: bool | None = knob(
         None, "decode large outputs tile by tile", group=MEMORY, shown_default="as the model's authors do"
     )
-    vae_slicing: bool = knob(False, "decode one output at a time; always so", group=MEMORY)
+    vae_slicing: bool = knob(False, "decode one output at a time; native models always do", group=MEMORY)
     vae_sp: bool = knob(False, "decode on all workers, each some rows or tiles of the pictures", group=MEMORY)
     vae_config: VaeConfig = knob(VaeConfig(), "settings of the VAE", group=MEMORY)
 

@@ -307,6 +307,7 @@ class ModelInfo:
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
     attention: dict[str, str] = attrs.field(factory=dict)  # kernels by use, such as transformer.self
+    left_open: tuple[str, ...] = ()  # fields whose value the pipeline's own code settles, unless somebody gives one
     backend: str = "sglang"  # what makes it: native code ("sglang"), or a pipeline of "diffusers"
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
@@ -334,7 +335,8 @@ class ModelInfo:
 def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str, target: str = "target") -> None:
     """Raise `NotBuilt` or `BadRequest` for adapters that this model cannot take, before any of them is sought."""
     if loras and not info.lora_targets:
-        raise NotBuilt(f"{param}: this model takes no LoRA adapters", param)
+        reason = f": {told}" if (told := info.unsupported.get("loras")) else ""
+        raise NotBuilt(f"{param}: this model takes no LoRA adapters{reason}", param)
     if len(loras) > MAX_LORAS:
         raise BadRequest(f"{param}: {len(loras)} adapters are too many; at most {MAX_LORAS} are allowed", param)
     for lora in loras:
@@ -375,17 +377,26 @@ def resolve(
     params.seeds()
     check_loras(params.loras, info, "loras", "loras.target")
     _check_steps(params, info)
-    if not info.starts_from_picture:
+    if not info.starts_from_picture and info.backend == "sglang":  # a pipeline's call tells which of them it lacks
         _refuse_start(asked)
     params = _with_picture(params, own, info)
     notes: list[str] = []
     if picture is not None and info.takes_picture_size and not {"height", "width"} & own.keys():
         params, notes = _shaped(params, picture, info)
+        asked |= {"height": params.height, "width": params.width}
+    params = _left_open(params, asked, info)
     _check_size(params, info)
     _check_tokens(params, info)
     params, more = _fit_frames(params, info)
     _check_memory(params, info)
     return params, notes + more
+
+
+def _left_open(params: SamplingParams, asked: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
+    """What nobody settled is None among the arguments of the pipeline's call, which then settles it itself."""
+    if not (left := [name for name in info.left_open if name not in asked]):
+        return params
+    return attrs.evolve(params, diffusers_kwargs=dict.fromkeys(left) | (params.diffusers_kwargs or {}))
 
 
 def check_picture(given: Mapping[str, Any]) -> None:
@@ -412,7 +423,7 @@ def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInf
         raise BadRequest(f"image_path: {count or 'none'} given; this model {takes}", "image_path")
     check_picture(own)
     if not count or not info.starts_from_picture:
-        return attrs.evolve(params, strength=None, mask_path=None)
+        return attrs.evolve(params, strength=None, mask_path=params.mask_path if count else None)
     params = attrs.evolve(params, strength=STRENGTH if params.strength is None else params.strength)
     steps = params.num_inference_steps
     if params.first_step == steps:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from sgld import inputs
 from sgld.config import DIFFUSERS_ATTENTION_BACKENDS, TRANSFORMERS, Settings
 from sgld.convert import default_of, fields_of, shown
-from sgld.errors import BadRequest, ModelError, first_line, nearest
+from sgld.errors import BadRequest, ModelError, first_line
 from sgld.messages import Load
+from sgld.models.diffusers_call import PASSED, RATES, Call
 from sgld.models.family import Sound, Watch, Whole
 from sgld.models.parts import PRECISIONS, check_precisions, folder_defaults
 from sgld.nn.attention import BACKENDS
@@ -33,17 +34,9 @@ from sgld.params import ModelInfo, SamplingParams
 from sgld.platform import Platform
 
 GENERIC = {"num_inference_steps": 30, "guidance_scale": 7.5, "height": 1024, "width": 1024, "num_frames": 1}
-PASSED = (  # fields of a request that a call may have an argument for, of the same name
-    "negative_prompt", "max_sequence_length", "height", "width", "num_frames", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "true_cfg_scale", "cfg_normalization", "boundary_ratio", "flow_shift", "strength",
-)  # fmt: skip
-RATES = ("frame_rate", "fps")  # what calls that take frames a second name them
-OWN_FIELDS = {**dict.fromkeys(RATES, "fps"), "prompt": "prompt", "image": "image_path", "mask_image": "mask_path"}
-ENGINE_S = (
-    "self", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt", "callback",
-    "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-)  # fmt: skip
-ATTENTION_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")  # one thing, three names
+SETTLED = (*GENERIC, "max_sequence_length")  # those of PASSED that are never None
+CLIP_FRAMES = 121  # of a clip whose length neither the call nor a configuration tells before it is made
+WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 OUTPUTS = ("images", "frames", "video", "sample")
 DENOISERS = (*TRANSFORMERS, "unet")
 MAX_PICTURES = 10
@@ -67,15 +60,22 @@ REFUSED = {
 
 
 def has_pipeline(name: object) -> bool:
-    """Whether `_class_name` of a model_index.json is a class of diffusers, or one of the repository's own code."""
-    return isinstance(name, list) or (isinstance(name, str) and _pipeline_class(name) is not None)
+    """Whether `_class_name` of a model_index.json is a class of diffusers, or one of the repository's own code.
 
-
-def _pipeline_class(name: str) -> type | None:
+    Raises:
+        ModelError: a class of diffusers that needs a package which is not installed; says which.
+    """
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None
+    if isinstance(name, list):
+        return len(name) == 2 and all(isinstance(part, str) for part in name)
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(found, diffusers.utils.DummyObject):
+        try:
+            found()
+        except ImportError as error:
+            raise ModelError(" ".join(str(error).split())) from None
+    return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
 class Pipeline(Whole):
@@ -88,22 +88,29 @@ class Pipeline(Whole):
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
         _refuse(load.settings)
+        self._platform = platform
         self._pipeline = Loader(load, platform, progress).pipeline()
-        self._name = type(self._pipeline).__name__
-        parameters = inspect.signature(type(self._pipeline).__call__).parameters
-        self._open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._call = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        self._signature = Call.of(type(self._pipeline))
+        self._signature.check()
+        self._name, self._call = self._signature.name, self._signature.arguments
         self._pipeline.set_progress_bar_config(disable=True)
         self._denoisers = {n: m for n in DENOISERS if isinstance(m := getattr(self._pipeline, n, None), nn.Module)}
-        offloads = _place(self._pipeline, load.settings, mesh, platform)
+        offload = _place(self._pipeline, load.settings, mesh, platform)
         _set_kernel(self._denoisers, load.settings, platform)
         _set_vae(getattr(self._pipeline, "vae", None), load.settings)
-        self.lora = {} if offloads else {n: LoraLayers(m, (), n) for n, m in self._denoisers.items() if n != "unet"}
-        self.info = self._describe(load)
+        self.lora = {} if offload else {n: LoraLayers(m, (), n) for n, m in self._denoisers.items() if n != "unet"}
+        self.info = self._describe(load.folder, offload)
+
+    def rest(self) -> None:
+        """Offloaded components that a call left on the device, as one that was stopped does, go."""
+        self._pipeline.maybe_free_model_hooks()
 
     # ---------------------------------------------------------------------------------------------- what it is
 
-    def _describe(self, load: Load) -> ModelInfo:
+    def _describe(self, folder: Path, offload: str | None) -> ModelInfo:
+        own, unsupported, defaults = folder_defaults(folder), self._unsupported(offload), self._defaults()
+        for name in own.keys() & unsupported.keys():
+            raise ModelError(f"{folder / 'generation_config.json'}: {name}: {unsupported[name]}; leave it out")
         video = "num_frames" in self._call
         needed, most = self._pictures_taken()
         kind = "video" if video else "image"
@@ -111,11 +118,12 @@ class Pipeline(Whole):
         return ModelInfo(
             name=self._name,
             kind=kind,
-            defaults=self._defaults() | folder_defaults(load.folder),
+            defaults=defaults | own,
+            left_open=tuple(name for name in SETTLED if self._signature.leaves(name) and name not in own),
             size_multiple=self._size_multiple() if self._sized else 1,
-            frame_multiple=self._frame_multiple() if video else 1,
+            frame_multiple=self._frame_multiple(defaults["num_frames"]) if video else 1,
             components=tuple(name for name, part in self._pipeline.components.items() if part is not None),
-            unsupported=self._unsupported(),
+            unsupported=unsupported,
             tasks=tuple(f"{source}-to-{kind}" for source in sources),
             min_pictures=needed,
             max_pictures=most,
@@ -140,36 +148,48 @@ class Pipeline(Whole):
         several = "Plus" in self._name or (re.search(r"[lL]ist\[", told) is not None and "Tensor" not in told)
         return int(needed), MAX_PICTURES if several else 1
 
-    def _unsupported(self) -> dict[str, str]:
+    def _unsupported(self, offload: str | None) -> dict[str, str]:
         lacks = {field: field for field in PASSED} | {"mask_path": "mask_image"}
-        return {
+        found = {
             field: f"the call of {self._name} has no argument {argument}"
             for field, argument in lacks.items()
             if argument not in self._call and field != "num_frames"  # which is 1 for whatever makes pictures
         }
+        if offload:
+            found["loras"] = f"components that are offloaded take no adapters; leave {offload} out to use them"
+        elif not self.lora:
+            found["loras"] = f"only transformers take adapters, and {self._name} has none"
+        return found
 
     def _defaults(self) -> dict[str, Any]:
         """Those of the call's signature, over what its denoiser was trained for, over the generic ones."""
         found: dict[str, Any] = {name: value for name, value in GENERIC.items() if name in self._call}
-        if self._sized and (side := self._side()) is not None:
-            found |= {"height": side, "width": side}
+        if self._sized:
+            found |= self._size()
+        if self._signature.leaves("num_frames"):
+            lengths = [
+                self._config(m, key) for m in self._denoisers.values() for key in ("num_frames", "sample_frames")
+            ]
+            found["num_frames"] = next((n for n in lengths if isinstance(n, int)), CLIP_FRAMES)
         for name in (*PASSED, *RATES):
             value = self._call[name].default if name in self._call else None
             if name in RATES and isinstance(value, int | float):
                 found["fps"] = round(value)
-            elif isinstance(value, int | float | str) and not isinstance(value, bool):
-                found[name] = value
+            elif isinstance(value, int | float | str):
+                found[name] = float(value) if isinstance(value, bool) else value
         return found
 
     def _config(self, component: Any, key: str) -> Any:
         return getattr(getattr(component, "config", None), key, None)
 
-    def _side(self) -> int | None:
-        """Pixels of a side that the denoiser was trained for, where it says so."""
-        sizes = [getattr(self._pipeline, "default_sample_size", None)]
-        sizes += [self._config(module, "sample_size") for module in self._denoisers.values()]
-        side = next((size for size in sizes if isinstance(size, int)), None)
-        return None if side is None else side * self._latent_pixels()
+    def _size(self) -> dict[str, int]:
+        """Pixels of the sides that the denoiser was trained for, where it says so."""
+        squares = [getattr(self._pipeline, "default_sample_size", None)]
+        squares += [self._config(module, "sample_size") for module in self._denoisers.values()]
+        pairs = [(size, size) for size in squares]
+        pairs += [(self._config(m, "sample_height"), self._config(m, "sample_width")) for m in self._denoisers.values()]
+        latents = next(((h, w) for h, w in pairs if isinstance(h, int) and isinstance(w, int)), ())
+        return {name: side * self._latent_pixels() for name, side in zip(("height", "width"), latents, strict=False)}
 
     def _latent_pixels(self) -> int:
         """Pixels of a side that one latent stands for."""
@@ -186,12 +206,11 @@ class Pipeline(Whole):
             found += [factor] if isinstance(factor, int) else []
         return math.lcm(*found)
 
-    def _frame_multiple(self) -> int:
+    def _frame_multiple(self, own: int) -> int:
         """Frames that one latent stands for, unless the pipeline's own length shows that it counts otherwise."""
         names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
         factor = next((f for name in names if isinstance(f := getattr(self._pipeline, name, None), int)), 1)
-        own = self._call["num_frames"].default
-        return factor if not isinstance(own, int) or (own - 1) % factor == 0 else 1
+        return factor if (own - 1) % factor == 0 else 1
 
     # -------------------------------------------------------------------------------------------- what it makes
 
@@ -209,55 +228,48 @@ class Pipeline(Whole):
         generator = torch.Generator("cpu").manual_seed(params.seed)
         counts = bool({"callback_on_step_end", "callback"} & self._call.keys())
         with Course(watch, self._steps(params) if counts else None) as course, self._watched(course):
-            own = {
-                "generator": generator, "output_type": "np", "return_dict": True, "callback": course.after_step,
-                "callback_on_step_end": course.at_step_end, "callback_on_step_end_tensor_inputs": [],
-            }  # fmt: skip
+            own = {"generator": generator, "output_type": "np", "return_dict": True, "callback": course.after_step}
+            if "callback_on_step_end" in self._call:
+                del own["callback"]
+                own |= {"callback_on_step_end": course.at_step_end, "callback_on_step_end_tensor_inputs": []}
             taken = {name: value for name, value in own.items() if name in self._call}
             try:
                 output = self._pipeline(**given, **taken)
-            except (ValueError, TypeError) as error:
-                if course.denoises:
-                    raise
-                raise BadRequest(f"{self._name} refuses the request: {first_line(error)}") from error
+            except WRONG as error:
+                self._blame(error, course, params)
+                raise
         frames = _frames(self._name, output)
         self._compare(params, frames, watch)
         if isinstance(output, dict) and any(output.get("nsfw_content_detected") or ()):
             watch.note(f"the safety checker of {self._name} has blackened the picture; another seed or prompt may pass")
         return frames, self._sound(output)
 
+    def _blame(self, error: Exception, course: Course, params: SamplingParams) -> None:
+        """Raise `BadRequest` where the arguments are at fault, as those of the pipeline's own may be at any time."""
+        if self._platform.is_out_of_memory(error):
+            return
+        if self._own(params):
+            told = f"{self._name} cannot run with them: {type(error).__name__}: {first_line(error)}"
+            raise BadRequest(f"diffusers_kwargs: {told}", "diffusers_kwargs") from error
+        if isinstance(error, ValueError | TypeError) and not course.denoises:
+            raise BadRequest(f"{self._name} refuses the request: {first_line(error)}") from error
+
     def _arguments(self, params: SamplingParams, watch: Watch) -> dict[str, Any]:
         values: dict[str, Any] = {name: getattr(params, name) for name in PASSED}
         values |= dict.fromkeys(RATES, params.fps) | {"prompt": params.prompt} | self._pictures(params)
         if "prompt" not in self._call:
             watch.note(f"prompt: it has no effect: the call of {self._name} takes none")
-        taken = {name: value for name, value in values.items() if name in self._call and value is not None}
-        return taken | self._further(params.diffusers_kwargs or {}, watch)
+        own = self._own(params)
+        left = (params.diffusers_kwargs or {}).keys() - own.keys()
+        values = {name: value for name, value in values.items() if name not in left and value is not None}
+        return {name: value for name, value in values.items() if name in self._call} | self._signature.further(
+            own, watch
+        )
 
-    def _further(self, given: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
-        """`diffusers_kwargs` as the call takes them. Raises `BadRequest` for a key that it lacks, or that is ours."""
-        found: dict[str, Any] = {}
-        known = [name for name in self._call if name not in (*ENGINE_S, *PASSED, *OWN_FIELDS)]
-        for name, value in given.items():
-            path = f"diffusers_kwargs.{name}"
-            if name in PASSED or name in OWN_FIELDS:
-                raise BadRequest(f"{path}: give it as {OWN_FIELDS.get(name, name)}, not among these", path)
-            if name in ENGINE_S:
-                raise BadRequest(f"{path}: sgld itself decides it; leave it out", path)
-            other = next((n for n in ATTENTION_ARGUMENTS if n in self._call), None)
-            if name not in self._call and name in ATTENTION_ARGUMENTS and other is not None and other not in given:
-                watch.note(f"{path}: {self._name} names it {other}")
-                name = other
-            if name not in self._call and not self._open:
-                raise BadRequest(
-                    f"{path}: the call of {self._name} has no such argument{nearest(name, known)}; it has "
-                    f"{', '.join(known)}",
-                    path,
-                )
-            if name in ATTENTION_ARGUMENTS and isinstance(value, dict) and "scale" in value:
-                watch.note(f"{path}.scale: it does not reach adapters; each has a strength of its own")
-            found[name] = value
-        return found
+    def _own(self, params: SamplingParams) -> dict[str, Any]:
+        """`diffusers_kwargs` without the fields that are left to the call, which stand there as None."""
+        given = params.diffusers_kwargs or {}
+        return {name: value for name, value in given.items() if name not in self.info.left_open or value is not None}
 
     def _pictures(self, params: SamplingParams) -> dict[str, Any]:
         """`image` and `mask_image`: cut to the size where the output starts from the picture, else as they are."""
@@ -456,17 +468,20 @@ def _refuse(settings: Settings) -> None:
     for name, reason in REFUSED.items():
         if (value := getattr(settings, name)) != default_of(fields_of(Settings)[name]):
             raise BadRequest(f"{name}: {shown(value)}: {reason}; leave it out", name)
+    if settings.parallel_decode:
+        path = "vae_config.use_parallel_decode"
+        raise BadRequest(f"{path}: true: {REFUSED['vae_sp']}; leave it out", path)
     if not settings.vae_config.load_encoder:
         path = "vae_config.load_encoder"
         raise BadRequest(f"{path}: false: a diffusers pipeline keeps its whole VAE; leave it out", path)
 
 
-def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) -> bool:
-    """Bring the pipeline to the device, or let its components come in turns; whether they do."""
+def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) -> str | None:
+    """Bring the pipeline to the device, or let its components come in turns; the setting that asks for these."""
     asked = [name for name in fields_of(Settings) if name.endswith("_cpu_offload") and getattr(settings, name)]
     if not asked:
         pipeline.to(mesh.device)
-        return False
+        return None
     if platform.name != "cuda":
         reason = "a diffusers pipeline can only be offloaded from a GPU; this worker computes on a CPU"
         raise BadRequest(f"{asked[0]}: {reason}; leave it out", asked[0])
@@ -474,7 +489,7 @@ def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) ->
         pipeline.enable_model_cpu_offload(device=mesh.device)
     except ImportError as error:
         raise BadRequest(f"{asked[0]}: {first_line(error)}", asked[0]) from None
-    return True
+    return asked[0]
 
 
 def _set_kernel(denoisers: Mapping[str, nn.Module], settings: Settings, platform: Platform) -> None:

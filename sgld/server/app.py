@@ -16,7 +16,7 @@ from aiohttp import web
 from sgld.config import Settings, user_path
 from sgld.engine.adapters import Kept
 from sgld.engine.engine import Engine
-from sgld.errors import WorkerDied
+from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Progress
 from sgld.params import resolve
 from sgld.server import images, info, lora, metrics, openapi, uploads, videos, webhooks
@@ -135,6 +135,10 @@ async def load(service: Service) -> None:
         except WorkerDied as error:
             log.warning("%s while it warmed up; it is tried once more", error)
             await service.engine.generate("warmup", params, _log_progress)
+        except SgldError as error:
+            if service.info.backend == "sglang":
+                raise
+            log.warning("warmup: %s; what clients ask for may work all the same", error)  # a pipeline may want more
     service.warm = True
     service.jobs.start()
     log.info("%s is ready after %.1f s", service.model_id, time.perf_counter() - started)

@@ -116,6 +116,7 @@ async def capabilities(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     info = service.loaded()
     refused = refused_fields(SamplingParams, info)
+    hidden = refused.keys() | set(info.left_open) - service.sampling.keys()
     answer = Capabilities(
         model=service.model_id,
         name=info.name,
@@ -126,7 +127,7 @@ async def capabilities(request: web.Request) -> web.Response:
         frame_multiple=info.frame_multiple,
         components=list(info.components),
         lora_targets=list(info.lora_targets),
-        defaults={name: plain(service.default(name)) for name in fields_of(SamplingParams) if name not in refused},
+        defaults={name: plain(service.default(name)) for name in fields_of(SamplingParams) if name not in hidden},
         sampling=plain(service.sampling),
         fields=request_fields(SamplingParams, service),
         unsupported=refused,

@@ -17,8 +17,9 @@ from aiohttp.test_utils import TestServer
 from sgld import media
 from sgld.config import Settings
 from sgld.engine.engine import Engine
-from sgld.engine.group import WorkerGroup
+from sgld.engine.group import Emit, WorkerGroup
 from sgld.errors import SgldError
+from sgld.params import ModelInfo
 from sgld.server.app import load, make_app
 from sgld.server.state import SERVICE
 from tests.engine.ranks import run_faulty
@@ -72,6 +73,22 @@ async def test_the_warm_up_is_a_generation_of_the_model(client: Client, warmup: 
         with pytest.raises(SgldError, match="JSONDecodeError"):
             await load(service)
     assert (await client.get("/health"))[0] == (200 if warmup == "off" else 503)
+
+
+async def test_a_pipeline_that_refuses_the_warm_up_is_served(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """The same family, as a model that is made whole: it may well want more than one step."""
+    service = client.app[SERVICE]
+    service.settings = attrs.evolve(service.settings, warmup="server")
+    load_engine = service.engine.load
+
+    async def load_whole(emit: Emit) -> ModelInfo:
+        return attrs.evolve(await load_engine(emit), backend="diffusers")
+
+    service.engine.load = load_whole  # type: ignore[method-assign]
+    await load(service)
+    assert "warmup: JSONDecodeError" in caplog.text
+    assert (await client.get("/health"))[0] == 200
+    assert (await client.post("/v1/images/generations", {}))[0] == 200
 
 
 async def test_a_client_that_goes_away_frees_the_workers(client: Client) -> None:

@@ -44,10 +44,13 @@ def test_pictures_with_arguments_of_the_pipeline_s_own(server: Server) -> None:
     [
         ({"diffusers_kwargs": {"generator": 1}}, "diffusers_kwargs.generator", "sgld itself decides it"),
         ({"diffusers_kwargs": {"sigma": 1}}, "diffusers_kwargs.sigma", "did you mean sigmas"),
+        ({"diffusers_kwargs": {"latents": [1, 2]}}, "diffusers_kwargs", "OvisImagePipeline cannot run with them"),
+        ({"diffusers_kwargs": {"joint_attention_kwargs": {"a": ["/etc/passwd"]}}},
+         "diffusers_kwargs.joint_attention_kwargs", "no text is taken here"),
         ({"diffusers_kwargs": "x"}, "diffusers_kwargs", "map of names to values"),
         ({"true_cfg_scale": 2}, "true_cfg_scale", "the call of OvisImagePipeline has no argument true_cfg_scale"),
     ],
-)
+)  # fmt: skip
 def test_what_the_pipeline_does_not_take_is_refused(
     server: Server, fields: dict[str, object], param: str, says: str
 ) -> None:
