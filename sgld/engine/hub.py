@@ -134,7 +134,8 @@ def _refuse_variants(reference: str, revision: str | None, replaced: Container[s
     try:
         files = HfApi().list_repo_files(repository, revision=revision)
         index = overlay.read_object(Path(hf_hub_download(repository, f"{root}model_index.json", revision=revision)))
-    except Exception:  # the download that follows says what is wrong, or finds the repository in the cache
+    except Exception as error:  # the download that follows says what is wrong, or finds the repository in the cache
+        log.debug("%s: variants of weights are not looked for: %s", reference, error)
         return
     needed = [key for key, value in index.items() if isinstance(value, list) and any(value[:1]) and key not in replaced]
     for component in needed:

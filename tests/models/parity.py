@@ -163,6 +163,18 @@ def picture_of_ranks(world: int, store: Path, folder: Path, request: Request, **
     return pictures_of_ranks(world, store, [(folder, request, settings)])[0]
 
 
+def tiles(size: int, stride: int) -> dict[str, int]:
+    """Square tiles, as `vae_config` has them."""
+    sides = "height", "width"
+    return {f"tile_sample_{name}_{side}": n for name, n in (("min", size), ("stride", stride)) for side in sides}
+
+
+def ranks_decode_tiles(store: Path, folder: Path, request: Request, size: int, stride: int) -> None:
+    """Two share the tiles of one picture, which is not that of one tile."""
+    ours = picture_of_ranks(2, store, folder, request, vae_sp=True, vae_config=tiles(size, stride))
+    assert apart(ours, picture(load(folder), request)) > 1, "there was one tile"
+
+
 def _memory(mesh: Mesh, folder: Path, warm: Request, request: Request) -> tuple[int, int]:
     family = load(folder, mesh)
     picture(family, warm, mesh)

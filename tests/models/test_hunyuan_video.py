@@ -40,6 +40,7 @@ from tests.models.parity import (
     quiet,
     same_state,
     shown,
+    tiles,
     wear,
     write_both,
     write_lora,
@@ -138,7 +139,7 @@ def test_same_picture_at_the_edges(
     assert ours.shape != plain.shape or apart(ours, plain) > 5
 
 
-TILES = {f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride", 16)) for side in ("height", "width")}
+TILES = tiles(32, 16)
 SHARED = {"tp_size": 2, "vae_sp": True, "vae_config": TILES}
 
 
@@ -173,11 +174,11 @@ def test_same_picture_on_four_ranks(twin: Path, tmp_path: Path, reference: Calla
 
 
 def test_tiles_are_diffusers_own(twin: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:
-    tiles = {"tile_sample_min_height": 32, "tile_sample_min_width": 32} | {
+    oblong = {"tile_sample_min_height": 32, "tile_sample_min_width": 32} | {
         "tile_sample_stride_height": 16, "tile_sample_stride_width": 24,
     }  # fmt: skip
-    ours = picture(load(twin, vae_config=tiles), REQUEST | {"num_frames": 29})
-    pipeline.vae.enable_tiling(**tiles)
+    ours = picture(load(twin, vae_config=oblong), REQUEST | {"num_frames": 29})
+    pipeline.vae.enable_tiling(**oblong)
     theirs = reference(num_frames=29)
     pipeline.vae.disable_tiling()
     assert apart(ours, theirs) <= 1

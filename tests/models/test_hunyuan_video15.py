@@ -30,6 +30,7 @@ from tests.models.parity import (
     quiet,
     same_state,
     shown,
+    tiles,
     wear,
     write_both,
     write_lora,
@@ -117,7 +118,7 @@ def test_same_picture_at_the_edges(
     assert ours.shape != plain.shape or apart(ours, plain) > 5
 
 
-TILES = {f"tile_sample_{name}_{side}": n for name, n in (("min", 32), ("stride", 16)) for side in ("height", "width")}
+TILES = tiles(32, 16)
 SHARED = {"ulysses_degree": 2, "tp_size": 2, "vae_sp": True, "vae_config": TILES}
 
 
@@ -144,10 +145,8 @@ def test_same_picture_on_four_ranks(twin: Path, tmp_path: Path, reference: Calla
 
 
 def test_tiles_are_diffusers_own(twin: Path, pipeline: Any, reference: Callable[..., Tensor]) -> None:
-    tiles = {"min_height": 64, "min_width": 64, "stride_height": 48, "stride_width": 48}
     large = REQUEST | {"height": 96, "width": 96}
-    settings = {f"tile_sample_{name}": n for name, n in tiles.items()}
-    ours = picture(load(twin, vae_config=settings), large)
+    ours = picture(load(twin, vae_config=tiles(64, 48)), large)
     pipeline.vae.enable_tiling(64, 64, 4, 4, 0.25)
     theirs = reference(large)
     pipeline.vae.disable_tiling()
