@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from sgld.convert import fields_of, knob, knob_of, shown, structure
+from sgld.convert import fields_of, knob, knob_of, shorten, structure
 from sgld.errors import BadRequest, NotBuilt, nearest
 from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, MAX_LORAS, SamplingParams
 
@@ -361,7 +361,7 @@ class Settings:
             raise BadRequest("dist_init_addr: it is required when nnodes > 1", "dist_init_addr")
         found = _ADDRESS.fullmatch(self.dist_init_addr)
         if not found or found[1] == "0.0.0.0" or not 0 < int(found[2]) < 2**16:
-            told = f"{shown(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
+            told = f"{shorten(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
             raise BadRequest(f"dist_init_addr: {told}", "dist_init_addr")
         return found[1], int(found[2])
 
@@ -542,7 +542,7 @@ def _check_loras(settings: Settings) -> None:
                 name,
             )
     if names is not None and ("" in names or len(set(names)) < len(names)):
-        raise BadRequest(f"lora_nickname: {shown(names)}: each adapter needs a name of its own", "lora_nickname")
+        raise BadRequest(f"lora_nickname: {shorten(names)}: each adapter needs a name of its own", "lora_nickname")
 
 
 def _check_degrees(settings: Settings) -> None:
@@ -591,11 +591,11 @@ def _check_nodes(settings: Settings) -> None:
 def user_path(text: str, param: str) -> Path:
     """A path as a user writes it: `~` and `~name` are homes. Raises BadRequest for what no path can be."""
     if "\0" in text:
-        raise BadRequest(f"{param}: {shown(text)} holds a NUL byte, which no path can", param)
+        raise BadRequest(f"{param}: {shorten(text)} holds a NUL byte, which no path can", param)
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise BadRequest(f"{param}: {shown(text)}: there is no such user, so no such home", param) from None
+        raise BadRequest(f"{param}: {shorten(text)}: there is no such user, so no such home", param) from None
 
 
 def cache_root() -> Path:

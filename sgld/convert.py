@@ -87,7 +87,7 @@ def _check(_: object, field: attrs.Attribute[Any], value: Any) -> None:
         if meta.choices and item not in meta.choices:
             allowed = ", ".join(meta.choices)
             raise BadRequest(
-                f"{field.name}: {shown(item)} is not one of {allowed}{nearest(str(item), meta.choices)}", field.name
+                f"{field.name}: {shorten(item)} is not one of {allowed}{nearest(str(item), meta.choices)}", field.name
             )
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_range(field.name, item, meta)
@@ -99,7 +99,7 @@ def _check_range(name: str, value: float, meta: Knob) -> None:
     low = (meta.min is not None and value < meta.min) or (meta.above is not None and value <= meta.above)
     high = meta.max is not None and value > meta.max
     if low or high:
-        raise BadRequest(f"{name}: {shown(value)} is out of range; allowed is {describe_range(meta)}", name)
+        raise BadRequest(f"{name}: {shorten(value)} is out of range; allowed is {describe_range(meta)}", name)
 
 
 def describe_range(meta: Knob) -> str:
@@ -137,7 +137,7 @@ def type_name(kind: Any) -> str:
     )
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value for an error line: one line, and not too long."""
     text = ""
     for piece in _pieces(value):
@@ -171,7 +171,7 @@ def _pieces(value: Any) -> Iterator[str]:
 
 
 def _wrong(value: Any, kind: Any) -> ValueError:
-    return ValueError(f"{shown(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
+    return ValueError(f"{shorten(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
 
 
 class _TooLong(Exception):
@@ -202,7 +202,7 @@ def _text(value: Any, _: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(value)} is not valid Unicode") from None
+        raise ValueError(f"{shorten(value)} is not valid Unicode") from None
     return value
 
 
@@ -323,7 +323,7 @@ def _first_error(error: BaseException, cls: type, path: str = "") -> SgldError:
     if isinstance(error, ForbiddenExtraKeysError):
         [name] = error.extra_fields
         full = f"{path}.{name}" if path else name
-        return UnknownField(f"unknown key {shown(full)}{nearest(name, fields_of(error.cl))}", full)
+        return UnknownField(f"unknown key {shorten(full)}{nearest(name, fields_of(error.cl))}", full)
     if isinstance(error, SgldError):  # from a validator, which knows only the field's own name
         prefix = f"{path}." if path else ""
         return type(error)(f"{prefix}{error.message}", f"{prefix}{error.param}")
@@ -362,7 +362,7 @@ def refuse_unbuilt(*instances: Any, spell: Callable[[str], str] = str) -> None:
     first, *others = found
     value, instead = "", "leave it out"
     if first.knob.built:
-        value, instead = f"{shown(first.value)} is ", f"use {' or '.join(map(str, first.knob.built))}"
+        value, instead = f"{shorten(first.value)} is ", f"use {' or '.join(map(str, first.knob.built))}"
     also = f"; nor are {', '.join(spell(knob.name) for knob in others)}" if others else ""
     raise NotBuilt(
         f"{spell(first.name)}: {value}not built yet in this version of sgld ({first.knob.pending}); {instead}{also}",

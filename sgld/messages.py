@@ -26,7 +26,7 @@ MergeMode = Literal["auto", "merge", "dynamic"]
 
 
 @attrs.frozen
-class Seat:
+class RankAssignment:
     """A rank's place in its group: what it is told when it is spawned.
 
     Ranks of one machine meet through a file, so that no port is ever chosen; those of several at a host and port, where
@@ -35,7 +35,7 @@ class Seat:
 
     rank: int
     world: int
-    meeting: Path | tuple[str, int]
+    rendezvous: Path | tuple[str, int]
     dist_timeout_s: int = 3600
     nnodes: int = 1
     listener: socket.socket | None = None

@@ -22,6 +22,7 @@ MAX_PROMPT_CHARACTERS = MAX_CHARACTERS
 MAX_SIDE = 16384
 STRENGTH = 0.8
 LORA_TARGETS = ("all", "transformer", "transformer_2")
+PRIORITIES = ("low", "normal", "high")  # of a job, rising
 MAX_LORAS, MAX_LORA_STRENGTH = 16, 100
 
 

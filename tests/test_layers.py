@@ -34,7 +34,7 @@ def test_the_ladder_stands(layers: ModuleType) -> None:
 
 
 def test_a_sound_tree_has_no_fault(layers: ModuleType, tmp_path: Path) -> None:
-    root = tree(tmp_path, cli__a="from sgld.server import b", server__b="import sgld.errors", errors="import os")
+    root = tree(tmp_path, cli__a="from sgld.server import app", server__app="import sgld.errors", errors="import os")
     assert layers.check(root) == []
 
 
@@ -44,12 +44,14 @@ def test_a_sound_tree_has_no_fault(layers: ModuleType, tmp_path: Path) -> None:
         ({"nn__rope": "from sgld.models import wan", "models__wan": ""}, "nn/rope.py:1: nn may not import sgld.models"),
         ({"nn__rope": "def f():\n    import sgld.server.app", "server__app": ""},
          "nn/rope.py:2: nn may not import sgld.server"),
+        ({"server__jobs__a": "import sgld.server.service", "server__service": ""},
+         "server/jobs/a.py:1: server.jobs may not import sgld.server.service"),
         ({"models__a": "from sgld.post import b", "post__b": ""}, "models/a.py:1: models may not import sgld.post"),
         ({"server__a": "import torch"}, "server/a.py:1: torch may not be imported here"),
         ({"nn__a": "import torch\ntorch.cuda.empty_cache()"}, "nn/a.py:2: torch.cuda belongs in platform.py"),
         ({"cli__a": "import os\nos.environ"}, "cli/a.py:2: os.environ belongs in config.py"),
     ],
-    ids=["climb", "climb in a function", "sideways", "torch in the parent", "torch.cuda", "os.environ"],
+    ids=["climb", "climb in a function", "rooms", "sideways", "torch in the parent", "torch.cuda", "os.environ"],
 )  # fmt: skip
 def test_a_climb_is_seen(layers: ModuleType, modules: dict[str, str], fault: str, tmp_path: Path) -> None:
     found = layers.check(tree(tmp_path, **modules))

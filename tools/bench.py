@@ -28,7 +28,7 @@ from typing import Any
 from sgld import __version__
 from sgld.config import Settings, set_default_environment
 from sgld.engine.engine import Engine
-from sgld.engine.hub import resolve_model
+from sgld.hub.hub import resolve_model
 from sgld.messages import Event
 from sgld.params import ModelInfo, SamplingParams, resolve
 
@@ -122,7 +122,7 @@ def same_process() -> Callable[[SamplingParams], float]:
     from sgld.models import load_family
     from sgld.nn.parallel import Mesh
     from sgld.platform import choose_platform
-    from sgld.worker.hook import Hook
+    from sgld.worker.run_context import RunContext
     from sgld.worker.sampler import sample
 
     machine = choose_platform()
@@ -132,7 +132,7 @@ def same_process() -> Callable[[SamplingParams], float]:
 
     def run(params: SamplingParams) -> float:
         start = time.perf_counter()
-        sample(family, params, Hook("bench", mesh, Silence(), machine.synchronize))  # type: ignore[arg-type]
+        sample(family, params, RunContext("bench", mesh, Silence(), machine.synchronize))  # type: ignore[arg-type]
         return time.perf_counter() - start
 
     return run

@@ -38,8 +38,8 @@ from tiny import make_wan21
 from torch import nn
 
 from sgld import __version__
-from sgld.engine.adapters import resolve_adapter
-from sgld.engine.hub import resolve_model
+from sgld.engine.lora import resolve_adapter
+from sgld.hub.hub import resolve_model
 from sgld.messages import SetLora, UnmergeLora
 from sgld.models import load_family
 from sgld.nn.lora_formats import read_adapter
@@ -47,7 +47,7 @@ from sgld.nn.parallel import Mesh
 from sgld.params import LoraUse, resolve
 from sgld.platform import choose_platform
 from sgld.worker.adapters import Adapters
-from sgld.worker.hook import Hook
+from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
 
 WAN_300M = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256, "num_layers": 6}
@@ -115,7 +115,7 @@ class Ours:
 
     def generate(self) -> None:
         params, _ = resolve(CLIP, self._family.info)
-        sample(self._family, params, Hook("bench", self._mesh, Silence()))  # type: ignore[arg-type]
+        sample(self._family, params, RunContext("bench", self._mesh, Silence()))  # type: ignore[arg-type]
 
 
 class Theirs:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from sgld.messages import Seat
+from sgld.messages import RankAssignment
 from sgld.models.wan import TextKeys, WanConfig, WanTransformer
 from sgld.nn import parallel
 from sgld.nn.attention import TORCH
@@ -123,7 +123,7 @@ def _turns(
     def timed() -> tuple[torch.Tensor, float]:
         begun = time.perf_counter()
         made = both()
-        mesh.meet()
+        mesh.barrier()
         return made, time.perf_counter() - begun
 
     singles, doubles, silents, sleepers, apart = [], [], [], [], 0.0
@@ -141,7 +141,7 @@ def _turns(
         at_start, started = processor_time(), time.perf_counter()
         single = one() if mesh.rank == 0 else None
         middle = time.perf_counter()
-        mesh.meet()
+        mesh.barrier()
         at_middle = processor_time()
         double, seconds = timed()
         if turn and single is not None:
@@ -169,7 +169,7 @@ def _turns(
 def _rank(rank: int, store: Path, way: str, repeat: int, out: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    mesh = Mesh.join(Seat(rank, 2, store, 600), Cpu())
+    mesh = Mesh.join(RankAssignment(rank, 2, store, 600), Cpu())
     out.send(measure(mesh, way, repeat))
     mesh.leave()
 

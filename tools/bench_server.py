@@ -38,8 +38,8 @@ import psutil
 from sgld import __version__
 from sgld.params import SamplingParams
 from sgld.server.app import JOURNAL
-from sgld.server.jobs import Artifact, Job
-from sgld.server.journal import Journal
+from sgld.server.jobs.job import Artifact, Job
+from sgld.server.jobs.journal import Journal
 
 PROMPT = "a red circle moving right on a blue background"
 CLIENTS = (1, 8, 64)

@@ -20,7 +20,7 @@ import attrs
 
 from sgld import config
 from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, read_map
-from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, once, shown, type_name
+from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, once, shorten, type_name
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}
@@ -289,7 +289,7 @@ def _map(text: str, flag: str, numbers: bool) -> Any:
         try:
             return once([(key.strip(), _json_or_text(value) if numbers else value) for key, _, value in pairs])
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"{flag}: {shown(text)}: {error}", flag) from None
+            raise BadRequest(f"{flag}: {shorten(text)}: {error}", flag) from None
     if text.lower().endswith(MAP_SUFFIXES):
         return read_map(text, flag)
     raise BadRequest(f"{flag}: {text!r} is neither JSON, nor a file, nor key=value,key=value", flag)
@@ -299,7 +299,7 @@ def _json(text: str, flag: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{flag}: {shown(text)} is not valid JSON: {error}", flag) from None
+        raise BadRequest(f"{flag}: {shorten(text)} is not valid JSON: {error}", flag) from None
 
 
 def _json_or_text(text: str) -> Any:

@@ -21,7 +21,7 @@ from sgld.params import SamplingParams
 
 if TYPE_CHECKING:
     from sgld.engine.engine import Engine
-    from sgld.server.auth import Keys
+    from sgld.server.http.auth import Keys
 
 logger = logging.getLogger("sgld")
 KEEP_ALIVE_S = 75.0  # of a connection that asks for nothing
@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
             for flag in ignored(layer):
                 logger.warning("%s: ignored; only node 0 runs the HTTP server", flag)
             return follow(settings)
-        from sgld.server.auth import check_exposure, load_keys
+        from sgld.server.http.auth import check_exposure, load_keys
 
         keys = load_keys(settings)
         check_exposure(settings, keys)
@@ -77,8 +77,8 @@ async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> in
     from aiohttp import web
 
     from sgld.server.app import load, make_app
-    from sgld.server.protocol import Runner
-    from sgld.server.state import SERVICE
+    from sgld.server.http.protocol import Runner
+    from sgld.server.service import SERVICE
 
     listener = listen(settings.host, settings.port)
     app = make_app(settings, sampling, keys=keys)

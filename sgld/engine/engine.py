@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from sgld.config import Settings
-from sgld.engine.adapters import AdapterNames, Kept, at_start
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Emit, WorkerGroup
-from sgld.engine.hub import resolve_model
-from sgld.engine.node import Gate
+from sgld.engine.lora import AdapterNames, LoraPlan, at_start
+from sgld.engine.node import NodeListener
 from sgld.errors import ModelError, NotReady, SgldError, WorkerDied
+from sgld.hub.hub import resolve_model
 from sgld.messages import (
     Event,
     Generate,
@@ -54,10 +54,12 @@ class Engine:
         self.state = "new"
         self.info: ModelInfo | None = None
         self.adapters = AdapterNames()
-        self.kept: Kept | None = None  # the adapters of the server before this one
-        self.keep: Callable[[Kept], Awaitable[None]] = _forget
-        gate = Gate(settings) if settings.nnodes > 1 else None
-        self.group = group or WorkerGroup(settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout, gate=gate)
+        self.kept: LoraPlan | None = None  # the adapters of the server before this one
+        self.keep: Callable[[LoraPlan], Awaitable[None]] = _forget
+        node_listener = NodeListener(settings) if settings.nnodes > 1 else None
+        self.group = group or WorkerGroup(
+            settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout, node_listener=node_listener
+        )
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
         self._reviving: asyncio.Task[None] | None = None
@@ -84,7 +86,7 @@ class Engine:
             log.warning("%s while the model was loaded; it is tried once more", error)
             self.info = await self._bring_up(command, found, emit)
         if self.kept is None:
-            self.adapters.give(loras, found)
+            self.adapters.register(loras, found)
         await self._remember()
         self._become_ready()
         if self.info.backend != "sglang" and self.settings.backend == "auto":
@@ -106,7 +108,7 @@ class Engine:
             await self._in_executor(self.group.run, SetLora(tuple(loras)))
         return info
 
-    async def _restore(self, kept: Kept) -> None:
+    async def _restore(self, kept: LoraPlan) -> None:
         """Jobs that outlived a server are made with the adapters they were asked for, or not at all."""
         self.adapters.known.update(kept.known)
         state = await self.adapters.sought_again(kept.state)
@@ -118,7 +120,7 @@ class Engine:
 
     async def _remember(self) -> None:
         settings = self.settings
-        await self.keep(Kept(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
+        await self.keep(LoraPlan(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
 
     async def generate(self, job_id: str, params: SamplingParams, emit: Emit, previews: int = 0) -> Media:
         """Make one output. Jobs run in the order of their calls, one at a time.
@@ -176,7 +178,7 @@ class Engine:
         """
         check_loras(loras, self._loaded(), "lora_path")
         found = await self.adapters.resolve(loras, "lora_path", local=True)
-        return await self._adapt(SetLora(tuple(found), merge_mode), lambda: self.adapters.give(loras, found))
+        return await self._adapt(SetLora(tuple(found), merge_mode), lambda: self.adapters.register(loras, found))
 
     async def merge_lora(self, target: str = "all", strength: float = 1.0) -> LoraState:
         """Let the adapters that were last set hold again, with this strength. Raises BadRequest if there are none."""
@@ -300,7 +302,7 @@ class Engine:
         self.state = "failed"
 
 
-async def _forget(_: Kept) -> None:
+async def _forget(_: LoraPlan) -> None:
     """For an engine whose adapters end with it."""
 
 

@@ -10,9 +10,9 @@ from multiprocessing.process import BaseProcess
 
 from sgld.config import Settings
 from sgld.engine.group import interrupts_blocked, spawn
-from sgld.engine.node import Hello, Line, call, numbers
+from sgld.engine.node import Handshake, PeerConnection, call, numbers
 from sgld.errors import BadRequest
-from sgld.messages import Refused, Seat
+from sgld.messages import RankAssignment, Refused
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ RETRY_S = 0.5  # between two tries to reach node 0
 TO_STOP_S = 5.0  # for ranks that were told to stop, from when the first has ended
 
 
-def follow(settings: Settings, target: Callable[[Seat, Connection], None] = run_rank) -> int:
+def follow(settings: Settings, target: Callable[[RankAssignment, Connection], None] = run_rank) -> int:
     """Be one group's ranks of this node after the other's, until node 0 stops them, or an interrupt comes.
 
     Raises BadRequest when node 0 was started with other settings.
@@ -34,15 +34,15 @@ def follow(settings: Settings, target: Callable[[Seat, Connection], None] = run_
     return 0
 
 
-def _one_group(settings: Settings, target: Callable[[Seat, Connection], None]) -> bool:
+def _one_group(settings: Settings, target: Callable[[RankAssignment, Connection], None]) -> bool:
     """Run the ranks of one group to its end; whether they were told to stop."""
     each = settings.num_gpus // settings.nnodes
     ranks = range(each * settings.node_rank, each * (settings.node_rank + 1))
-    lines: list[Line] = []
+    lines: list[PeerConnection] = []
     processes: list[BaseProcess] = []
     try:
         for rank in ranks:
-            lines.append(_reach(settings.node_address(), Hello.of(settings, rank)))
+            lines.append(_reach(settings.node_address(), Handshake.of(settings, rank)))
         try:
             seats = _seats(lines)
         except (EOFError, OSError):
@@ -62,7 +62,7 @@ def _one_group(settings: Settings, target: Callable[[Seat, Connection], None]) -
             line.close()
 
 
-def _reach(address: tuple[str, int], hello: Hello) -> Line:
+def _reach(address: tuple[str, int], hello: Handshake) -> PeerConnection:
     """A line to node 0, however long it takes."""
     told = False
     while True:
@@ -75,20 +75,20 @@ def _reach(address: tuple[str, int], hello: Hello) -> Line:
         time.sleep(RETRY_S)
 
 
-def _seats(lines: list[Line]) -> dict[Connection, Seat]:
+def _seats(lines: list[PeerConnection]) -> dict[Connection, RankAssignment]:
     """What node 0 says on each line once all nodes are there. Raises EOFError or OSError when it goes meanwhile."""
-    seats: dict[Connection, Seat] = {}
+    seats: dict[Connection, RankAssignment] = {}
     while len(seats) < len(lines):
         for connection in wait([line.connection for line in lines if line.connection not in seats]):
             assert isinstance(connection, Connection)
-            seat = connection.recv()
-            if isinstance(seat, Refused):
-                raise BadRequest(seat.reason)
-            seats[connection] = seat
+            assignment = connection.recv()
+            if isinstance(assignment, Refused):
+                raise BadRequest(assignment.reason)
+            seats[connection] = assignment
     return seats
 
 
-def _were_stopped(processes: list[BaseProcess], lines: list[Line]) -> bool:
+def _were_stopped(processes: list[BaseProcess], lines: list[PeerConnection]) -> bool:
     """Wait until a rank has ended or node 0 hung up. Ranks end with 0 only when they were told to."""
     running = {process.sentinel: process for process in processes}
     wait([*running, *(line.hangup for line in lines)])

@@ -25,7 +25,7 @@ from typing import Any
 import attrs
 
 from sgld.engine.cancel import CancelToken
-from sgld.engine.node import Gate, Remote, listen
+from sgld.engine.node import NodeListener, Remote, listen
 from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied, from_code
 from sgld.errors import Cancelled as CancelledError
 from sgld.messages import (
@@ -41,7 +41,7 @@ from sgld.messages import (
     LoraState,
     MergeLora,
     Progress,
-    Seat,
+    RankAssignment,
     SetLora,
     SharedFrames,
     Stop,
@@ -53,7 +53,7 @@ from sgld.params import ModelInfo
 
 log = logging.getLogger(__name__)
 Emit = Callable[[Event], None]
-Target = Callable[[Seat, Connection], None]
+Target = Callable[[RankAssignment, Connection], None]
 
 
 def _ignore(_: Event) -> None:
@@ -100,7 +100,7 @@ class _Rank:
 
 
 class WorkerGroup:
-    """`size` ranks, each running `target(seat, connection)`; with a `gate`, some of them on other nodes."""
+    """`size` ranks that each run `target(assignment, connection)`; a `node_listener` brings those of other nodes."""
 
     def __init__(
         self,
@@ -109,14 +109,14 @@ class WorkerGroup:
         *,
         dist_timeout_s: int = 3600,
         patience: Patience | None = None,
-        gate: Gate | None = None,
+        node_listener: NodeListener | None = None,
     ):
         self.size = size
         self.restarts = 0
         self._target = target
         self._dist_timeout_s = dist_timeout_s
         self._patience = patience or Patience()
-        self._gate = gate
+        self._gate = node_listener
         self._ranks: list[_Rank | Remote] = []
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
         self._load: Load | None = None
@@ -242,39 +242,39 @@ class WorkerGroup:
                 return
             self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-") if self.size > 1 else None
             store = Path(self._rendezvous.name) / "store" if self._rendezvous is not None else Path()
-            self._spawn([Seat(number, self.size, store, self._dist_timeout_s) for number in range(self.size)])
+            self._spawn([RankAssignment(number, self.size, store, self._dist_timeout_s) for number in range(self.size)])
         except BaseException:
             self.kill()
             raise
 
-    def _start_nodes(self, gate: Gate) -> None:
+    def _start_nodes(self, node_listener: NodeListener) -> None:
         """Once the ranks of all other nodes wait at the gate, give every rank its seat."""
-        self._ranks += gate.gather(lambda: self._closed)
-        host = gate.address[0]
+        self._ranks += node_listener.gather(lambda: self._closed)
+        host = node_listener.address[0]
         with listen(host, 0) as listener:
             store = host, listener.getsockname()[1]
-            rest = self._dist_timeout_s, gate.nnodes
+            rest = self._dist_timeout_s, node_listener.nnodes
             try:
                 for remote in self._ranks:
-                    remote.connection.send(Seat(remote.number, self.size, store, *rest))
+                    remote.connection.send(RankAssignment(remote.number, self.size, store, *rest))
             except OSError as error:
                 raise WorkerDied(f"another node has gone while the workers were started ({error.strerror})") from None
-            local = range(self.size // gate.nnodes)
-            self._spawn([Seat(n, self.size, store, *rest, listener if n == 0 else None) for n in local])
+            local = range(self.size // node_listener.nnodes)
+            self._spawn([RankAssignment(n, self.size, store, *rest, listener if n == 0 else None) for n in local])
         self._ranks.sort(key=lambda rank: rank.number)
 
-    def _spawn(self, seats: list[Seat]) -> None:
+    def _spawn(self, seats: list[RankAssignment]) -> None:
         with interrupts_blocked():
-            for seat in seats:
+            for assignment in seats:
                 ours, theirs = multiprocessing.Pipe()
                 try:
-                    process = spawn(self._target, seat, theirs)
+                    process = spawn(self._target, assignment, theirs)
                 except BaseException:
                     ours.close()
                     raise
                 finally:
                     theirs.close()
-                self._ranks.append(_Rank(seat.rank, process, ours))
+                self._ranks.append(_Rank(assignment.rank, process, ours))
 
     def _call(self, command: Command, emit: Emit, token: CancelToken | None) -> Any:
         if not self._ranks:
@@ -419,10 +419,12 @@ class _Call:
         return from_code(failed.code, failed.message, failed.param)
 
 
-def spawn(target: Target, seat: Seat, connection: Connection) -> BaseProcess:
-    """A process that runs `target(seat, connection)`, with a copy of `connection`."""
+def spawn(target: Target, assignment: RankAssignment, connection: Connection) -> BaseProcess:
+    """A process that runs `target(assignment, connection)`, with a copy of `connection`."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=target, args=(seat, connection), name=f"sgld-rank{seat.rank}", daemon=True)
+    process = context.Process(
+        target=target, args=(assignment, connection), name=f"sgld-rank{assignment.rank}", daemon=True
+    )
     process.start()
     return process
 

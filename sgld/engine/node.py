@@ -2,7 +2,7 @@
 
 A rank of another node has for its end of the pipe a connection to the one address where node 0 listens, so the
 executor thread talks to it as to a rank of its own. A line's end is a rank's death, and closing it kills the rank.
-Whoever reaches the address takes part: nobody proves who he is, and what is said after the `Hello` is pickled.
+Whoever reaches the address takes part: nobody proves who he is, and what is said after the `Handshake` is pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROBES = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 
 
 
 @attrs.frozen
-class Hello:
+class Handshake:
     """The first word on a line: which rank it is for, and what must be alike on all nodes."""
 
     rank: int
@@ -41,11 +41,11 @@ class Hello:
     version: str = __version__
 
     @classmethod
-    def of(cls, settings: Settings, rank: int) -> Hello:
+    def of(cls, settings: Settings, rank: int) -> Handshake:
         """That of a node with these settings."""
         return cls(rank, settings.nnodes, settings.num_gpus, settings.model_path)
 
-    def fault(self, own: Hello) -> str | None:
+    def fault(self, own: Handshake) -> str | None:
         """Why node 0, whose word would be `own`, cannot take this rank in."""
         for name, value in attrs.asdict(own).items():
             if name != "rank" and getattr(self, name) != value:
@@ -56,7 +56,7 @@ class Hello:
         )
 
 
-class Line:
+class PeerConnection:
     """A connection to another machine, and a descriptor, `hangup`, that is readable once the other end is gone."""
 
     def __init__(self, sock: socket.socket):
@@ -81,7 +81,7 @@ class Remote:
     """A rank on another node, as its group sees it."""
 
     number: int
-    line: Line
+    line: PeerConnection
 
     @property
     def connection(self) -> Connection:
@@ -105,13 +105,13 @@ class Remote:
         self.line.close()
 
 
-class Gate:
+class NodeListener:
     """Where node 0 takes in the ranks of the other nodes, each time that the group starts."""
 
     def __init__(self, settings: Settings):
         self.nnodes = settings.nnodes
         self.address = settings.node_address()
-        self._own = Hello.of(settings, 0)
+        self._own = Handshake.of(settings, 0)
         self._patience_s = settings.dist_timeout
         self._listener: socket.socket | None = None
 
@@ -132,7 +132,7 @@ class Gate:
                     absent = numbers(number for number in wanted if number not in found)
                     raise WorkerDied(f"workers {absent} did not come to {where} within {self._patience_s} s")
                 if wait([self._listener], POLL_S):
-                    self._welcome(Line(self._listener.accept()[0]), found)
+                    self._welcome(PeerConnection(self._listener.accept()[0]), found)
                 _forget_gone(found)
         except BaseException:
             for remote in found.values():
@@ -140,7 +140,7 @@ class Gate:
             raise
         return [found[number] for number in wanted]
 
-    def _welcome(self, line: Line, found: dict[int, Remote]) -> None:
+    def _welcome(self, line: PeerConnection, found: dict[int, Remote]) -> None:
         """Hear who calls, and let him wait among those `found`, or turn him away."""
         try:
             hello = _hear(line)
@@ -174,21 +174,21 @@ def numbers(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _hear(line: Line) -> Hello:
+def _hear(line: PeerConnection) -> Handshake:
     """The first word. Raises OSError, EOFError, ValueError or TypeError for what is none."""
     with socket.socket(fileno=line.connection.fileno()) as sock:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HELLO_S, 0))
-            hello = Hello(**json.loads(line.connection.recv_bytes(HELLO_BYTES)))
+            hello = Handshake(**json.loads(line.connection.recv_bytes(HELLO_BYTES)))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
         finally:
             sock.detach()
     return hello
 
 
-def call(address: tuple[str, int], hello: Hello) -> Line:
+def call(address: tuple[str, int], hello: Handshake) -> PeerConnection:
     """A line to node 0, on which the seat of that rank will come. Raises OSError when nobody answers."""
-    line = Line(socket.create_connection(address, HELLO_S))
+    line = PeerConnection(socket.create_connection(address, HELLO_S))
     try:
         line.connection.send_bytes(json.dumps(attrs.asdict(hello)).encode())
     except BaseException:

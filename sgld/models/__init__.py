@@ -11,7 +11,7 @@ from sgld.errors import BadRequest, ModelError, nearest
 
 if TYPE_CHECKING:
     from sgld.messages import Load
-    from sgld.models.family import Family, Whole
+    from sgld.models.base import DiffusionModel, OpaquePipeline
     from sgld.nn.parallel import Mesh
     from sgld.platform import Platform
 
@@ -35,7 +35,9 @@ REGISTRY = {
 }
 
 
-def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]) -> Family | Whole:
+def load_family(
+    load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]
+) -> DiffusionModel | OpaquePipeline:
     """The model in `load.folder`; `progress(done, total)` is called as its parts are loaded.
 
     Raises:
@@ -57,7 +59,7 @@ def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[
     name, backend = index.get("_class_name"), load.settings.backend
     native = REGISTRY.get(name) if isinstance(name, str) else None
     if backend == "diffusers" or (backend == "auto" and native is None):
-        from sgld.models.diffusers_backend import Pipeline, has_pipeline
+        from sgld.models.diffusers.backend import Pipeline, has_pipeline
 
         if has_pipeline(name):
             return Pipeline(load, mesh, platform, progress)
@@ -70,7 +72,9 @@ def load_family(load: Load, mesh: Mesh, platform: Platform, progress: Callable[[
         )
     _refuse_kernels(load.settings)
     module, cls = native.split(":")
-    family: Family = getattr(importlib.import_module(f"sgld.models.{module}"), cls)(load, mesh, platform, progress)
+    family: DiffusionModel = getattr(importlib.import_module(f"sgld.models.{module}"), cls)(
+        load, mesh, platform, progress
+    )
     return family
 
 

@@ -20,13 +20,13 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.borrowed import Autoencoder, text_encoder, tokenizer
-from sgld.models.family import Conditioning, Schedule
-from sgld.models.parts import NO_NORMALIZATION, Native, Parts
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_NORMALIZATION, ComponentLoader, NativeModel
+from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, sinusoid
 from sgld.nn.lora_formats import Renames
-from sgld.nn.mmdit import DualBlock, OutNorm, Place, SingleBlock
+from sgld.nn.mmdit import DualBlock, OutNorm, SingleBlock, TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
@@ -62,7 +62,7 @@ class FluxConfig:
 
 
 @attrs.frozen
-class Told:
+class BranchInputs:
     """What one guidance branch knows beside the noise."""
 
     text: Tensor  # [1, L, C], of T5
@@ -108,10 +108,10 @@ class FluxTransformer(Denoiser):
         self.norm_out = OutNorm(c.dim)
         self.proj_out = nn.Linear(c.dim, c.in_channels)
 
-    def forward(self, x: Tensor, grids: tuple[Grid, ...], t: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, grids: tuple[Grid, ...], t: Tensor, told: BranchInputs) -> Tensor:
         """x [1, S, C]: the tokens of these grids, one after the other; t in [0, 1000]; as x."""
         split, tokens = self.mesh.tokens, x.shape[1]
-        place = Place(split.shard(rope(grids, self.config.axes_dims_rope, x.device), 0), None, tokens)
+        place = TokenLayout(split.shard(rope(grids, self.config.axes_dims_rope, x.device), 0), None, tokens)
         emb = self.time_text_embed(t.view(1).to(x.device), told.guidance, told.pooled.to(self.dtype))
         h = self.x_embedder(split.shard(x.to(self.dtype), 1))
         text = self.context_embedder(told.text.to(self.dtype))
@@ -193,7 +193,7 @@ FLUX_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to t
 )
 
 
-class Flux(Native):
+class Flux(NativeModel):
     """FluxPipeline checkpoints, with guidance as an input (dev) or without (schnell), and FluxKontextPipeline's."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
@@ -201,7 +201,7 @@ class Flux(Native):
         from transformers import CLIPTextModel, T5EncoderModel
 
         needs = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "scheduler", "transformer")
-        self.parts = parts = Parts(load, mesh, platform, progress, needs)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress, needs)
         self.scheduler = parts.scheduler
         parts.needs_euler()
         self._edits = parts.index["_class_name"] == "FluxKontextPipeline"
@@ -221,9 +221,9 @@ class Flux(Native):
         self._vae = Autoencoder(parts, AutoencoderKL, 8)
         self._scale, self._shift = (self._vae.module.config[name] for name in ("scaling_factor", "shift_factor"))
         self._side = 2 * self._vae.spatial  # pixels of a token
-        self.together = load.settings.parallel_decode
+        self.parallel_decode = load.settings.parallel_decode
         self._check_widths()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_widths(self) -> None:
@@ -238,21 +238,21 @@ class Flux(Native):
             )
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = [] if guided else self.unguided(params)
         guidance = params.guidance_scale if self._config.guidance_embeds else None
         seen = self._see(pictures[0]) if pictures else None
-        pulse()
-        self.parts.residency.need("text_encoder")
+        raise_if_cancelled()
+        self.parts.offloader.need("text_encoder")
         pooled = [self._pool(name, prompt, notes) for name, prompt in prompts.items()]
-        pulse()
-        self.parts.residency.need("text_encoder_2")
+        raise_if_cancelled()
+        self.parts.offloader.need("text_encoder_2")
         length = params.max_sequence_length
         read = [self._read(name, prompt, length, notes) for name, prompt in prompts.items()]
-        told = [Told(text, one, guidance, seen) for one, (text, _) in zip(pooled, read, strict=True)]
+        told = [BranchInputs(text, one, guidance, seen) for one, (text, _) in zip(pooled, read, strict=True)]
         counts = {"prompt_tokens": read[0][1], "latent_tokens": params.height * params.width // self._side**2}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
 
@@ -278,9 +278,9 @@ class Flux(Native):
         pixels = np.asarray(picture.resize(seen_size(picture.size, self._side), Resampling.LANCZOS), np.float32)
         return self.encode_frames(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None], lambda: None)
 
-    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
-        self.parts.residency.need("vae")
-        pulse()
+    def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        self.parts.offloader.need("vae")
+        raise_if_cancelled()
         z: Tensor = (self._vae.encode(frames) - self._shift) * self._scale
         return z
 
@@ -292,8 +292,8 @@ class Flux(Native):
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return self.shifted_by_length(params, x.shape[-2] * x.shape[-1] // 4)
 
-    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
-        self.parts.residency.need("transformer")
+    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+        self.parts.offloader.need("transformer")
         pictures = [x] if told.seen is None else [x, told.seen]
         grids = tuple((z.shape[-2] // 2, z.shape[-1] // 2) for z in pictures)
         packed = torch.cat([pack(z) for z in pictures], 1)
@@ -303,8 +303,8 @@ class Flux(Native):
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         return params.true_cfg_scale or 1.0
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x / self._scale + self._shift, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x / self._scale + self._shift, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         known = KONTEXT if self._edits else DEV if self._config.guidance_embeds else SCHNELL
@@ -324,7 +324,7 @@ class Flux(Native):
         )
 
     def _memory(self) -> Memory:
-        """As `Parts.token_bytes` measured it; the text, and a picture that Kontext sees, are tokens too."""
+        """As `ComponentLoader.token_bytes` measured it; the text, and a picture that Kontext sees, are tokens too."""
         c, dtype = self._config, self._transformer.dtype
         token = self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels
         seen = self._edits * max(w * h for w, h in KONTEXT_SIZES)  # pixels

@@ -21,14 +21,14 @@ from torch import Generator, Tensor, nn
 from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.family import Conditioning, Schedule
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, NativeModel
 from sgld.models.flux2_text import READERS, PromptEncoder
 from sgld.models.flux2_vae import flux2_autoencoder
-from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, sinusoid
 from sgld.nn.lora_formats import Renames
-from sgld.nn.mmdit import JointAttention, Modulation, OutNorm, Place, finite, modulate, turned
+from sgld.nn.mmdit import JointAttention, Modulation, OutNorm, TokenLayout, finite, modulate, turned
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
@@ -70,11 +70,11 @@ class Flux2Config:
 
 
 @attrs.frozen(eq=False)
-class Told:
+class BranchInputs:
     """What one branch of guidance is told: a text [1, L, T], reference pictures as tokens [1, R, C], and the scale."""
 
     text: Tensor
-    place: Place  # of the picture's tokens, and after them the references'
+    place: TokenLayout  # of the picture's tokens, and after them the references'
     references: Tensor
     guidance: float | None  # where it is embedded
 
@@ -116,7 +116,7 @@ class FusedAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(c.attention_head_dim, c.eps), nn.RMSNorm(c.attention_head_dim, c.eps)
         self.to_out = nn.Linear(c.dim + c.hidden, c.dim, bias=False)
 
-    def forward(self, x: Tensor, text: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [1, S/n, C] and text [1, L, C] to as much of both."""
         qkv, hidden = self.to_qkv_mlp_proj(x).split(self.split, -1)
         text_qkv, text_hidden = self.to_qkv_mlp_proj(text).split(self.split, -1)
@@ -141,7 +141,7 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(c.dim, c.num_attention_heads, c.attention_head_dim, among, bias=False, eps=c.eps)
         self.ff, self.ff_context = SwiGLU(c.dim, c.hidden), SwiGLU(c.dim, c.hidden)
 
-    def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [1, S/n, C], text [1, L, C]"""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = mod.picture
         text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = mod.text
@@ -159,7 +159,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.attn = FusedAttention(c, among)
 
-    def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [1, S/n, C], text [1, L, C]"""
         shift, scale, gate = mod.single
         y, z = self.attn(modulate(x, shift, scale), modulate(text, shift, scale), place)
@@ -203,7 +203,7 @@ class Flux2Transformer(Denoiser):
         self.norm_out = OutNorm(c.dim, bias=False)
         self.proj_out = nn.Linear(c.dim, c.in_channels, bias=False)
 
-    def forward(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
         split, own = self.mesh.tokens, x.flatten(2).mT  # [1, hw, C]
         emb = self.time_guidance_embed(t.to(x.device), told.guidance)
         mod = Modulations(
@@ -267,11 +267,11 @@ BASE = {
 DISTILLED = BASE | {"num_inference_steps": 4, "guidance_scale": 1.0}
 
 
-class Flux2(Native):
+class Flux2(NativeModel):
     """Flux2Pipeline (dev) and Flux2KleinPipeline checkpoints; both look at reference pictures."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self.parts = parts = Parts(load, mesh, platform, progress)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress)
         self.scheduler = parts.scheduler
         parts.needs_euler()
         name = parts.index["_class_name"]
@@ -285,9 +285,9 @@ class Flux2(Native):
         self._transformer = parts.transformer("transformer", make, c.attention_head_dim, BLOCKS, crosses=False)
         self.lora = parts.lora({"transformer": self._transformer}, FLUX2_ORIGINAL)
         self._vae = flux2_autoencoder(parts)
-        self.together = load.settings.parallel_decode
+        self.parallel_decode = load.settings.parallel_decode
         self._check_widths()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_widths(self) -> None:
@@ -301,15 +301,15 @@ class Flux2(Native):
             )
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         clips = [reference(picture, self._vae.multiple) for picture in pictures]
-        self.parts.residency.need("text_encoder")
+        self.parts.offloader.need("text_encoder")
         text, note = self._text.encode(params.prompt, params.max_sequence_length)
         notes, guided = [note], self._scale(params) > 1
         negative = None
         if guided:
-            pulse()
+            raise_if_cancelled()
             negative, note = self._text.encode(params.negative_prompt or "", params.max_sequence_length)
             notes.append(note and f"negative {note}")
         else:
@@ -317,14 +317,14 @@ class Flux2(Native):
         if guided and self._distilled:
             notes.append(f"guidance_scale: {params.guidance_scale}: this checkpoint was distilled to need none above 1")
         if clips:
-            self.parts.residency.need("vae")
+            self.parts.offloader.need("vae")
         latents = []  # [1, C, h, w] each
         for clip in clips:
-            pulse()
+            raise_if_cancelled()
             latents.append(self._vae.encode(clip.to(self.mesh.device)))
         place = self._place(params, latents)
         tokens = torch.cat([text.new_empty(1, 0, self._vae.channels), *(z.flatten(2).mT for z in latents)], 1)
-        told = Told(text, place, tokens, params.guidance_scale if self._config.guidance_embeds else None)
+        told = BranchInputs(text, place, tokens, params.guidance_scale if self._config.guidance_embeds else None)
         condition = Conditioning(
             told,
             None if negative is None else attrs.evolve(told, text=negative),
@@ -333,7 +333,7 @@ class Flux2(Native):
         )
         return condition, [n for n in notes if n]
 
-    def _place(self, params: SamplingParams, references: Iterable[Tensor]) -> Place:
+    def _place(self, params: SamplingParams, references: Iterable[Tensor]) -> TokenLayout:
         """Tokens stand at (time, row, column, word): the picture at time 0, references after it, the text at words."""
         grids = [grid(0, params.height // self._vae.multiple, params.width // self._vae.multiple)]
         grids += [grid(REFERENCE_TIME * i, *z.shape[2:]) for i, z in enumerate(references, 1)]
@@ -343,7 +343,7 @@ class Flux2(Native):
             rope_at(at.to(self.mesh.device), self._config.axes_dims_rope, self._config.rope_theta)
             for at in (positions, words)
         )
-        return Place(self.mesh.tokens.shard(rope, 0), text_rope, len(positions))
+        return TokenLayout(self.mesh.tokens.shard(rope, 0), text_rope, len(positions))
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         multiple = self._vae.multiple
@@ -355,8 +355,8 @@ class Flux2(Native):
         mu = empirical_mu(math.prod(x.shape[2:]), steps)
         return Schedule(params.flow_shift, mu, np.linspace(1, 1 / steps, steps).tolist())
 
-    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
-        self.parts.residency.need("transformer")
+    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+        self.parts.offloader.need("transformer")
         y: Tensor = self._transformer(x, t, told)
         return y
 
@@ -367,8 +367,8 @@ class Flux2(Native):
         """Of classifier-free guidance."""
         return (params.true_cfg_scale or 1.0) if self._config.guidance_embeds else params.guidance_scale
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         takes_pictures = self.parts.settings.vae_config.load_encoder

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sgld.errors import ModelError
-from sgld.models.borrowed import text_encoder, tokenizer
-from sgld.models.parts import Parts
+from sgld.models.components import ComponentLoader
+from sgld.models.hf_components import text_encoder, tokenizer
 
 
 @attrs.frozen
@@ -53,7 +53,7 @@ READERS = {
 class PromptEncoder:
     """Prompts to hidden states of a chat model. Nothing masks the padding: it is part of what the denoiser sees."""
 
-    def __init__(self, parts: Parts, reader: Reader):
+    def __init__(self, parts: ComponentLoader, reader: Reader):
         import transformers
 
         self.reader = reader

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgld.errors import ModelError
-from sgld.models.borrowed import Autoencoder
-from sgld.models.parts import Parts
+from sgld.models.components import ComponentLoader
+from sgld.models.hf_components import Autoencoder
 
 PATCH = 2
 
@@ -23,7 +23,7 @@ PATCH = 2
 class Flux2Autoencoder(Autoencoder):
     """The authors' autoencoder."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: ComponentLoader):
         from diffusers import AutoencoderKLFlux2
 
         config = parts.config("vae")
@@ -32,9 +32,9 @@ class Flux2Autoencoder(Autoencoder):
         self.channels: int = self.module.config.latent_channels * PATCH**2
         self.multiple = self.spatial * PATCH
 
-    def decode(self, z: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+    def decode(self, z: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
         mean, deviation = self._statistics()
-        return super().decode(unpatched(z.float() * deviation + mean), pulse)
+        return super().decode(unpatched(z.float() * deviation + mean), raise_if_cancelled)
 
     def encode(self, pictures: Tensor) -> Tensor:
         mean, deviation = self._statistics()
@@ -105,7 +105,7 @@ def residual(channels: int) -> nn.Sequential:
 class Flux2Tiny(Autoencoder):
     """The tiny autoencoder; its latents are the denoiser's."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: ComponentLoader):
         halvings = len(parts.config("vae").get("num_encoder_blocks", (1, 3, 3, 3))) - 1
         self.multiple = 2**halvings * PATCH
         super().__init__(parts, Flux2TinyAutoEncoder, self.multiple)
@@ -121,7 +121,7 @@ class Flux2Tiny(Autoencoder):
         return z.float()
 
 
-def flux2_autoencoder(parts: Parts) -> Flux2Autoencoder | Flux2Tiny:
+def flux2_autoencoder(parts: ComponentLoader) -> Flux2Autoencoder | Flux2Tiny:
     """The one of the folder. Raises `ModelError` for another class."""
     known: dict[str, type[Flux2Autoencoder] | type[Flux2Tiny]] = {
         "AutoencoderKLFlux2": Flux2Autoencoder,

@@ -21,14 +21,14 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.borrowed import Autoencoder, text_encoder, tokenizer
-from sgld.models.family import Conditioning, Schedule
-from sgld.models.parts import NO_NORMALIZATION, Native, Parts
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_NORMALIZATION, ComponentLoader, NativeModel
+from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.models.text import load_tokenizer
 from sgld.nn.attention import Attention, Backend
 from sgld.nn.blocks import Denoiser, Embedder, FeedForward, sinusoid
 from sgld.nn.lora_formats import Renames
-from sgld.nn.mmdit import DualBlock, OutNorm, Place, SingleBlock
+from sgld.nn.mmdit import DualBlock, OutNorm, SingleBlock, TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d
 from sgld.nn.usp import SequenceAttention
@@ -76,7 +76,7 @@ class HunyuanVideoConfig:
 
 
 @attrs.frozen
-class Told:
+class BranchInputs:
     """One branch of the conditioning: text [1, n, C] and its summary [1, P], and the guidance it was embedded with."""
 
     text: Tensor
@@ -198,10 +198,10 @@ class HunyuanVideoTransformer(Denoiser):
         self.norm_out = OutNorm(c.dim)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch))
 
-    def forward(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
         c, split, grid = self.config, self.mesh.tokens, grid_of(x, self.config.patch)
         rope = rope_3d(grid, c.rope_axes_dim, x.device, c.rope_theta)
-        place = Place(split.shard(rope, 0), None, math.prod(grid))
+        place = TokenLayout(split.shard(rope, 0), None, math.prod(grid))
         t = t.view(1).to(x.device)
         emb = self.time_text_embed(t, told.pooled, told.guidance)
         text = self.context_embedder(told.text, t)
@@ -248,7 +248,7 @@ class Prompts:
     clip: Any
 
     @classmethod
-    def load(cls, parts: Parts) -> Prompts:
+    def load(cls, parts: ComponentLoader) -> Prompts:
         """From the folders of the four components.
 
         The Llama's tokenizer is read without transformers, which would take the class that the checkpoint names for
@@ -353,13 +353,13 @@ HUNYUAN_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', t
 )
 
 
-class HunyuanVideo(Native):
+class HunyuanVideo(NativeModel):
     """HunyuanVideoPipeline checkpoints. `guidance_scale` is what the transformer is told; `true_cfg_scale` guides."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
         from diffusers import AutoencoderKLHunyuanVideo
 
-        self.parts = parts = Parts(load, mesh, platform, progress, NEEDS)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress, NEEDS)
         parts.needs_euler()
         self.scheduler = parts.scheduler
         self._config = c = hunyuan_config(parts.path("transformer") / "config.json")
@@ -373,9 +373,9 @@ class HunyuanVideo(Native):
         self._scaling: float = self._vae.config["scaling_factor"]
         if (tile := self._vae.tiling) is not None:  # for its encoder
             self._vae.module.enable_tiling(tile.height, tile.width, None, tile.stride_height, tile.stride_width)
-        self.together = load.settings.parallel_decode
+        self.parallel_decode = load.settings.parallel_decode
         self._check_widths()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_widths(self) -> None:
@@ -390,19 +390,19 @@ class HunyuanVideo(Native):
             )
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         guided = (params.true_cfg_scale or 1) > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = [] if guided else self.unguided(params)
-        self.parts.residency.need("text_encoder")
+        self.parts.offloader.need("text_encoder")
         length, dtype = params.max_sequence_length, self._transformer.dtype
         states = [self._prompts.states(name, prompt, length, notes) for name, prompt in prompts.items()]
-        pulse()
-        self.parts.residency.need("text_encoder_2")
+        raise_if_cancelled()
+        self.parts.offloader.need("text_encoder_2")
         summaries = [self._prompts.summary(name, prompt, notes) for name, prompt in prompts.items()]
         guidance = torch.tensor([params.guidance_scale], dtype=dtype, device=self.mesh.device) * 1000
-        told = [Told(s.to(dtype), p.to(dtype), guidance) for s, p in zip(states, summaries, strict=True)]
+        told = [BranchInputs(s.to(dtype), p.to(dtype), guidance) for s, p in zip(states, summaries, strict=True)]
         tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
         counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
@@ -411,27 +411,27 @@ class HunyuanVideo(Native):
         shape = (1, self._config.in_channels, *self._vae.grid(params))
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
-    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
-        self.parts.residency.need("vae")
-        pulse()
+    def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        self.parts.offloader.need("vae")
+        raise_if_cancelled()
         return self._scaling * self._vae.encode(frames.transpose(0, 1)[None]).float()
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return Schedule.even(params.num_inference_steps, params.flow_shift)
 
-    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
-        self.parts.residency.need("transformer")
+    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+        self.parts.offloader.need("transformer")
         y: Tensor = self._transformer(x, t, told)
         return y
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         return params.true_cfg_scale or 1.0
 
-    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self.decode(x0[:, :, :1], pulse)  # the first latent frame stands for the first frame alone
+    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self.decode(x0[:, :, :1], raise_if_cancelled)  # the first latent frame stands for the first frame alone
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x / self._scaling, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x / self._scaling, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         c, pictures = self._config, int(self.parts.settings.vae_config.load_encoder)

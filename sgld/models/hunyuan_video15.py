@@ -20,8 +20,9 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.borrowed import Autoencoder, text_encoder, tokenizer
-from sgld.models.family import Conditioning, Schedule
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, NativeModel
+from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.models.hunyuan_video import (
     TIME_DIM,
     Patch,
@@ -32,11 +33,10 @@ from sgld.models.hunyuan_video import (
     unpatch,
     without_end,
 )
-from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, sinusoid
 from sgld.nn.lora_formats import Renames
-from sgld.nn.mmdit import DualBlock, OutNorm, Place
+from sgld.nn.mmdit import DualBlock, OutNorm, TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d
 from sgld.nn.usp import SequenceAttention
@@ -82,7 +82,7 @@ class HunyuanVideo15Config:
 
 
 @attrs.frozen
-class Told:
+class BranchInputs:
     """One branch of the conditioning: text [1, n, C], and what is to be written in the picture [1, m, G]."""
 
     text: Tensor
@@ -143,10 +143,10 @@ class HunyuanVideo15Transformer(Denoiser):
         self.norm_out = OutNorm(c.dim)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch))
 
-    def forward(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
         c, split, grid = self.config, self.mesh.tokens, grid_of(x, self.config.patch)
         rope = rope_3d(grid, c.rope_axes_dim, x.device, c.rope_theta)
-        place = Place(split.shard(rope, 0), None, math.prod(grid))
+        place = TokenLayout(split.shard(rope, 0), None, math.prod(grid))
         t = t.view(1).to(x.device)
         emb = self.time_embed(t, self.dtype)
         text = self.read(told, t)
@@ -156,7 +156,7 @@ class HunyuanVideo15Transformer(Denoiser):
             h, text = block(h, text, emb, place)
         return unpatch(split.gather(self.proj_out(self.norm_out(h, emb)), 1, place.tokens), grid, c.patch)
 
-    def read(self, told: Told, t: Tensor) -> Tensor:
+    def read(self, told: BranchInputs, t: Tensor) -> Tensor:
         """[1, m + n, C]"""
         kinds = self.cond_type_embed.weight
         text: Tensor = self.context_embedder(told.text, t) + kinds[0]
@@ -200,7 +200,7 @@ class Prompts:
     byte_model: Any
 
     @classmethod
-    def load(cls, parts: Parts) -> Prompts:
+    def load(cls, parts: ComponentLoader) -> Prompts:
         """From the folders of the four components."""
         from transformers import Qwen2_5_VLTextModel, T5EncoderModel
 
@@ -272,13 +272,13 @@ HUNYUAN15_ORIGINAL: Renames = (  # from our layers' names, which are diffusers',
 )
 
 
-class HunyuanVideo15(Native):
+class HunyuanVideo15(NativeModel):
     """HunyuanVideo15Pipeline checkpoints."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
         from diffusers import AutoencoderKLHunyuanVideo15
 
-        self.parts = parts = Parts(load, mesh, platform, progress, NEEDS)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress, NEEDS)
         parts.needs_euler()
         self.scheduler = parts.scheduler
         self._config = c = hunyuan15_config(parts.path("transformer") / "config.json")
@@ -293,9 +293,9 @@ class HunyuanVideo15(Native):
         self.lora = parts.lora({"transformer": self._transformer}, HUNYUAN15_ORIGINAL)
         self._vae = Autoencoder(parts, AutoencoderKLHunyuanVideo15, 16, 4, tiled=True)
         self._scaling: float = self._vae.config["scaling_factor"]
-        self.together = load.settings.parallel_decode
+        self.parallel_decode = load.settings.parallel_decode
         self._check_widths()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_widths(self) -> None:
@@ -310,18 +310,18 @@ class HunyuanVideo15(Native):
             )
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         guided = params.guidance_scale > 1
         prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
         notes = [] if guided else self.unguided(params)
-        self.parts.residency.need("text_encoder")
+        self.parts.offloader.need("text_encoder")
         length, dtype = params.max_sequence_length, self._transformer.dtype
         states = [self._prompts.states(name, prompt, length, notes).to(dtype) for name, prompt in prompts.items()]
-        pulse()
-        self.parts.residency.need("text_encoder_2")
+        raise_if_cancelled()
+        self.parts.offloader.need("text_encoder_2")
         texts = [self._prompts.texts(name, prompt, notes) for name, prompt in prompts.items()]
-        told = [Told(s, None if g is None else g.to(dtype)) for s, g in zip(states, texts, strict=True)]
+        told = [BranchInputs(s, None if g is None else g.to(dtype)) for s, g in zip(states, texts, strict=True)]
         tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
         counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
@@ -333,16 +333,16 @@ class HunyuanVideo15(Native):
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return Schedule.even(params.num_inference_steps, params.flow_shift)
 
-    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
-        self.parts.residency.need("transformer")
+    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+        self.parts.offloader.need("transformer")
         y: Tensor = self._transformer(x, t, told)
         return y
 
-    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self.decode(x0[:, :, :1], pulse)  # the first latent frame stands for the first frame alone
+    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self.decode(x0[:, :, :1], raise_if_cancelled)  # the first latent frame stands for the first frame alone
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x / self._scaling, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x / self._scaling, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         c = self._config

@@ -17,11 +17,11 @@ from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.media import through_h264
 from sgld.messages import Load
-from sgld.models.borrowed import Autoencoder, text_encoder
-from sgld.models.family import Conditioning, Schedule, Sound
+from sgld.models.base import Conditioning, Schedule, Sound
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, Length, NativeModel
+from sgld.models.hf_components import Autoencoder, text_encoder
 from sgld.models.ltx2_sound import SoundDecoder
-from sgld.models.ltx2_transformer import LTX2Transformer, Place, Told, ltx2_config
-from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Length, Native, Parts
+from sgld.models.ltx2_transformer import BranchInputs, LTX2Transformer, StreamLayout, ltx2_config
 from sgld.models.text import load_tokenizer
 from sgld.nn.lora_formats import Renames
 from sgld.nn.parallel import Mesh
@@ -73,7 +73,7 @@ class Guidance:
     rescale: float = 0.0  # Lin et al. 2023, https://arxiv.org/abs/2305.08891
     block: int = 28  # that is perturbed
 
-    def branches(self, told: Sequence[Told]) -> list[Branch]:
+    def branches(self, told: Sequence[BranchInputs]) -> list[Branch]:
         """What is predicted at each step: for the prompt, and with a negative one also the weaker ones that count."""
         first, *other = (Branch(text) for text in told)
         weaker = [(self.perturbed, Branch(first.told, self.block)), (self.isolated - 1, Branch(first.told, None, True))]
@@ -97,7 +97,7 @@ LTX23_GUIDANCE = Guidance(audio_text=7.0, perturbed=1.0, isolated=3.0, rescale=0
 class Branch:
     """One of the predictions that guidance compares."""
 
-    told: Told
+    told: BranchInputs
     perturbed: int | None = None
     isolated: bool = False
 
@@ -145,7 +145,7 @@ class LTX2Conditioning(Conditioning):
         return x if self.first is None else torch.cat([self.first, x[:, self.first.shape[1] :]], 1)
 
 
-class LTX2(Native):
+class LTX2(NativeModel):
     """LTX2Pipeline and LTX2ImageToVideoPipeline checkpoints. A picture is the first frame of the video.
 
     A `guidance_scale` of 1 or less turns every guidance of the checkpoint off.
@@ -158,7 +158,7 @@ class LTX2(Native):
         from diffusers.pipelines.ltx2 import LTX2TextConnectors
         from transformers import Gemma3ForConditionalGeneration
 
-        self.parts = parts = Parts(load, mesh, platform, progress, NEEDS)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress, NEEDS)
         self.scheduler = parts.scheduler
         self._config = c = ltx2_config(parts.path("transformer") / "config.json")
         self._guidance = LTX23_GUIDANCE if c.cross_attn_mod else Guidance()
@@ -176,9 +176,9 @@ class LTX2(Native):
         temporal, spatial, _ = c.vae_scale_factors
         self._vae = Autoencoder(parts, AutoencoderKLLTX2Video, spatial, temporal, tiled=True, least=LEAST_LATENTS)
         self._sound = SoundDecoder(parts)
-        self.together = load.settings.parallel_decode
+        self.parallel_decode = load.settings.parallel_decode
         self._check_widths()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_kinds(self) -> None:
@@ -210,20 +210,20 @@ class LTX2(Native):
     # ------------------------------------------------------------------------------------------- conditioning
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[LTX2Conditioning, list[str]]:
         length, guided = params.max_sequence_length, params.guidance_scale > 1
-        self.parts.residency.need("text_encoder")
+        self.parts.offloader.need("text_encoder")
         prompts = [params.prompt, params.negative_prompt or ""][: 1 + guided]
         states, cuts = zip(*(self._read(prompt, length) for prompt in prompts), strict=True)
         notes = [note if i == 0 else f"negative {note}" for i, note in enumerate(cuts) if note]
         notes += [] if guided else self.unguided(params)
-        pulse()
-        self.parts.residency.need("connectors")
+        raise_if_cancelled()
+        self.parts.offloader.need("connectors")
         layout = self._layout_of(params)
         video, audio = self._transformer.places(layout.grid, layout.length, params.fps)
         told = [self._connect(state, length, video, audio) for state in states]
-        pulse()
+        raise_if_cancelled()
         condition = LTX2Conditioning(
             self._guidance.branches(told),
             prompt_tokens=states[0].shape[1],
@@ -247,7 +247,7 @@ class LTX2(Native):
         states = self._text(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         return torch.stack(states, -1), note
 
-    def _connect(self, states: Tensor, length: int, video: Place, audio: Place) -> Told:
+    def _connect(self, states: Tensor, length: int, video: StreamLayout, audio: StreamLayout) -> BranchInputs:
         """What the connectors make of them; learned tokens follow, so that there are `length`.
 
         Raises:
@@ -266,13 +266,13 @@ class LTX2(Native):
         mask[:, length - n :] = 1
         text, audio_text, mask = self._connectors(padded, mask, padding_side="left")
         seen = mask[0].bool()
-        return Told(text[:, seen], audio_text[:, seen], video, audio)
+        return BranchInputs(text[:, seen], audio_text[:, seen], video, audio)
 
     def _first_frame(self, picture: Image, params: SamplingParams) -> Tensor:
         """Its latents [1, n], normalized."""
         if min(picture.size) < 2:
             raise BadRequest(f"{inputs.shown(picture)} is too small; each side needs 2 or more", inputs.PICTURE)
-        self.parts.residency.need("vae")
+        self.parts.offloader.need("vae")
         seen = fromarray(through_h264(np.asarray(picture), PICTURE_RATE_FACTOR))
         seen = seen.resize((params.width, params.height), Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(seen)).to(self.mesh.device).float() / 255  # [H, W, 3]
@@ -309,7 +309,7 @@ class LTX2(Native):
         return torch.cat([self._guidance(z, sigma, u, scale) for z, u, scale in parts], 1), None
 
     def predict(self, x: Tensor, t: Tensor, told: tuple[Branch, LTX2Conditioning]) -> Tensor:
-        self.parts.residency.need("transformer")
+        self.parts.offloader.need("transformer")
         branch, condition = told
         clean = 0 if condition.first is None else condition.first.shape[1] // condition.layout.channels
         video, audio = self._transformer(
@@ -317,24 +317,24 @@ class LTX2(Native):
         )
         return torch.cat([video.flatten(1), audio.flatten(1)], 1).float()
 
-    def settle(self, x: Tensor, condition: LTX2Conditioning) -> Tensor:
+    def finalize_latents(self, x: Tensor, condition: LTX2Conditioning) -> Tensor:
         return condition.begun(x)
 
     # ----------------------------------------------------------------------------------------------- decoding
 
-    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """The first frame that is not the picture's."""
-        return self.decode(self._layout.video(x0)[:, :, : self._layout.given + 1], pulse)[-1:]
+        return self.decode(self._layout.video(x0)[:, :, : self._layout.given + 1], raise_if_cancelled)[-1:]
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Also of video latents [1, C, T, h, w] alone."""
         mean, std = self._statistics()
-        return self._vae.decode((x if x.ndim == 5 else self._layout.video(x)) * std + mean, pulse)
+        return self._vae.decode((x if x.ndim == 5 else self._layout.video(x)) * std + mean, raise_if_cancelled)
 
-    def sound(self, x: Tensor, pulse: Callable[[], None]) -> Sound | None:
+    def sound(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Sound | None:
         if self.mesh.rank or self._layout.grid[0] == 1:
             return None  # a single frame has none
-        return self._sound.decode(self._layout.streams(x)[1], pulse)
+        return self._sound.decode(self._layout.streams(x)[1], raise_if_cancelled)
 
     def _layout_of(self, params: SamplingParams) -> Layout:
         c = self._config

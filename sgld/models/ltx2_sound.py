@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sgld.errors import ModelError
-from sgld.models.family import Sound
-from sgld.models.parts import Parts
+from sgld.models.base import Sound
+from sgld.models.components import ComponentLoader
 
 BIN_SCALE = 4  # mel bins that one latent stands for
 
@@ -18,7 +18,7 @@ BIN_SCALE = 4  # mel bins that one latent stands for
 class SoundDecoder:
     """Audio tokens to what is heard. `channels` are those of a token."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: ComponentLoader):
         from diffusers import AutoencoderKLLTX2Audio
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 
@@ -39,18 +39,18 @@ class SoundDecoder:
         """Of so many latents, as noise is drawn for them: [1, C, A, bins]."""
         return 1, self.latent_channels, length, self._bins
 
-    def decode(self, y: Tensor, pulse: Callable[[], None]) -> Sound:
-        """Audio tokens [1, A, C * bins] to sound. `pulse` is called before each of the two parts."""
-        pulse()
-        self._parts.residency.need("audio_vae")
+    def decode(self, y: Tensor, raise_if_cancelled: Callable[[], None]) -> Sound:
+        """Audio tokens [1, A, C * bins] to sound. `raise_if_cancelled` is called before each of the two parts."""
+        raise_if_cancelled()
+        self._parts.offloader.need("audio_vae")
         z = (y * self._vae.latents_std + self._vae.latents_mean).unflatten(2, (-1, self._bins)).transpose(1, 2)
         mel = self._vae.decode(z.to(self._vae.dtype), return_dict=False)[0]
-        pulse()
-        self._parts.residency.need("vocoder")
+        raise_if_cancelled()
+        self._parts.offloader.need("vocoder")
         return Sound(self._vocoder(mel)[0].float(), self.rate)
 
 
-def _borrow(parts: Parts, name: str, *classes: Any) -> Any:
+def _borrow(parts: ComponentLoader, name: str, *classes: Any) -> Any:
     """That component, which is of one of these classes of diffusers."""
     config, known = parts.config(name), {cls.__name__: cls for cls in classes}
     if (given := config.get("_class_name")) not in known:

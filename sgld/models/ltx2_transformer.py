@@ -107,7 +107,7 @@ def ltx2_config(file: Path) -> LTX2Config:
 
 
 @attrs.frozen
-class Place:
+class StreamLayout:
     """Where the tokens of one stream stand: rotations [S/n, H, D/2] of this rank's, and how many there are in all."""
 
     rope: Tensor
@@ -179,7 +179,7 @@ class Moments:
 class Stream:
     """What a block is told of one of the two streams."""
 
-    place: Place
+    place: StreamLayout
     text: Tensor  # [1, L, C]
     own: Moments  # for itself: six parts, and three for its attention to the text
     told: Moments | None  # of the text
@@ -235,7 +235,7 @@ class LTX2Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, asks)])
         self.to_gate_logits = nn.Linear(asks, self.heads) if gated else None
 
-    def to_itself(self, x: Tensor, place: Place, perturbed: bool) -> Tensor:
+    def to_itself(self, x: Tensor, place: StreamLayout, perturbed: bool) -> Tensor:
         """`perturbed`: every token sees itself alone."""
         if perturbed:
             return self.join(self.split(self.to_v(x)), x)
@@ -245,7 +245,7 @@ class LTX2Attention(nn.Module):
     def to_text(self, x: Tensor, text: Tensor) -> Tensor:
         return self.join(self.attend(*self.parts(x, text), None), x)
 
-    def to_other(self, x: Tensor, other: Tensor, place: Place, there: Place) -> Tensor:
+    def to_other(self, x: Tensor, other: Tensor, place: StreamLayout, there: StreamLayout) -> Tensor:
         q, k, v = self.parts(x, other)
         q, k = self.turn(q, place.across), self.turn(k, there.across)
         return self.join(self.among.across(q, k, v, there.tokens), x)
@@ -348,13 +348,13 @@ def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @attrs.frozen
-class Told:
+class BranchInputs:
     """Text [1, L, C] for the video and for the audio; and where the tokens of both stand."""
 
     text: Tensor
     audio_text: Tensor
-    video: Place
-    audio: Place
+    video: StreamLayout
+    audio: StreamLayout
 
 
 class LTX2Transformer(Denoiser):
@@ -383,7 +383,7 @@ class LTX2Transformer(Denoiser):
         self.audio_scale_shift_table = nn.Parameter(torch.empty(2, y))
         self.proj_out, self.audio_proj_out = nn.Linear(x, c.out_channels), nn.Linear(y, c.audio_out_channels)
 
-    def places(self, grid: tuple[int, int, int], length: int, fps: float) -> tuple[Place, Place]:
+    def places(self, grid: tuple[int, int, int], length: int, fps: float) -> tuple[StreamLayout, StreamLayout]:
         """Of a video of `grid` latents in time, height and width, and of so many audio tokens."""
         c = self.config
         video, audio = video_positions(c, grid, fps), audio_positions(c, length)
@@ -397,16 +397,16 @@ class LTX2Transformer(Denoiser):
             ),
         )
 
-    def _place(self, *ropes: Tensor) -> Place:
+    def _place(self, *ropes: Tensor) -> StreamLayout:
         rope, across = (self.mesh.tokens.shard(rope.to(self.mesh.device), 0) for rope in ropes)
-        return Place(rope, across, len(ropes[0]))
+        return StreamLayout(rope, across, len(ropes[0]))
 
     def forward(
         self,
         x: Tensor,
         y: Tensor,
         t: Tensor,
-        told: Told,
+        told: BranchInputs,
         clean: int = 0,
         perturbed: int | None = None,
         isolated: bool = False,
@@ -427,7 +427,9 @@ class LTX2Transformer(Denoiser):
         g = self._out(g, self.audio_scale_shift_table, Moments(sound_emb.repeat(1, 2), None), self.audio_proj_out)
         return split.gather(h, 1, told.video.tokens), split.gather(g, 1, told.audio.tokens)
 
-    def _streams(self, times: Tensor, t: Tensor, told: Told, own: Moments, sound: Moments) -> tuple[Stream, Stream]:
+    def _streams(
+        self, times: Tensor, t: Tensor, told: BranchInputs, own: Moments, sound: Moments
+    ) -> tuple[Stream, Stream]:
         """What all blocks are told. In LTX-2.3 what the streams exchange is modulated by the time of the other."""
         c, which = self.config, own.which
         text, audio_text = told.text.to(self.dtype), told.audio_text.to(self.dtype)

@@ -21,14 +21,14 @@ from torch import Generator, Tensor, nn
 from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.borrowed import text_encoder, tokenizer
-from sgld.models.family import Conditioning, Schedule
-from sgld.models.parts import NO_NORMALIZATION, Native, Parts
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_NORMALIZATION, ComponentLoader, NativeModel
+from sgld.models.hf_components import text_encoder, tokenizer
 from sgld.models.vae import CHUNK_PIXELS, Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, Embedder, FeedForward, sinusoid
-from sgld.nn.mmdit import JointAttention, OutNorm, Place, finite, modulate
+from sgld.nn.mmdit import JointAttention, OutNorm, TokenLayout, finite, modulate
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
@@ -67,12 +67,12 @@ class QwenImageConfig:
 
 
 @attrs.frozen(eq=False)
-class Told:
+class BranchInputs:
     """One branch of the conditioning: text [1, L, C], and the input pictures' tokens [1, S', 4C], if there are any."""
 
     text: Tensor
     pictures: Tensor | None
-    place: Place
+    place: TokenLayout
     still: Tensor | None  # [S/n], 1 for tokens that are always at time 0, else 0; None: there are none
 
 
@@ -98,7 +98,7 @@ class QwenImageBlock(nn.Module):
         self.attn = JointAttention(c.dim, c.num_attention_heads, c.attention_head_dim, among)
         self.img_mlp, self.txt_mlp = (FeedForward(c.dim, 4 * c.dim) for _ in range(2))
 
-    def forward(self, x: Tensor, text: Tensor, emb: Tensor, told: Told) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor, told: BranchInputs) -> tuple[Tensor, Tensor]:
         """x [1, S/n, C] and text [1, L, C] at the embeddings [1 or 2, C] of the time, and of time 0."""
         mod, own = self.img_mod(emb).chunk(6, -1), self.txt_mod(emb[:1])[:, None].chunk(6, -1)
         each = partial(spread, told.still)
@@ -128,7 +128,7 @@ class QwenImageTransformer(Denoiser):
         self.norm_out = OutNorm(c.dim)
         self.proj_out = nn.Linear(c.dim, PATCH**2 * c.out_channels)
 
-    def forward(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
         split, tokens = self.mesh.tokens, pack(x)
         sequence = tokens if told.pictures is None else torch.cat([tokens, told.pictures], 1)
         h = self.img_in(split.shard(sequence.to(self.dtype), 1))
@@ -205,7 +205,7 @@ FORMS = {
 class PromptEncoder:
     """Prompts and pictures to hidden states, by Qwen2.5-VL (https://arxiv.org/abs/2502.13923)."""
 
-    def __init__(self, parts: Parts, form: Form):
+    def __init__(self, parts: ComponentLoader, form: Form):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         self.form, sees = form, form.most > 0
@@ -278,18 +278,18 @@ NEGATIVE_2512 = (  # coarse, deformed, oversaturated, waxen, too smooth, confuse
 )
 
 
-class QwenImage(Native):
+class QwenImage(NativeModel):
     """QwenImagePipeline, QwenImageEditPipeline and QwenImageEditPlusPipeline checkpoints."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
         self._form = form = FORMS[read_json(load.folder / "model_index.json")["_class_name"]]
-        self.parts = parts = Parts(load, mesh, platform, progress, form.needs)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress, form.needs)
         self.scheduler = parts.scheduler
         parts.needs_euler()
         self._config = c = config_of(parts)
         self._defaults = self._read_defaults(load)
         mesh = parts.share(c.num_attention_heads, self._defaults.get("guidance_scale", 1.0) > 1)
-        keep, s = parts.residency, load.settings
+        keep, s = parts.offloader, load.settings
         parts.torch_only("vae", "its attention has a single head of many channels")
         self._text = PromptEncoder(parts, form)
         make = partial(QwenImageTransformer, c, mesh)
@@ -300,14 +300,14 @@ class QwenImage(Native):
         vae, rows = parts.dtype("vae"), mesh.all if s.parallel_decode else None
         self._vae = Vae(parts.path("vae"), s, vae, mesh.device, keep.keeper("vae"), rows)
         parts.loaded(self._vae.module)
-        self.together = s.parallel_decode
+        self.parallel_decode = s.parallel_decode
         self._takes_pictures = s.vae_config.load_encoder and has_encoder(parts.path("vae"))
         if form.most and not s.vae_config.load_encoder:
             raise BadRequest("vae_config.load_encoder: this model cannot work without the encoder", "load_encoder")
         self._load_encoder = partial(VaeEncoder, parts.path("vae"), s, vae, mesh.device, keep.keeper("vae_encoder"))
         self._encoder = self._load_encoder() if form.most else None
         self._check_widths()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_widths(self) -> None:
@@ -320,26 +320,26 @@ class QwenImage(Native):
             )
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         check_shapes(pictures)
-        residency, area = self.parts.residency, GLANCE_AREA if self._form.numbered else PICTURE_AREA
-        residency.need("text_encoder")
+        offloader, area = self.parts.offloader, GLANCE_AREA if self._form.numbered else PICTURE_AREA
+        offloader.need("text_encoder")
         seen = self._text.look([resized(picture, area) for picture in pictures])
         prompts = {"": params.prompt}
         if self.guidance(torch.zeros(()), params) > 1:
             prompts["negative "] = SPACE if params.negative_prompt is None else params.negative_prompt
         read = []
         for prompt in prompts.values():
-            pulse()
+            raise_if_cancelled()
             read.append(self._text.encode(prompt, seen, params.max_sequence_length))
         notes = [kind + note for kind, (_, _, note) in zip(prompts, read, strict=True) if note]
         if len(pictures) > MADE_FOR:
             notes.append(f"image_path: {len(pictures)} pictures; this model was made for 1 to {MADE_FOR}")
-        residency.need("vae_encoder")
+        offloader.need("vae_encoder")
         latents = []
         for picture in pictures:
-            pulse()
+            raise_if_cancelled()
             latents.append(self._latents(picture))
         positive, negative = [self._tell(text, latents, params) for text, _, _ in read] + [None] * (2 - len(read))
         counts = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
@@ -351,7 +351,7 @@ class QwenImage(Native):
         pixels = torch.from_numpy(np.array(resized(picture, PICTURE_AREA))).permute(2, 0, 1)[None]
         return self._encoder.encode(2 * (pixels.float() / 255) - 1)
 
-    def _tell(self, text: Tensor, latents: Sequence[Tensor], params: SamplingParams) -> Told:
+    def _tell(self, text: Tensor, latents: Sequence[Tensor], params: SamplingParams) -> BranchInputs:
         """One branch, with where everything stands."""
         c, split, device = self._config, self.mesh.tokens, self.mesh.device
         own, others = self._grid(params), [(z.shape[-2] // PATCH, z.shape[-1] // PATCH) for z in latents]
@@ -359,10 +359,10 @@ class QwenImage(Native):
         words = torch.arange(first, first + text.shape[1])[:, None].expand(-1, 3)
         rope, text_rope = (rope_at(p.to(device), c.axes_dims_rope) for p in (positions, words))
         still = (torch.arange(len(positions)) >= math.prod(own)).long().to(device) if c.zero_cond_t else None
-        return Told(
+        return BranchInputs(
             text,
             torch.cat([pack(z) for z in latents], 1) if latents else None,
-            Place(split.shard(rope, 0), text_rope, len(positions)),
+            TokenLayout(split.shard(rope, 0), text_rope, len(positions)),
             None if still is None else split.shard(still, 0),
         )
 
@@ -371,17 +371,17 @@ class QwenImage(Native):
         shape = (1, self._config.out_channels, 1, PATCH * rows, PATCH * columns)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
-    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         if self._encoder is None:  # most requests bring no picture
             self._encoder = self._load_encoder()
-        self.parts.residency.need("vae_encoder")
-        return self._encoder.encode(frames, pulse)
+        self.parts.offloader.need("vae_encoder")
+        return self._encoder.encode(frames, raise_if_cancelled)
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return self.shifted_by_length(params, x[0, 0].numel() // PATCH**2)
 
-    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
-        self.parts.residency.need("transformer")
+    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+        self.parts.offloader.need("transformer")
         y: Tensor = self._transformer(x, t, told)
         return y
 
@@ -394,8 +394,8 @@ class QwenImage(Native):
         guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack(guided, positive.shape[-2:])
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x, raise_if_cancelled)
 
     def _grid(self, params: SamplingParams) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -473,7 +473,7 @@ def check_shapes(pictures: Sequence[Image]) -> None:
             raise BadRequest(f"{told} is too long; one side may be {LONGEST} times the other", inputs.PICTURE)
 
 
-def config_of(parts: Parts) -> QwenImageConfig:
+def config_of(parts: ComponentLoader) -> QwenImageConfig:
     """The numbers of the transformer's config.json.
 
     Raises:

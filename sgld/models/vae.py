@@ -238,14 +238,16 @@ class WanDecoder(nn.Module):
         self.post_quant_conv = CausalConv3d(c.z_dim, c.z_dim, 1, 1)
         self.decoder = Decoder(c)
 
-    def forward(self, z: Tensor, pulse: Callable[[], None] = lambda: None, rows: Axis | None = None) -> Tensor:
-        """`pulse` is called before each chunk. With `rows`, each rank decodes its share of the rows."""
+    def forward(
+        self, z: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None, rows: Axis | None = None
+    ) -> Tensor:
+        """`raise_if_cancelled` is called before each chunk. With `rows`, each rank decodes its share of the rows."""
         past, own = Past(), Past(rows)
         pixels = z[0, 0].numel() * self.config.scale_factor_spatial**2 * self.config.scale_factor_temporal
         chunks = torch.split(z, max(1, CHUNK_PIXELS // pixels))
         parts = []
         for i, chunk in enumerate(chunks):
-            pulse()
+            raise_if_cancelled()
             past.last = own.last = i == len(chunks) - 1
             parts.append(self.decoder(self.post_quant_conv(chunk, past), past, own, first=i == 0))
         return self.unpatch(torch.cat(parts))
@@ -314,23 +316,28 @@ class Vae:
         self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
         self.rows = rows or Axis()
 
-    def decode(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
-        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU; `pulse` is called again and again.
+    def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
+        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU; call `raise_if_cancelled` again and again.
 
         Ranks that share the rows all call it, and the first of them has the frames.
         """
         z = x[0].transpose(0, 1).to(self.mean, memory_format=torch.channels_last) / self.precision + self.mean
         tiled = self.tiling is not None and self.is_large(z, self.tiling)
         t = self.tiling if tiled else None
-        video = self.whole(z, pulse, levels) if t is None else levels(self.in_tiles(z, t, pulse))
+        video = (
+            self.whole(z, raise_if_cancelled, levels) if t is None else levels(self.in_tiles(z, t, raise_if_cancelled))
+        )
         return video.permute(0, 2, 3, 1).cpu()
 
     def whole(
-        self, z: Tensor, pulse: Callable[[], None], finish: Callable[[Tensor], Tensor] = lambda video: video
+        self,
+        z: Tensor,
+        raise_if_cancelled: Callable[[], None],
+        finish: Callable[[Tensor], Tensor] = lambda video: video,
     ) -> Tensor:
         """Pictures [N, 3, 8H, 8W] of latents, or of one tile; each rank sends its rows as `finish` makes them."""
         rows = self.rows if z.shape[2] >= self.rows.size else Axis()
-        return rows.join(finish(self.module(z, pulse, rows)), 2, z.shape[2])
+        return rows.join(finish(self.module(z, raise_if_cancelled, rows)), 2, z.shape[2])
 
     @property
     def chunk_pixel_bytes(self) -> int:
@@ -346,14 +353,16 @@ class Vae:
         """Whether a tile is smaller than the picture."""
         return z.shape[2] > t.height // self.spatial or z.shape[3] > t.width // self.spatial
 
-    def in_tiles(self, z: Tensor, t: Tiling, pulse: Callable[[], None] = lambda: None) -> Tensor:
+    def in_tiles(self, z: Tensor, t: Tiling, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
         """Tile by tile, each faded into the ones above and to the left."""
         s = self.spatial
         H, W = z.shape[2:]
         rows: list[list[Tensor]] = []
         for i in range(0, H, t.stride_height // s):
             columns = range(0, W, t.stride_width // s)
-            rows.append([self.whole(z[..., i : i + t.height // s, j : j + t.width // s], pulse) for j in columns])
+            rows.append(
+                [self.whole(z[..., i : i + t.height // s, j : j + t.width // s], raise_if_cancelled) for j in columns]
+            )
         if self.rows.index:
             return rows[0][0]  # the first rank joins them
         return join_tiles(rows, t)[..., : H * s, : W * s]

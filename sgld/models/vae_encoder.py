@@ -125,15 +125,15 @@ class WanEncoder(nn.Module):
         self.encoder = Encoder(c)
         self.quant_conv = CausalConv3d(2 * c.z_dim, 2 * c.z_dim, 1, 1)
 
-    def forward(self, x: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
-        """`pulse` is called before each chunk; chunk by chunk they go to the weights' device."""
+    def forward(self, x: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
+        """`raise_if_cancelled` is called before each chunk; chunk by chunk they go to the weights' device."""
         past = Past()
         frames = self.config.scale_factor_temporal
         many = max(1, CHUNK_PIXELS // (x[0, 0].numel() * frames))  # latent frames
         chunks = (x[:1], *(torch.split(x[1:], many * frames) if len(x) > 1 else ()))
         parts = []
         for i, chunk in enumerate(chunks):
-            pulse()
+            raise_if_cancelled()
             past.last = i == len(chunks) - 1
             chunk = self.patch(chunk.to(self.quant_conv.weight)).contiguous(memory_format=torch.channels_last)
             parts.append(self.quant_conv(self.encoder(chunk, past), past))
@@ -168,25 +168,29 @@ class VaeEncoder:
         self.precision = 1.0 / std
         self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
 
-    def encode(self, pictures: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+    def encode(self, pictures: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
         """Pictures [N, 3, H, W] in [-1, 1], N = 4k+1, to latents float32 [1, C, k+1, H/8, W/8].
 
-        They are the mode of the posterior, with mean 0 and deviation 1. `pulse` is called again and again.
+        They are the mode of the posterior, with mean 0 and deviation 1. `raise_if_cancelled` is called again and again.
         """
         assert (len(pictures) - 1) % self.temporal == 0
         height, width = pictures.shape[2:]
         tiled = self.tiling is not None and (height > self.tiling.height or width > self.tiling.width)
-        z = self.in_tiles(pictures, self.tiling, pulse) if self.tiling and tiled else self.module(pictures, pulse)
+        z = (
+            self.in_tiles(pictures, self.tiling, raise_if_cancelled)
+            if self.tiling and tiled
+            else self.module(pictures, raise_if_cancelled)
+        )
         return (z.float().transpose(0, 1)[None] - self.mean) * self.precision
 
-    def in_tiles(self, x: Tensor, t: Tiling, pulse: Callable[[], None] = lambda: None) -> Tensor:
+    def in_tiles(self, x: Tensor, t: Tiling, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
         """Tile by tile, each faded into the ones above and to the left."""
         s = self.spatial
         H, W = x.shape[2:]
         rows: list[list[Tensor]] = []
         for i in range(0, H, t.stride_height):
             columns = range(0, W, t.stride_width)
-            rows.append([self.module(x[..., i : i + t.height, j : j + t.width], pulse) for j in columns])
+            rows.append([self.module(x[..., i : i + t.height, j : j + t.width], raise_if_cancelled) for j in columns])
         return join_tiles(rows, t, s)[..., : H // s, : W // s]
 
 

@@ -21,13 +21,13 @@ from torch import Generator, Tensor, nn
 from sgld.config import TRANSFORMERS
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.family import Conditioning, Schedule
-from sgld.models.parts import NO_NORMALIZATION, NO_TRUE_CFG, Native, Parts
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, NativeModel
 from sgld.models.text import PromptEncoder, pad
 from sgld.models.vae import CHUNK_PIXELS, Vae, vae_config
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
 from sgld.models.wan_defaults import SHIFT, TEXT_TOKENS, Form, defaults, few_steps, levels_of
-from sgld.models.wan_pictures import MASK_CHANNELS, NOTHING, ImageEncoder, Shown, channels_of, clip_of, cut
+from sgld.models.wan_pictures import MASK_CHANNELS, NOTHING, ImageConditioning, ImageEncoder, channels_of, clip_of, cut
 from sgld.nn.attention import Attention, Backend
 from sgld.nn.blocks import Denoiser, Embedder, FeedForward, gelu_tanh, sinusoid
 from sgld.nn.lora_formats import Renames
@@ -84,23 +84,23 @@ Pair = tuple[Tensor, Tensor]  # keys and values [B, L, H, D]
 
 
 @attrs.frozen
-class Told:
+class CrossAttentionKV:
     """Keys and values of text and picture for one block."""
 
     text: Pair
     picture: Pair | None
 
-    def row(self, i: int) -> Told:
+    def row(self, i: int) -> CrossAttentionKV:
         """Of one prompt of the batch; the picture is that of all."""
         k, v = self.text
-        return Told((k[i : i + 1], v[i : i + 1]), self.picture)
+        return CrossAttentionKV((k[i : i + 1], v[i : i + 1]), self.picture)
 
 
 @attrs.frozen
 class TextKeys:
     """What every block is told: it is the same at every step."""
 
-    layers: list[Told]
+    layers: list[CrossAttentionKV]
     bias: Tensor | None  # [B, 1, 1, L], for the text
 
     def row(self, i: int) -> TextKeys:
@@ -109,7 +109,7 @@ class TextKeys:
 
 
 @attrs.frozen
-class Clock:
+class TimeModulation:
     """What K times say: to all tokens the same, or to each token of this rank what its row of `rows` says."""
 
     emb: Tensor  # [K, C]
@@ -140,7 +140,7 @@ class WanAttention(nn.Module):
         k = rotate(self.split(self.norm_k(self.to_k(x))), rope)
         return self.join(self.among(q, k, self.split(self.to_v(x)), tokens))
 
-    def to_told(self, x: Tensor, told: Told, bias: Tensor | None) -> Tensor:
+    def to_condition(self, x: Tensor, told: CrossAttentionKV, bias: Tensor | None) -> Tensor:
         q = self.split(self.norm_q(self.to_q(x)))
         y = self.attend(q, *told.text, bias)
         if told.picture is not None:
@@ -148,13 +148,13 @@ class WanAttention(nn.Module):
             y = y + self.attend(q, k, v, None)
         return self.join(y)
 
-    def read(self, text: Tensor, picture: Tensor | None) -> Told:
+    def read(self, text: Tensor, picture: Tensor | None) -> CrossAttentionKV:
         """Keys and values of text [B, L, C] and picture [1, M, C]."""
         own = self.split(self.norm_k(self.to_k(text))), self.split(self.to_v(text))
         if picture is None or not self.added:
-            return Told(own, None)
+            return CrossAttentionKV(own, None)
         k, v = self.norm_added_k(self.add_k_proj(picture)), self.add_v_proj(picture)
-        return Told(own, (self.split(k), self.split(v)))
+        return CrossAttentionKV(own, (self.split(k), self.split(v)))
 
     def split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, -1)  # [B, S, H, D]
@@ -177,12 +177,20 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(c.dim, c.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(self, x: Tensor, clock: Clock, rope: Tensor, tokens: int, told: Told, bias: Tensor | None) -> Tensor:
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + clock.mod).unbind(1)  # [K, C]
-        at = clock.spread
+    def forward(
+        self,
+        x: Tensor,
+        modulation: TimeModulation,
+        rope: Tensor,
+        tokens: int,
+        told: CrossAttentionKV,
+        bias: Tensor | None,
+    ) -> Tensor:
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + modulation.mod).unbind(1)  # [K, C]
+        at = modulation.spread
         y = self.attn1.to_itself(torch.addcmul(at(shift), self.norm1(x), at(1 + scale)).type_as(x), rope, tokens)
         x = torch.addcmul(x.float(), y.float(), at(gate)).type_as(x)
-        x = x + self.attn2.to_told(self.norm2(x).type_as(x), told, bias)
+        x = x + self.attn2.to_condition(self.norm2(x).type_as(x), told, bias)
         y = self.ffn(torch.addcmul(at(ff_shift), self.norm3(x), at(1 + ff_scale)).type_as(x))
         return torch.addcmul(x.float(), y.float(), at(ff_gate)).type_as(x)
 
@@ -252,27 +260,27 @@ class WanTransformer(Denoiser):
         told = [block.attn2.read(text, picture) for block in self._blocks]
         return TextKeys(told, None if bias is None else bias.to(text))
 
-    def forward(self, x: Tensor, t: Tensor, text: TextKeys, still: int = 0) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextKeys, clean_frames: int = 0) -> Tensor:
         grid = self.grid(x)
         split, tokens = self.mesh.tokens, math.prod(grid)
         rope = split.shard(rope_3d(grid, self.config.rope_dims, x.device), 0)  # [S/n, D/2]
-        clock = self.clock(t.view(1).to(x.device), grid, still)
+        modulation = self.modulation(t.view(1).to(x.device), grid, clean_frames)
         h = split.shard(self.patch_embedding(x.to(self.dtype)).flatten(2).mT.contiguous(), 1)  # [B, S/n, C]
         for block, told in zip(self._blocks, text.layers, strict=True):
-            h = block(h, clock, rope, tokens, told, text.bias)
-        shift, scale = (clock.spread(x) for x in (self.scale_shift_table + clock.emb[:, None]).unbind(1))
+            h = block(h, modulation, rope, tokens, told, text.bias)
+        shift, scale = (modulation.spread(x) for x in (self.scale_shift_table + modulation.emb[:, None]).unbind(1))
         h = self.proj_out(torch.addcmul(shift.float(), self.norm_out(h), 1 + scale.float()).type_as(h))
         return self.unpatch(split.gather(h, 1, tokens), grid)
 
-    def clock(self, t: Tensor, grid: tuple[int, int, int], still: int) -> Clock:
-        """What time t [1] says to the tokens of a grid whose first `still` latent frames are at time 0."""
+    def modulation(self, t: Tensor, grid: tuple[int, int, int], clean_frames: int) -> TimeModulation:
+        """What time t [1] says to the tokens of a grid whose first `clean_frames` latent frames are at time 0."""
         rows = None
-        if still:
+        if clean_frames:
             t = torch.cat([t, torch.zeros_like(t)])
             frame = torch.arange(math.prod(grid), device=t.device) // (grid[1] * grid[2])
-            rows = self.mesh.tokens.shard((frame * self.config.patch_size[0] < still).long(), 0)  # [S/n]
+            rows = self.mesh.tokens.shard((frame * self.config.patch_size[0] < clean_frames).long(), 0)  # [S/n]
         emb, mod = self.condition_embedder.time(t)
-        return Clock(emb, mod.float(), rows)
+        return TimeModulation(emb, mod.float(), rows)
 
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Patches in time, height and width."""
@@ -328,7 +336,7 @@ class WanConditioning(Conditioning):
 
     length: int = attrs.field(kw_only=True)  # tokens with padding
     boundary: float | None = attrs.field(kw_only=True)  # time below which the second expert takes over
-    shown: Shown = attrs.field(kw_only=True)
+    shown: ImageConditioning = attrs.field(kw_only=True)
     keys: dict[WanTransformer, TextKeys] = attrs.field(factory=dict, init=False)  # of the expert at work
 
 
@@ -344,14 +352,14 @@ class Experts:
         return self.high if self.low is None or boundary is None or float(t) >= boundary else self.low
 
 
-class Wan(Native):
+class Wan(NativeModel):
     """Wan checkpoints, of four kinds of pipeline.
 
     To a transformer with text input a picture is where denoising begins; others look at it.
     """
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self.parts = parts = Parts(load, mesh, platform, progress, few_steps=True)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress, few_steps=True)
         self._fold_padding = platform.biased_attention_is_fast
         s, index = load.settings, parts.index
         self._boundary: float | None = index.get("boundary_ratio")
@@ -362,7 +370,7 @@ class Wan(Native):
         self._defaults = self._read_defaults()
         guided = self._defaults.get("guidance_scale", SamplingParams().guidance_scale) > 1
         mesh = parts.share(self._config.num_attention_heads, guided)
-        keep = parts.residency
+        keep = parts.offloader
         parts.torch_only("text_encoder", "its attention adds a learned bias for each distance")
         parts.torch_only("vae", "its attention has a single head of many channels")
         name, axis = "text_encoder", mesh.axis(s.tp_size)
@@ -377,13 +385,13 @@ class Wan(Native):
         vae, rows = parts.dtype("vae"), mesh.all if s.parallel_decode else None
         self._vae = Vae(parts.path("vae"), s, vae, mesh.device, keep.keeper("vae"), rows)
         parts.loaded(self._vae.module)
-        self.together = s.parallel_decode
+        self.parallel_decode = s.parallel_decode
         self._takes_pictures = s.vae_config.load_encoder and has_encoder(parts.path("vae"))
         self._load_encoder = partial(VaeEncoder, parts.path("vae"), s, vae, mesh.device, keep.keeper("vae_encoder"))
         self._encoder: VaeEncoder | None = None
         self._check_widths()
         self._image_encoder = self._load_image_encoder()
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _transformer(self, name: str) -> WanTransformer:
@@ -425,34 +433,38 @@ class Wan(Native):
         return bool(self._config.beside) or self._expands
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[WanConditioning, list[str]]:
-        self.parts.residency.need("text_encoder")
+        self.parts.offloader.need("text_encoder")
         length = params.max_sequence_length
         positive, note = self._text.encode(params.prompt, length)
         notes: list[str | None] = [note]
         negative = None
         if params.guidance_scale > 1:
-            pulse()
+            raise_if_cancelled()
             negative, note = self._text.encode(params.negative_prompt or "", length)
             notes.append(note and f"negative {note}")
         else:
             notes += self.unguided(params)
         boundary = self._boundary_time(params)
         counts = {"prompt_tokens": positive.shape[1], "latent_tokens": math.prod(self._grid(params))}
-        shown = self._look(pictures, params, pulse) if pictures else NOTHING
+        shown = self._look(pictures, params, raise_if_cancelled) if pictures else NOTHING
         condition = WanConditioning(positive, negative, length=length, boundary=boundary, shown=shown, **counts)
         return condition, [n for n in notes if n]
 
-    def _look(self, pictures: Sequence[Image], params: SamplingParams, pulse: Callable[[], None]) -> Shown:
+    def _look(
+        self, pictures: Sequence[Image], params: SamplingParams, raise_if_cancelled: Callable[[], None]
+    ) -> ImageConditioning:
         """What the transformer is shown of pictures, which are cut to the size of the output."""
         pictures, frames, encode = cut(pictures, params.width, params.height), params.num_frames, self.encode_frames
         if self._expands:
-            return Shown(first=encode(clip_of(pictures, 1), pulse))
+            return ImageConditioning(first=encode(clip_of(pictures, 1), raise_if_cancelled))
         if frames < len(pictures):
             raise BadRequest(f"num_frames: {frames}: it is too few for {len(pictures)} pictures", "num_frames")
         tokens = None if self._image_encoder is None else self._image_encoder.encode(pictures)
-        return Shown(channels_of(pictures, frames, partial(encode, pulse=pulse)), tokens=tokens)
+        return ImageConditioning(
+            channels_of(pictures, frames, partial(encode, raise_if_cancelled=raise_if_cancelled)), tokens=tokens
+        )
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         latent = [n * p for n, p in zip(self._grid(params), self._config.patch_size, strict=True)]
@@ -465,30 +477,32 @@ class Wan(Native):
         sigmas = levels_of(self._steps, self.parts.train_steps, params.flow_shift or SHIFT)
         return Schedule(sigmas=sigmas, exact=True, times=self._steps)
 
-    def encode_frames(self, frames: Tensor, pulse: Callable[[], None] = lambda: None) -> Tensor:
+    def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
         if self._encoder is None:  # most requests bring no picture
             self._encoder = self._load_encoder()
-        self.parts.residency.need("vae_encoder")
-        return self._encoder.encode(frames, pulse)
+        self.parts.offloader.need("vae_encoder")
+        return self._encoder.encode(frames, raise_if_cancelled)
 
     def velocities(self, x: Tensor, t: Tensor, condition: WanConditioning) -> tuple[Tensor, Tensor | None]:
         expert = self._experts.at(t, condition.boundary)
-        self.parts.residency.need(TRANSFORMERS[expert is self._experts.low])
-        keys, still = self._read(expert, condition), condition.shown.still
+        self.parts.offloader.need(TRANSFORMERS[expert is self._experts.low])
+        keys, clean_frames = self._read(expert, condition), condition.shown.clean_frames
         x = condition.shown.beside(x)
         if condition.negative is None:
-            return self.predict(x, t, (expert, keys, still)), None
+            return self.predict(x, t, (expert, keys, clean_frames)), None
         if self.mesh.cfg.size == 2:
-            positive, negative = self.mesh.cfg.gather(self.predict(x, t, (expert, keys, still)), 0).chunk(2)
+            positive, negative = self.mesh.cfg.gather(self.predict(x, t, (expert, keys, clean_frames)), 0).chunk(2)
             return positive, negative
         if math.prod(expert.grid(x)) > BATCH_TOKENS:
-            return self.predict(x, t, (expert, keys.row(0), still)), self.predict(x, t, (expert, keys.row(1), still))
-        positive, negative = self.predict(x.expand(2, -1, -1, -1, -1), t, (expert, keys, still)).chunk(2)
+            return self.predict(x, t, (expert, keys.row(0), clean_frames)), self.predict(
+                x, t, (expert, keys.row(1), clean_frames)
+            )
+        positive, negative = self.predict(x.expand(2, -1, -1, -1, -1), t, (expert, keys, clean_frames)).chunk(2)
         return positive, negative
 
     def predict(self, x: Tensor, t: Tensor, told: tuple[WanTransformer, TextKeys, int]) -> Tensor:
-        expert, keys, still = told
-        y: Tensor = expert(x, t, keys, still)
+        expert, keys, clean_frames = told
+        y: Tensor = expert(x, t, keys, clean_frames)
         return y
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
@@ -502,15 +516,15 @@ class Wan(Native):
         ratio = self._boundary if params.boundary_ratio is None else params.boundary_ratio
         return None if ratio is None else ratio * self.parts.train_steps
 
-    def settle(self, x: Tensor, condition: WanConditioning) -> Tensor:
-        return condition.shown.settle(x)
+    def finalize_latents(self, x: Tensor, condition: WanConditioning) -> Tensor:
+        return condition.shown.finalize_latents(x)
 
-    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         shown = 2 if self._looks else 1  # the first frame would be the picture; the decoder is causal
-        return self.decode(x0[:, :, :shown], pulse)[-1:]
+        return self.decode(x0[:, :, :shown], raise_if_cancelled)[-1:]
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x, raise_if_cancelled)
 
     def _grid(self, params: SamplingParams) -> tuple[int, int, int]:
         """Patches of one output in time, height and width."""

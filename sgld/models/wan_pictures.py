@@ -13,14 +13,14 @@ from PIL.Image import Image, Resampling
 from PIL.ImageOps import fit
 from torch import Tensor
 
-from sgld.models.borrowed import text_encoder
-from sgld.models.parts import Parts
+from sgld.models.components import ComponentLoader
+from sgld.models.hf_components import text_encoder
 
 MASK_CHANNELS = 4  # one for each of the frames of a latent frame
 
 
 @attrs.frozen
-class Shown:
+class ImageConditioning:
     """What the transformer is shown, prepared once for all steps."""
 
     channels: Tensor | None = None  # [1, 4 + C, T, h, w] beside the noisy latents
@@ -28,27 +28,27 @@ class Shown:
     tokens: Tensor | None = None  # [1, L, D] of the image encoder
 
     @property
-    def still(self) -> int:
+    def clean_frames(self) -> int:
         """Latent frames that are without noise."""
         return 0 if self.first is None else 1
 
     def beside(self, x: Tensor) -> Tensor:
         """What the transformer takes for latents x [1, C, T, h, w]."""
-        x = self.settle(x)
+        x = self.finalize_latents(x)
         return x if self.channels is None else torch.cat([x, self.channels.to(x)], 1)
 
-    def settle(self, x: Tensor) -> Tensor:
+    def finalize_latents(self, x: Tensor) -> Tensor:
         """The latents, with the picture for their first frame where it stays."""
         return x if self.first is None else torch.cat([self.first.to(x), x[:, :, 1:]], 2)
 
 
-NOTHING = Shown()
+NOTHING = ImageConditioning()
 
 
 class ImageEncoder:
     """CLIP's picture tokens (Radford et al. 2021, https://arxiv.org/abs/2103.00020), of the last layer but one."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: ComponentLoader):
         from transformers import CLIPVisionModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -58,7 +58,7 @@ class ImageEncoder:
 
     def encode(self, pictures: Sequence[Image]) -> Tensor:
         """[1, L, D], one picture after the other."""
-        self._parts.residency.need("image_encoder")
+        self._parts.offloader.need("image_encoder")
         pixels = self._prepare(images=list(pictures), return_tensors="pt")["pixel_values"]
         weight = next(self._module.parameters())
         states = self._module(pixel_values=pixels.to(weight), output_hidden_states=True).hidden_states

@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError, NotBuilt
 from sgld.messages import Load
-from sgld.models.borrowed import Autoencoder, text_encoder, tokenizer
-from sgld.models.family import Conditioning, Schedule
-from sgld.models.parts import NO_TRUE_CFG, Native, Parts
+from sgld.models.base import Conditioning, Schedule
+from sgld.models.components import NO_TRUE_CFG, ComponentLoader, NativeModel
+from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, sinusoid
 from sgld.nn.lora_formats import Renames
@@ -275,21 +275,21 @@ Z_IMAGE_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', t
 
 
 @attrs.define(eq=False)
-class Told:
+class BranchInputs:
     """What one branch is told: the text encoder's states [1, n, C], and the same refined, from the first step on."""
 
     text: Tensor
     refined: Tensor | None = None
 
 
-class ZImage(Native):
+class ZImage(NativeModel):
     """ZImagePipeline checkpoints. Pictures are where denoising begins; the transformer reads none."""
 
     def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
         from diffusers import AutoencoderKL
         from transformers import Qwen3Model
 
-        self.parts = parts = Parts(load, mesh, platform, progress)
+        self.parts = parts = ComponentLoader(load, mesh, platform, progress)
         self.scheduler = parts.scheduler
         self._config = c = z_image_config(parts.path("transformer") / "config.json")
         self._defaults = parts.defaults(TURBO if parts.scheduler.get("shift") == TURBO_SHIFT else BASE)
@@ -312,9 +312,9 @@ class ZImage(Native):
         self._vae = Autoencoder(parts, AutoencoderKL, 2 ** (levels - 1))
         self._scale: float = self._vae.module.config.scaling_factor
         self._shift: float = self._vae.module.config.shift_factor or 0.0
-        self.together = load.settings.parallel_decode
+        self.parallel_decode = load.settings.parallel_decode
         self._takes_pictures = load.settings.vae_config.load_encoder
-        mesh.meet()  # until all ranks have loaded, memory is not what it will be
+        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 
     def _check_widths(self) -> None:
@@ -332,14 +332,14 @@ class ZImage(Native):
             )
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
-        self.parts.residency.need("text_encoder")
+        self.parts.offloader.need("text_encoder")
         positive, note = self._read(params.prompt, params.max_sequence_length)
         notes: list[str | None] = [note]
         negative = None
         if params.guidance_scale > 0:
-            pulse()
+            raise_if_cancelled()
             negative, note = self._read(params.negative_prompt or "", params.max_sequence_length)
             notes.append(note and f"negative {note}")
         else:
@@ -347,7 +347,7 @@ class ZImage(Native):
         counts = {"prompt_tokens": positive.text.shape[1], "latent_tokens": self._tokens(params)}
         return Conditioning(positive, negative, **counts), [n for n in notes if n]
 
-    def _read(self, prompt: str, length: int) -> tuple[Told, str | None]:
+    def _read(self, prompt: str, length: int) -> tuple[BranchInputs, str | None]:
         """The states before the last layer, and a warning when the prompt was cut.
 
         Padding, which the pipeline masks and then leaves out, changes nothing: the encoder looks back only.
@@ -361,24 +361,24 @@ class ZImage(Native):
         if len(tokens) > length:
             note = f"prompt cut from {len(tokens)} to {length} tokens, the most this request allows"
         ids = torch.tensor([tokens[:length]], device=self.mesh.device)
-        return Told(self._text(input_ids=ids, use_cache=False).last_hidden_state), note
+        return BranchInputs(self._text(input_ids=ids, use_cache=False).last_hidden_state), note
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
         side = self._vae.spatial
         shape = (1, self._config.in_channels, 1, params.height // side, params.width // side)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
 
-    def encode_frames(self, frames: Tensor, pulse: Callable[[], None]) -> Tensor:
-        self.parts.residency.need("vae")
-        pulse()
+    def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        self.parts.offloader.need("vae")
+        raise_if_cancelled()
         z = self._vae.encode(frames.to(self.mesh.device))
         return ((z.float() - self._shift) * self._scale)[:, :, None]
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return self.shifted_by_length(params, self._tokens(params))
 
-    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
-        self.parts.residency.need("transformer")
+    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+        self.parts.offloader.need("transformer")
         if told.refined is None:
             told.refined = self._transformer.read(told.text)
         y: Tensor = self._transformer(x, (1000 - t) / 1000, told.refined)
@@ -394,8 +394,8 @@ class ZImage(Native):
             v = v * (bound / torch.linalg.vector_norm(v)).clamp(max=1)
         return v
 
-    def frames(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x[:, :, 0].to(self._vae.dtype) / self._scale + self._shift, pulse)
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self._vae.decode(x[:, :, 0].to(self._vae.dtype) / self._scale + self._shift, raise_if_cancelled)
 
     def _tokens(self, params: SamplingParams) -> int:
         """Patches of one picture."""

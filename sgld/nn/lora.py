@@ -31,7 +31,7 @@ Layer = nn.Linear | _ConvNd  # what can be computed beside
 
 
 @attrs.frozen
-class Use:
+class WeightedAdapter:
     """A fitted adapter with its strength; 0 is the same as its absence."""
 
     adapter: Fitted
@@ -144,7 +144,7 @@ def merged_bias(base: Tensor, parts: Sequence[Part], out: Tensor | None = None) 
 # ------------------------------------------------------------------------------------------------------- dynamic
 
 
-class Beside:
+class DynamicLora:
     """A forward hook: y + gain * (y - b) + up(down(x)) + diff(x) + bias, in the precision of the weights.
 
     The pairs of all adapters stand as one; `gain` and the rows of `up` carry DoRA's factor of each output.
@@ -240,7 +240,7 @@ def _spread(layer: Layer, y: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- a module
 
-Setting = tuple[tuple[Use, ...], Mode]
+Setting = tuple[tuple[WeightedAdapter, ...], Mode]
 Change = Callable[..., Tensor]  # (base, out=None) -> merged
 Offload = Callable[[Mapping[str, Change]], None]  # takes the changes of weights that come and go
 
@@ -270,7 +270,7 @@ class LoraLayers:
         self._changed: set[str] = set()
         self._hooks: list[RemovableHandle] = []
         self._fitted: WeakKeyDictionary[Adapter, dict[tuple[bool, float | None], Fitted]] = WeakKeyDictionary()
-        self.active: tuple[Use, ...] = ()
+        self.active: tuple[WeightedAdapter, ...] = ()
         self.mode: Mode = "merge"  # of the active ones: `merge` or `dynamic`
 
     @property
@@ -287,7 +287,7 @@ class LoraLayers:
         return known[key]
 
     @torch.no_grad()
-    def apply(self, uses: Sequence[Use], mode: Mode = "auto") -> None:
+    def apply(self, uses: Sequence[WeightedAdapter], mode: Mode = "auto") -> None:
         """Let these adapters, and no others, hold from now on; the very same again costs nothing.
 
         `auto` merges where the weights are of a type that can be merged. After a failure while weights are written no
@@ -397,7 +397,7 @@ class LoraLayers:
             layer = self.module.get_submodule(name) if parts[0].delta.weight != name else None
             weighed = any(part.delta.magnitude is not None for part in parts)
             if isinstance(layer, Layer) and not (weighed and self._offload):
-                self._hooks.append(layer.register_forward_hook(Beside(layer, parts)))
+                self._hooks.append(layer.register_forward_hook(DynamicLora(layer, parts)))
             else:
                 rest[name] = parts
         return rest
@@ -419,7 +419,7 @@ def _changes(layers: Mapping[str, list[Part]]) -> dict[str, Change]:
     return changes
 
 
-def _by_layer(uses: Sequence[Use]) -> dict[str, list[Part]]:
+def _by_layer(uses: Sequence[WeightedAdapter]) -> dict[str, list[Part]]:
     layers: dict[str, list[Part]] = {}
     for use in uses:
         for name, delta in use.adapter.layers.items():

@@ -17,7 +17,7 @@ from sgld.nn.usp import SequenceAttention
 
 
 @attrs.frozen
-class Place:
+class TokenLayout:
     """Where the tokens stand: rotations of this rank's picture tokens and of the text's; and the picture's length."""
 
     rope: Tensor  # [S/n, D/2]
@@ -52,7 +52,7 @@ class JointAttention(nn.Module):
             self.norm_added_q, self.norm_added_k = nn.RMSNorm(head, eps), nn.RMSNorm(head, eps)
             self.to_add_out = nn.Linear(inner, dim, bias=bias)
 
-    def forward(self, x: Tensor, text: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [B, S/n, C] and text [B, L, C] to as much of both."""
         q, k, v = self._picture(x, place.rope)
         told = self._text(text, place.text_rope) if self.added else self._picture(text, place.text_rope)
@@ -107,7 +107,7 @@ class DualBlock(nn.Module):
         self.attn = JointAttention(dim, heads, head, among)
         self.ff, self.ff_context = FeedForward(dim, int(ratio * dim)), FeedForward(dim, int(ratio * dim))
 
-    def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [B, S/n, C], text [B, L, C], emb [B, C]"""
         mod, told = self.norm1(emb), self.norm1_context(emb)
         y, z = self.attn(modulate(x, *mod[:2]), modulate(text, *told[:2]), place)
@@ -127,7 +127,7 @@ class SingleBlock(nn.Module):
         self.proj_mlp, self.proj_out = nn.Linear(dim, hidden), nn.Linear(dim + hidden, dim)
         self.attn = JointAttention(dim, heads, head, among, added=False, out=False)
 
-    def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [B, S/n, C], text [B, L, C], emb [B, C]"""
         shift, scale, gate = self.norm(emb)
         own, told = modulate(x, shift, scale), modulate(text, shift, scale)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sgld.config import Settings
 from sgld.errors import BadRequest
-from sgld.messages import Seat
+from sgld.messages import RankAssignment
 from sgld.platform import Platform
 
 if TYPE_CHECKING:
@@ -212,28 +212,30 @@ class Mesh:
         return cls(0, 1, torch.device(device))
 
     @classmethod
-    def join(cls, seat: Seat, platform: Platform) -> Mesh:
+    def join(cls, assignment: RankAssignment, platform: Platform) -> Mesh:
         """Meet the other ranks, in a file that does not exist yet or at a port where rank 0 hosts torch's store.
 
         gloo listens on the interface that GLOO_SOCKET_IFNAME names. A collective gives up after the seat's timeout.
         """
-        device = platform.device(seat.local_rank)
-        if seat.world == 1:
+        device = platform.device(assignment.local_rank)
+        if assignment.world == 1:
             return cls.solo(device)
         import torch.distributed as dist
 
-        timeout = datetime.timedelta(seconds=seat.dist_timeout_s)
+        timeout = datetime.timedelta(seconds=assignment.dist_timeout_s)
         store: Any
-        if isinstance(seat.meeting, Path):
-            store = dist.FileStore(str(seat.meeting.absolute()), seat.world)  # type: ignore[attr-defined]
+        if isinstance(assignment.rendezvous, Path):
+            store = dist.FileStore(str(assignment.rendezvous.absolute()), assignment.world)  # type: ignore[attr-defined]
         else:
-            listener = None if seat.listener is None else seat.listener.detach()
+            listener = None if assignment.listener is None else assignment.listener.detach()
             store = dist.TCPStore(  # type: ignore[attr-defined]
-                *seat.meeting, seat.world, seat.rank == 0, timeout, master_listen_fd=listener
+                *assignment.rendezvous, assignment.world, assignment.rank == 0, timeout, master_listen_fd=listener
             )
-        dist.init_process_group(platform.backend, store=store, rank=seat.rank, world_size=seat.world, timeout=timeout)
+        dist.init_process_group(
+            platform.backend, store=store, rank=assignment.rank, world_size=assignment.world, timeout=timeout
+        )
         control = dist.group.WORLD if platform.backend == "gloo" else dist.new_group(backend="gloo")
-        return cls(seat.rank, seat.world, device, control, local_world=seat.local_world)
+        return cls(assignment.rank, assignment.world, device, control, local_world=assignment.local_world)
 
     def leave(self) -> None:
         """Close the connections to the other ranks."""
@@ -295,7 +297,7 @@ class Mesh:
         dist.all_reduce(byte, op=dist.ReduceOp.MAX, group=self.control)
         return bool(byte.item())
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has come this far."""
         self.any(False)
 

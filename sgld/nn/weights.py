@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sgld.convert import fields_of, shown, type_name
+from sgld.convert import fields_of, shorten, type_name
 from sgld.errors import ModelError, nearest
 from sgld.nn.parallel import Axis
 
@@ -58,7 +58,7 @@ def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
     unknown = [name for name in given if name not in fields and name not in INERT and not name.startswith("_")]
     if unknown and "model_type" not in config:
         raise ModelError(
-            f"{file}: {unknown[0]}: {shown(given[unknown[0]])} is not supported{nearest(unknown[0], fields)}"
+            f"{file}: {unknown[0]}: {shorten(given[unknown[0]])} is not supported{nearest(unknown[0], fields)}"
         )
     values = {name: given[name] for name in fields if name in given}
     for name, value in values.items():
@@ -75,7 +75,7 @@ def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) ->
 
 def _check_type(where: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
-        raise ModelError(f"{where}: {shown(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
+        raise ModelError(f"{where}: {shorten(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -14,21 +14,24 @@ from typing import Any
 from aiohttp import web
 
 from sgld.config import Settings, user_path
-from sgld.engine.adapters import Kept
 from sgld.engine.engine import Engine
+from sgld.engine.lora import LoraPlan
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Progress
 from sgld.params import resolve
-from sgld.server import images, info, lora, metrics, openapi, uploads, videos, webhooks
-from sgld.server.auth import KEYS, Keys, authenticate, load_keys
-from sgld.server.errors import answer_errors, name_request
-from sgld.server.fetch import Fetcher
-from sgld.server.journal import Journal
-from sgld.server.metrics import METRICS, Metrics
-from sgld.server.outputs import Outputs
-from sgld.server.state import SERVICE, Service
-from sgld.server.store import JobStore
-from sgld.server.webhooks import WEBHOOKS, Webhooks
+from sgld.server.http import metrics
+from sgld.server.http.auth import KEYS, Keys, authenticate, load_keys
+from sgld.server.http.errors import answer_errors, name_request
+from sgld.server.http.fetch import Fetcher
+from sgld.server.http.metrics import METRICS, Metrics
+from sgld.server.jobs import inputs as uploads
+from sgld.server.jobs.journal import Journal
+from sgld.server.jobs.results import Outputs
+from sgld.server.jobs.store import JobStore
+from sgld.server.jobs.webhooks import Webhooks
+from sgld.server.routes import images, info, lora, openapi, videos, webhooks
+from sgld.server.routes.webhooks import WEBHOOKS
+from sgld.server.service import SERVICE, Service
 
 log = logging.getLogger(__name__)
 WARMUP_PROMPT = "warm-up"
@@ -103,10 +106,10 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
 
 async def _keep_adapters(service: Service, journal: Journal) -> None:
     """Let the adapters that are set outlive the server, as its jobs do."""
-    for kept in await journal.restore(ADAPTERS, lambda record: Kept.restore(record, service.settings)):
+    for kept in await journal.restore(ADAPTERS, lambda record: LoraPlan.restore(record, service.settings)):
         service.engine.kept = kept
 
-    async def keep(adapters: Kept) -> None:
+    async def keep(adapters: LoraPlan) -> None:
         await journal.put(ADAPTERS, ADAPTERS, adapters.record())
 
     service.engine.keep = keep

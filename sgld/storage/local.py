@@ -148,7 +148,7 @@ class LocalStorage:
     def create(self, name: str, overwrite: bool = False) -> Iterator[Path]:
         """A hidden file to write in the body; afterwards it becomes `name` at once, or vanishes if the body failed."""
         path = self.path(name)
-        with _told(path), self._part() as part:
+        with _map_os_errors(path), self._part() as part:
             yield part
             _publish(part, path, overwrite)
 
@@ -157,7 +157,7 @@ class LocalStorage:
         """An empty hidden file in the folder, gone at the end in any case."""
         part = self.root / PARTS.replace("*", secrets.token_hex(8))
         try:
-            with _told(self.root):
+            with _map_os_errors(self.root):
                 self.root.mkdir(parents=True, exist_ok=True)
                 part.touch(exist_ok=False)
             yield part
@@ -167,7 +167,7 @@ class LocalStorage:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _map_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -177,7 +177,7 @@ def _told(path: Path) -> Iterator[None]:
 
 def _exists(path: Path) -> bool:
     """Whether the name is taken, be it by a broken link."""
-    with _told(path):
+    with _map_os_errors(path):
         try:
             path.lstat()
         except FileNotFoundError:

@@ -10,11 +10,11 @@ import attrs
 
 from sgld.errors import BadRequest
 from sgld.messages import LoraPart, LoraState, MergeLora, MergeMode, SetLora, UnmergeLora
-from sgld.nn.lora import AdapterCache, LoraLayers, Use
+from sgld.nn.lora import AdapterCache, LoraLayers, WeightedAdapter
 from sgld.nn.lora_formats import Adapter
 from sgld.nn.parallel import Mesh
 from sgld.params import LoraUse
-from sgld.worker.hook import Stopped
+from sgld.worker.run_context import Stopped
 
 CACHE_BYTES = 2**31  # of adapters in host memory, for each rank
 SHOWN_KEYS = 5
@@ -25,10 +25,10 @@ class Setting:
     """What one component shall hold."""
 
     part: LoraPart
-    uses: tuple[Use, ...]
+    uses: tuple[WeightedAdapter, ...]
 
     @property
-    def active(self) -> tuple[Use, ...]:
+    def active(self) -> tuple[WeightedAdapter, ...]:
         """The adapters, unless they were taken away."""
         return self.uses if self.part.applied is not None else ()
 
@@ -80,7 +80,7 @@ class Adapters:
         }
         return self._configure(self._settings | taken)
 
-    def wear(self, loras: Sequence[LoraUse]) -> list[str]:
+    def activate(self, loras: Sequence[LoraUse]) -> list[str]:
         """Let these hold for one output; without any, the configured ones. Answers with warnings for the user."""
         if not self._used and not loras:
             return []
@@ -119,7 +119,7 @@ class Adapters:
                 counted.update(fitted.skipped)
                 part = attrs.evolve(part, loras=loras, skipped=part.skipped + len(counted) - told)
                 told = len(counted)
-                found[name] = Setting(part, (*uses, Use(fitted, lora.strength)))
+                found[name] = Setting(part, (*uses, WeightedAdapter(fitted, lora.strength)))
         return found
 
     def _strangers(self, lora: LoraUse, adapter: Adapter) -> list[str]:

@@ -34,7 +34,7 @@ from sgld.messages import (
     MergeLora,
     Note,
     Progress,
-    Seat,
+    RankAssignment,
     SetLora,
     SharedFrames,
     Stop,
@@ -47,18 +47,18 @@ from sgld.params import ModelInfo
 from sgld.worker.interface import interface_to
 
 
-def run_rank(seat: Seat, connection: Connection) -> None:
+def run_rank(assignment: RankAssignment, connection: Connection) -> None:
     """Serve commands until `Stop`, or until the group is gone; only a rank that was told to stop exits with 0."""
     from sgld.models import load_family
 
-    serve(seat, connection, load_family)
+    serve(assignment, connection, load_family)
 
 
-def serve(seat: Seat, connection: Connection, load_family: Callable[..., Any]) -> None:
+def serve(assignment: RankAssignment, connection: Connection, load_family: Callable[..., Any]) -> None:
     """`run_rank` with the loader given, so that tests can bring a family that fails on purpose."""
     try:
-        _prepare_process(seat)
-        worker = Worker(seat, connection, load_family)
+        _prepare_process(assignment)
+        worker = Worker(assignment, connection, load_family)
     except Exception as error:
         connection.send(_failed(error))
         sys.exit(1)
@@ -71,13 +71,13 @@ def serve(seat: Seat, connection: Connection, load_family: Callable[..., Any]) -
 class Worker:
     """A rank's state: its mesh and the family it has loaded."""
 
-    def __init__(self, seat: Seat, connection: Connection, load_family: Callable[..., Any]):
+    def __init__(self, assignment: RankAssignment, connection: Connection, load_family: Callable[..., Any]):
         from sgld.nn.parallel import Mesh
         from sgld.platform import choose_platform
 
         self.platform = choose_platform()
-        self.platform.set_up(seat.local_rank, seat.local_world)
-        self.mesh = Mesh.join(seat, self.platform)
+        self.platform.set_up(assignment.local_rank, assignment.local_world)
+        self.mesh = Mesh.join(assignment, self.platform)
         self._connection = connection
         self._load_family = load_family
         self._family: Any = None
@@ -103,7 +103,7 @@ class Worker:
                 return command
 
     def _answer(self, command: Command) -> Terminal:
-        from sgld.worker.hook import Stopped
+        from sgld.worker.run_context import Stopped
 
         try:
             if isinstance(command, Load):
@@ -120,13 +120,13 @@ class Worker:
         return failed
 
     def _load(self, command: Load) -> ModelInfo | None:
-        from sgld.models.family import Whole
+        from sgld.models.base import OpaquePipeline
         from sgld.worker import solvers
         from sgld.worker.adapters import Adapters
 
         self._family = self._adapters = None
         family = self._load_family(command, self.mesh, self.platform, self._loading)
-        if not isinstance(family, Whole):
+        if not isinstance(family, OpaquePipeline):
             solvers.check(family.scheduler)
         self._family, self._adapters = family, Adapters(family.lora, self.mesh)
         return family.info if self.mesh.rank == 0 else None
@@ -135,23 +135,23 @@ class Worker:
         self._emit(Progress("", "load", step, total))
 
     def _generate(self, command: Generate) -> Media | None:
-        from sgld.worker.hook import Hook
+        from sgld.worker.run_context import RunContext
         from sgld.worker.sampler import sample
 
-        for warning in self._adapters.wear(command.params.loras):
+        for warning in self._adapters.activate(command.params.loras):
             self._emit(Note(command.job_id, warning))
         needs = self._family.info.memory_needs(command.params)
         if max(needs.values(), default=0) > self.platform.free_memory():
             self._adapters.release()
-        hook = Hook(command.job_id, self.mesh, self._connection, self.platform.synchronize)
-        frames, sound = sample(self._family, command.params, hook, command.previews)
+        context = RunContext(command.job_id, self.mesh, self._connection, self.platform.synchronize)
+        frames, sound = sample(self._family, command.params, context, command.previews)
         if self.mesh.rank != 0:
             return None
-        timings = Timings(hook.stages_ms, hook.steps_ms, self.platform.peak_memory())
+        timings = Timings(context.stages_ms, context.steps_ms, self.platform.peak_memory())
         assert isinstance(command.params.seed, int)
         heard = None if sound is None else Audio(sound.samples.float().cpu().numpy(), sound.rate)
         shared = SharedFrames.of(frames.numpy())
-        return Media(shared, command.params.fps, command.params.seed, timings, hook.tokens, heard)
+        return Media(shared, command.params.fps, command.params.seed, timings, context.tokens, heard)
 
     def _adapt(self, command: LoraCommand) -> LoraState | None:
         adapters = self._adapters
@@ -181,13 +181,13 @@ def _failed(error: Exception, *, out_of_memory: bool = False) -> Failed:
     return Failed(SgldError.code, f"{type(error).__name__}: {first_line(error)}", None, trace)
 
 
-def _prepare_process(seat: Seat) -> None:
+def _prepare_process(assignment: RankAssignment) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # standard output belongs to the parent: its last line is a path
     threading.Thread(target=_exit_with_parent, name="sgld-parent-watch", daemon=True).start()
     config.set_default_environment(OMP_WAIT_POLICY="passive")  # threads that spin for work starve the other processes
     # workers of one machine talk over loopback alone
-    interface = "lo" if isinstance(seat.meeting, Path) else interface_to(*seat.meeting)
+    interface = "lo" if isinstance(assignment.rendezvous, Path) else interface_to(*assignment.rendezvous)
     if interface is not None:
         config.set_default_environment(GLOO_SOCKET_IFNAME=interface)
 

@@ -9,89 +9,103 @@ import torch
 from torch import Tensor
 
 from sgld.messages import Tokens
-from sgld.models.family import Conditioning, Family, Sound, Whole
+from sgld.models.base import Conditioning, DiffusionModel, OpaquePipeline, Sound
 from sgld.params import SamplingParams
-from sgld.worker.canvas import Canvas, pictures_of
-from sgld.worker.hook import Hook
+from sgld.worker.run_context import RunContext
+from sgld.worker.sdedit import SDEditStart, pictures_of
 from sgld.worker.solvers import Solver, make_solver
 
 
-def sample(model: Family | Whole, params: SamplingParams, hook: Hook, previews: int = 0) -> tuple[Tensor, Sound | None]:
+def sample(
+    model: DiffusionModel | OpaquePipeline, params: SamplingParams, context: RunContext, previews: int = 0
+) -> tuple[Tensor, Sound | None]:
     """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard. `params` holds one seed.
 
     Raises:
         Stopped: all ranks agreed to stop, between two steps.
     """
     try:
-        if isinstance(model, Whole):
-            return model.make(params, hook)
-        return _sample(model, params, hook, previews)
+        if isinstance(model, OpaquePipeline):
+            return model.make(params, context)
+        return _sample(model, params, context, previews)
     finally:
-        model.rest()
+        model.after_output()
 
 
 @torch.inference_mode()
-def _sample(family: Family, params: SamplingParams, hook: Hook, previews: int) -> tuple[Tensor, Sound | None]:
+def _sample(
+    family: DiffusionModel, params: SamplingParams, context: RunContext, previews: int
+) -> tuple[Tensor, Sound | None]:
     assert isinstance(params.seed, int)
-    with hook.stage("encode"):
+    with context.stage("encode"):
         generator = torch.Generator("cpu").manual_seed(params.seed)
-        pictures = [] if family.info.starts_from_picture else pictures_of(params, hook)
-        condition, warnings = family.encode(params, pictures, hook.check)
-        hook.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
+        pictures = [] if family.info.starts_from_picture else pictures_of(params, context)
+        condition, warnings = family.encode(params, pictures, context.raise_if_cancelled_on_all_ranks)
+        context.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
         x = family.noise(params, generator)
-        canvas = Canvas.prepare(family, params, hook, x) if family.info.starts_from_picture else None
+        sdedit = SDEditStart.prepare(family, params, context, x) if family.info.starts_from_picture else None
     for warning in warnings:
-        hook.note(warning)
+        context.note(warning)
     schedule = family.schedule(params, x)
     solver = make_solver(family.scheduler, params.num_inference_steps, schedule, params.first_step, generator)
-    if canvas is not None:
-        x = canvas.at(float(solver.sigmas[0]))
+    if sdedit is not None:
+        x = sdedit.at(float(solver.sigmas[0]))
     shown = preview_steps(len(solver.timesteps), previews)
-    with hook.stage("denoise", len(solver.timesteps)):
-        x = denoise(family, params, hook, solver, condition, x, shown, canvas)
-    with hook.stage("decode"):
-        pulse = hook.check if family.together else hook.pulse
-        x = family.settle(x, condition)
-        frames = family.decode(x, pulse)
-        return frames if canvas is None else canvas.composite(frames), family.sound(x, hook.pulse)
+    with context.stage("denoise", len(solver.timesteps)):
+        x = denoise(family, params, context, solver, condition, x, shown, sdedit)
+    with context.stage("decode"):
+        raise_if_cancelled = (
+            context.raise_if_cancelled_on_all_ranks if family.parallel_decode else context.raise_if_cancelled
+        )
+        x = family.finalize_latents(x, condition)
+        frames = family.decode(x, raise_if_cancelled)
+        return frames if sdedit is None else sdedit.composite(frames), family.sound(x, context.raise_if_cancelled)
 
 
 def denoise(
-    family: Family,
+    family: DiffusionModel,
     params: SamplingParams,
-    hook: Hook,
+    context: RunContext,
     solver: Solver,
     condition: Conditioning,
     x: Tensor,
     previews: list[int],
-    canvas: Canvas | None = None,
+    sdedit: SDEditStart | None = None,
 ) -> Tensor:
     """Latents from noise, or from a canvas. `previews` are the steps after which the clean ones' estimate is shown."""
     for i, t in enumerate(solver.timesteps, 1):
-        with hook.step():
+        with context.step():
             v, negative = family.velocities(x, t, condition)
             scale = family.guidance(t, params)
             estimate = None
             if i in previews:
-                estimate = family.settle(
+                estimate = family.finalize_latents(
                     clean(family, params, x, float(solver.sigmas[i - 1]), v, negative, scale), condition
                 )
             x = solver.step(guide(family, params, v, negative, scale), x)
-            if canvas is not None:
-                x = canvas.hold(x, float(solver.sigmas[i]))
+            if sdedit is not None:
+                x = sdedit.hold(x, float(solver.sigmas[i]))
         if estimate is not None:
-            hook.preview(previews.index(i), partial(show, family, canvas, estimate), family.together)
+            context.preview(previews.index(i), partial(show, family, sdedit, estimate), family.parallel_decode)
     return x
 
 
-def show(family: Family, canvas: Canvas | None, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+def show(
+    family: DiffusionModel, sdedit: SDEditStart | None, x0: Tensor, raise_if_cancelled: Callable[[], None]
+) -> Tensor:
     """A preview u8 [1, H, W, 3], within the picture it will be part of."""
-    frames = family.preview(x0, pulse)
-    return frames if canvas is None else canvas.composite(frames)
+    frames = family.preview(x0, raise_if_cancelled)
+    return frames if sdedit is None else sdedit.composite(frames)
 
 
 def clean(
-    family: Family, params: SamplingParams, x: Tensor, sigma: float, v: Tensor, negative: Tensor | None, scale: float
+    family: DiffusionModel,
+    params: SamplingParams,
+    x: Tensor,
+    sigma: float,
+    v: Tensor,
+    negative: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The estimate of the clean latents to show. Guidance grows as noise falls: early on it overshoots.
 
@@ -106,6 +120,6 @@ def preview_steps(total: int, previews: int) -> list[int]:
     return [total * i // (n + 1) for i in range(1, n + 1)]
 
 
-def guide(family: Family, params: SamplingParams, v: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+def guide(family: DiffusionModel, params: SamplingParams, v: Tensor, negative: Tensor | None, scale: float) -> Tensor:
     """The prediction to follow, float32."""
     return v.float() if negative is None else family.guide(v, negative, scale, params)

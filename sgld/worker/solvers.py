@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sgld.errors import ModelError
-from sgld.models.family import Schedule
+from sgld.models.base import Schedule
 
 Config = Mapping[str, Any]
 

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from sgld.media import decode, decode_sound, read_metadata
-from tests.engine.repositories import contents, publish
+from tests.hub.repositories import contents, publish
 from tools import tiny
 
 SEEDS = Path(__file__).parent / "seeds"

@@ -17,8 +17,8 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 
 from sgld.errors import ModelError
-from sgld.messages import Load, Seat, SharedFrames
-from sgld.models.family import Conditioning, Family
+from sgld.messages import Load, RankAssignment, SharedFrames
+from sgld.models.base import Conditioning, DiffusionModel
 from sgld.nn.parallel import Mesh
 from sgld.params import ModelInfo, SamplingParams
 from sgld.worker.entry import serve
@@ -29,7 +29,7 @@ INFO = ModelInfo(
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 
 
-class FaultyFamily(Family):
+class FaultyFamily(DiffusionModel):
     """Decodes to frames full of its own rank's step count; obeys the fault in the prompt."""
 
     info = INFO
@@ -42,7 +42,7 @@ class FaultyFamily(Family):
         self.num_frames = 0
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], pulse: Callable[[], None] = lambda: None
+        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         self.fault = json.loads(params.prompt)
         self.step = 0
@@ -73,16 +73,16 @@ class FaultyFamily(Family):
         if fault == "hang":
             time.sleep(600)
 
-    def preview(self, x0: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         if self.fault.get("fault") == "exit before the descriptor":
             SharedFrames.send = lambda *_: os._exit(9)  # type: ignore[method-assign]
-        return self.decode(x0, pulse)[:1]
+        return self.decode(x0, raise_if_cancelled)[:1]
 
-    def decode(self, x: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         if self.mesh.rank != 0:
             return torch.empty(0, dtype=torch.uint8)
         for _ in range(int(100 * self.fault.get("decode_s", 0))):
-            pulse()
+            raise_if_cancelled()
             time.sleep(0.01)
         return torch.full((self.num_frames, 16, 16, 3), self.step, dtype=torch.uint8)
 
@@ -95,6 +95,6 @@ def load_faulty(load: Load, mesh: Mesh, platform: object, progress: object) -> F
     return FaultyFamily(mesh)
 
 
-def run_faulty(seat: Seat, connection: Connection) -> None:
+def run_faulty(assignment: RankAssignment, connection: Connection) -> None:
     """The spawn target."""
-    serve(seat, connection, load_faulty)
+    serve(assignment, connection, load_faulty)

@@ -24,7 +24,7 @@ from sgld.engine.group import Patience, WorkerGroup
 from sgld.errors import Cancelled, ModelError, OutOfMemory, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Load, Media, Preview, Progress
 from sgld.params import SamplingParams
-from sgld.worker.hook import PROGRESS_S
+from sgld.worker.run_context import PROGRESS_S
 from tests.engine.ranks import INFO, run_faulty
 
 PATIENCE = Patience(after_failure=1.0, after_cancel=1.0, to_stop=5.0)

@@ -32,10 +32,10 @@ from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.follow import follow
 from sgld.engine.group import WorkerGroup
-from sgld.engine.hub import resolve_model
-from sgld.engine.node import Gate, Hello, Line, call
+from sgld.engine.node import Handshake, NodeListener, PeerConnection, call
 from sgld.errors import BadRequest, Cancelled, SgldError, WorkerDied
-from sgld.messages import Event, Load, Progress, Refused, Seat
+from sgld.hub.hub import resolve_model
+from sgld.messages import Event, Load, Progress, RankAssignment, Refused
 from sgld.worker.interface import interface_to
 from tests.cli.command import sgld
 from tests.engine.ranks import INFO, run_faulty
@@ -81,7 +81,7 @@ def no_follower_is_left() -> Iterator[None]:
 
 
 def group_of(own: Settings) -> WorkerGroup:
-    return WorkerGroup(2, run_faulty, patience=PATIENCE, gate=Gate(own))
+    return WorkerGroup(2, run_faulty, patience=PATIENCE, node_listener=NodeListener(own))
 
 
 def rank_of(node: BaseProcess) -> int:
@@ -282,15 +282,15 @@ def test_a_follower_loads_no_torch() -> None:
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate(settings())
-    yield gate
-    gate.close()
+def node_listener() -> Iterator[NodeListener]:
+    node_listener = NodeListener(settings())
+    yield node_listener
+    node_listener.close()
 
 
-def test_strangers_and_nodes_that_do_not_fit_are_turned_away(gate: Gate) -> None:
+def test_strangers_and_nodes_that_do_not_fit_are_turned_away(node_listener: NodeListener) -> None:
     closed = threading.Event()
-    right = Hello(1, 2, 2, Settings().model_path)
+    right = Handshake(1, 2, 2, Settings().model_path)
     wrong = {
         "model_path: '/other' here and 'sgld/demo' on node 0": attrs.evolve(right, model_path="/other"),
         "num_gpus: 4 here and 2 on node 0": attrs.evolve(right, num_gpus=4),
@@ -299,16 +299,16 @@ def test_strangers_and_nodes_that_do_not_fit_are_turned_away(gate: Gate) -> None
         "rank 0 is none of 1 to 1": attrs.evolve(right, rank=0),
     }
     with ThreadPoolExecutor(1) as executor:
-        gathering = executor.submit(gate.gather, closed.is_set)
+        gathering = executor.submit(node_listener.gather, closed.is_set)
         try:
             for hello in [*wrong.values()]:
-                with closing(reach(gate, hello)) as line:
+                with closing(reach(node_listener, hello)) as line:
                     assert isinstance(refused := line.connection.recv(), Refused)
                     assert wrong_of(refused, wrong) == hello
             for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\x02[]", b"\0\0\0\x02{}", b'\0\0\0\x0b{"rank": 1}', b""):
-                with socket.create_connection(gate.address) as stranger:
+                with socket.create_connection(node_listener.address) as stranger:
                     stranger.sendall(noise)
-            with closing(reach(gate, right)) as line:
+            with closing(reach(node_listener, right)) as line:
                 (remote,) = gathering.result(20)
                 assert not wait([remote.sentinel], 0)
                 line.connection.send("here")
@@ -319,22 +319,22 @@ def test_strangers_and_nodes_that_do_not_fit_are_turned_away(gate: Gate) -> None
             closed.set()
 
 
-def wrong_of(refused: Refused, wrong: dict[str, Hello]) -> Hello:
+def wrong_of(refused: Refused, wrong: dict[str, Handshake]) -> Handshake:
     return next(hello for told, hello in wrong.items() if refused.reason.startswith(told))
 
 
-def reach(gate: Gate, hello: Hello) -> Line:
+def reach(node_listener: NodeListener, hello: Handshake) -> PeerConnection:
     """A line, as soon as the gate is open."""
     while True:
         try:
-            return call(gate.address, hello)
+            return call(node_listener.address, hello)
         except ConnectionRefusedError:
             time.sleep(0.01)
 
 
-def test_two_nodes_of_one_number(gate: Gate) -> None:
-    own = Gate(Settings(num_gpus=3, nnodes=3, dist_init_addr=f"127.0.0.1:{gate.address[1]}"))
-    hello = Hello(1, 3, 3, Settings().model_path)
+def test_two_nodes_of_one_number(node_listener: NodeListener) -> None:
+    own = NodeListener(Settings(num_gpus=3, nnodes=3, dist_init_addr=f"127.0.0.1:{node_listener.address[1]}"))
+    hello = Handshake(1, 3, 3, Settings().model_path)
     closed = threading.Event()
     with ThreadPoolExecutor(1) as executor:
         gathering = executor.submit(own.gather, closed.is_set)
@@ -348,8 +348,10 @@ def test_two_nodes_of_one_number(gate: Gate) -> None:
     own.close()
 
 
-def test_nodes_that_do_not_come(gate: Gate) -> None:
-    absent = Gate(Settings(num_gpus=4, nnodes=2, dist_init_addr=f"127.0.0.1:{gate.address[1]}", dist_timeout=1))
+def test_nodes_that_do_not_come(node_listener: NodeListener) -> None:
+    absent = NodeListener(
+        Settings(num_gpus=4, nnodes=2, dist_init_addr=f"127.0.0.1:{node_listener.address[1]}", dist_timeout=1)
+    )
     with pytest.raises(WorkerDied, match=r"workers 2, 3 did not come to 127.0.0.1:\d+ within 1 s"):
         absent.gather(lambda: False)
     absent.close()
@@ -358,9 +360,9 @@ def test_nodes_that_do_not_come(gate: Gate) -> None:
 def test_an_address_that_is_taken_or_not_ours() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for address, reason in ((f"127.0.0.1:{taken.getsockname()[1]}", "in use"), ("192.0.2.200:5", "assign")):
-            gate = Gate(Settings(num_gpus=2, nnodes=2, dist_init_addr=address))
+            node_listener = NodeListener(Settings(num_gpus=2, nnodes=2, dist_init_addr=address))
             with pytest.raises(SgldError, match=f"dist_init_addr: cannot listen on {address}: .*{reason}"):
-                gate.gather(lambda: False)
+                node_listener.gather(lambda: False)
 
 
 def test_a_follower_with_other_settings_ends() -> None:
@@ -399,9 +401,9 @@ def test_only_node_0_generates(tmp_path: Path) -> None:
 
 
 def test_a_rank_takes_the_device_of_its_number_on_its_own_machine() -> None:
-    seats = [Seat(rank, 6, ("10.0.0.1", 5), nnodes=2) for rank in range(6)]
-    assert [seat.local_rank for seat in seats] == [0, 1, 2, 0, 1, 2]
-    assert {seat.local_world for seat in seats} == {3}
+    seats = [RankAssignment(rank, 6, ("10.0.0.1", 5), nnodes=2) for rank in range(6)]
+    assert [assignment.local_rank for assignment in seats] == [0, 1, 2, 0, 1, 2]
+    assert {assignment.local_world for assignment in seats} == {3}
 
 
 def test_secrets_stay_with_node_0() -> None:

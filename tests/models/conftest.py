@@ -13,11 +13,11 @@ from torch import Tensor
 from sgld.config import Settings
 from sgld.messages import Load
 from sgld.models import load_family
-from sgld.models.family import Family
+from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
 from sgld.params import resolve
 from sgld.platform import Cpu
-from sgld.worker.hook import Hook
+from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
 from tools import tiny
 
@@ -46,20 +46,20 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> Family:
+def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> DiffusionModel:
     """That model on the CPU."""
     command = Load(Settings(model_path=str(folder), **settings), folder)
     family = load_family(command, mesh or Mesh.solo(), Cpu(), lambda step, total: None)
-    assert isinstance(family, Family)
+    assert isinstance(family, DiffusionModel)
     return family
 
 
-def generate(family: Family, mesh: Mesh | None = None, **changes: Any) -> Tensor:
+def generate(family: DiffusionModel, mesh: Mesh | None = None, **changes: Any) -> Tensor:
     """Frames u8 [N, H, W, 3] of `REQUEST` with changes."""
     params, _ = resolve(REQUEST | changes, family.info)
     ours, theirs = Pipe()
     try:
-        return sample(family, params, Hook("job", mesh or Mesh.solo(), theirs))[0]
+        return sample(family, params, RunContext("job", mesh or Mesh.solo(), theirs))[0]
     finally:
         ours.close()
         theirs.close()

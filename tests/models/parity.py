@@ -19,54 +19,54 @@ from torch.nn.modules.module import register_module_forward_hook
 from sgld.config import settings_of
 from sgld.messages import Load, Preview
 from sgld.models import load_family
-from sgld.models.family import Family, Sound, Whole
-from sgld.nn.lora import Use
+from sgld.models.base import DiffusionModel, OpaquePipeline, Sound
+from sgld.nn.lora import WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import read_json
 from sgld.params import resolve
 from sgld.platform import Cpu
-from sgld.worker.hook import Hook
+from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
 from tests.nn.ranks import in_fresh_process, on_ranks
 
 Request = Mapping[str, Any]
 
 
-def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> Family:
+def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> DiffusionModel:
     """That model on the CPU; as many workers as the mesh has ranks."""
     mesh = mesh or Mesh.solo()
     command = Load(settings_of({"model_path": str(folder), "num_gpus": mesh.world} | settings), folder)
     family = load_family(command, mesh, Cpu(), lambda step, total: None)
-    assert isinstance(family, Family)
+    assert isinstance(family, DiffusionModel)
     return family
 
 
 def make(
-    family: Family | Whole, request: Request, mesh: Mesh | None = None, previews: int = 0
+    family: DiffusionModel | OpaquePipeline, request: Request, mesh: Mesh | None = None, previews: int = 0
 ) -> tuple[Tensor, Sound | None]:
     """Frames u8 [N, H, W, 3], and what is heard."""
     params, _ = resolve(request, family.info)
     ours, theirs = Pipe()
     try:
-        return sample(family, params, Hook("job", mesh or Mesh.solo(), theirs), previews)
+        return sample(family, params, RunContext("job", mesh or Mesh.solo(), theirs), previews)
     finally:
         ours.close()
         theirs.close()
 
 
-def picture(family: Family | Whole, request: Request, mesh: Mesh | None = None) -> Tensor:
+def picture(family: DiffusionModel | OpaquePipeline, request: Request, mesh: Mesh | None = None) -> Tensor:
     """Frames u8 [N, H, W, 3]."""
     return make(family, request, mesh)[0]
 
 
-def shown(family: Family, request: Request, previews: int) -> tuple[Tensor, list[Tensor]]:
+def shown(family: DiffusionModel, request: Request, previews: int) -> tuple[Tensor, list[Tensor]]:
     """Frames u8 [N, H, W, 3], and the previews [1, H, W, 3] that came before them."""
     params, _ = resolve(request, family.info)
     found: list[Tensor] = []
     ours, theirs = Pipe()
     with ours, theirs:
-        frames, _ = sample(family, params, Hook("job", Mesh.solo(), theirs), previews)
+        frames, _ = sample(family, params, RunContext("job", Mesh.solo(), theirs), previews)
         while ours.poll():
             if isinstance(message := ours.recv(), Preview):
                 message.frames.receive(ours)
@@ -80,7 +80,7 @@ SPLITS = ("num_gpus", "sp_degree", "ulysses_degree", "ring_degree", "enable_cfg_
 
 
 @contextmanager
-def _counted(family: Family) -> Iterator[Counter[str]]:
+def _counted(family: DiffusionModel) -> Iterator[Counter[str]]:
     """Fills with the multiplications of layers in the stages that ranks may share, and the steps under guidance."""
     found: Counter[str] = Counter()
     stages = ["other"]
@@ -102,9 +102,9 @@ def _counted(family: Family) -> Iterator[Counter[str]]:
 
     for stage in ("encode", "velocities", "decode"):
         setattr(family, stage, within(stage, getattr(family, stage)))
-    hook = register_module_forward_hook(count)
+    context = register_module_forward_hook(count)
     yield found
-    hook.remove()
+    context.remove()
 
 
 def _on_rank(mesh: Mesh, cases: Iterable[Case], prepare: Callable[[], object]) -> list[tuple[Any, Any, Counter[str]]]:
@@ -311,10 +311,10 @@ def write_both(
     return files
 
 
-def wear(family: Family, file: Path, component: str = "transformer") -> None:
+def activate(family: DiffusionModel, file: Path, component: str = "transformer") -> None:
     """Let an adapter hold on that component; all of its keys must fit."""
     layers = family.lora[component]
-    layers.apply([Use(layers.fit(read_adapter(file)))], "merge")
+    layers.apply([WeightedAdapter(layers.fit(read_adapter(file)))], "merge")
 
 
 def edit(file: Path, **changes: Any) -> None:

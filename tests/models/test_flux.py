@@ -19,11 +19,12 @@ from sgld.models import flux
 from sgld.models.flux import FLUX_ORIGINAL, Flux, FluxConfig, FluxTransformer, flux_config, pack, unpack
 from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import fit, read_adapter
-from sgld.nn.mmdit import DualBlock, Place, SingleBlock
+from sgld.nn.mmdit import DualBlock, SingleBlock, TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.usp import SequenceAttention
 from sgld.params import resolve
 from tests.models.parity import (
+    activate,
     apart,
     clipped_alike,
     edit,
@@ -39,7 +40,6 @@ from tests.models.parity import (
     shown,
     spelled,
     theirs,
-    wear,
     write_lora,
 )
 from tools.tiny import stir
@@ -315,7 +315,7 @@ def test_half_precision_stays_finite(ours: type[DualBlock] | type[SingleBlock]) 
     text = (60000 if ours is DualBlock else 65500) * text.sign()
     with torch.inference_mode():
         told, seen = block(x, text, emb)
-        clipped_alike(own(x, text, emb, Place(None, None, 6)), (seen, told))  # type: ignore[arg-type]
+        clipped_alike(own(x, text, emb, TokenLayout(None, None, 6)), (seen, told))  # type: ignore[arg-type]
 
 
 def test_pack_and_unpack_are_inverse() -> None:
@@ -380,7 +380,7 @@ def test_adapters_of_every_spelling_as_diffusers_wears_them(
     seen = {"image": Image.open(cat)} if name == "flux1-kontext" else {}
     request = REQUEST | {"guidance_scale": 3.5} | ({"image_path": [str(cat)]} if seen else {})
     before = picture(family, request)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, request)
     pipeline.load_lora_weights(file)
     expected = reference(name, guidance_scale=3.5, **seen)
@@ -392,7 +392,7 @@ def test_adapters_of_every_spelling_as_diffusers_wears_them(
     assert sum(x.numel() for x in renamed.values()) > sum(x.numel() for x in tensors.values())  # fused, and all of it
     for spelling in ("authors", "comfy", "kohya"):
         family.lora["transformer"].clear()
-        wear(family, spelled(renamed, spelling, tmp_path / f"{spelling}.safetensors"))
+        activate(family, spelled(renamed, spelling, tmp_path / f"{spelling}.safetensors"))
         assert apart(picture(family, request), worn) <= 1
     family.lora["transformer"].clear()
     assert torch.equal(picture(family, request), before)
@@ -411,7 +411,7 @@ def test_adapters_of_xlabs_as_diffusers_wears_them(
         tensors |= {f"{name}.down.weight": torch.randn(2, inner) / 2, f"{name}.up.weight": torch.randn(out, 2) / 2}
     save_file(tensors, tmp_path / "lora.safetensors")
     before = picture(dev, REQUEST)
-    wear(dev, tmp_path / "lora.safetensors")
+    activate(dev, tmp_path / "lora.safetensors")
     worn = picture(dev, REQUEST)
     dev.lora["transformer"].clear()
     pipelines("flux1-dev").load_lora_weights(tmp_path / "lora.safetensors")

@@ -20,7 +20,7 @@ from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.messages import Load
 from sgld.models import load_family
-from sgld.models.family import Family
+from sgld.models.base import DiffusionModel
 from sgld.models.flux2 import (
     DoubleBlock,
     Flux2,
@@ -34,7 +34,7 @@ from sgld.models.flux2 import (
 )
 from sgld.models.flux2_vae import Flux2TinyAutoEncoder
 from sgld.nn.attention import TORCH
-from sgld.nn.mmdit import Place
+from sgld.nn.mmdit import TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import Uninitialized, read_json
@@ -42,6 +42,7 @@ from sgld.params import resolve
 from sgld.platform import Cpu
 from tests.models import parity
 from tests.models.parity import (
+    activate,
     apart,
     clipped_alike,
     edit,
@@ -56,7 +57,6 @@ from tests.models.parity import (
     same_state,
     shown,
     spelled,
-    wear,
     write_lora,
 )
 from tools.tiny import stir
@@ -334,7 +334,7 @@ def test_half_precision_stays_finite(ours: type[DoubleBlock] | type[SingleBlock]
     mod = Modulations(mods[0].chunk(6, -1), mods[1].chunk(6, -1), mods[2].chunk(3, -1))
     with torch.inference_mode():
         told, seen = block(x, text, *mods[:2]) if double else block(x, text, mods[2], split_hidden_states=True)
-        clipped_alike(own(x, text, mod, Place(None, None, 6)), (seen, told))  # type: ignore[arg-type]
+        clipped_alike(own(x, text, mod, TokenLayout(None, None, 6)), (seen, told))  # type: ignore[arg-type]
 
 
 def test_only_the_layers_that_are_needed_are_kept(twins: Path) -> None:
@@ -371,12 +371,12 @@ def test_lora_gives_the_picture_of_diffusers_and_comes_off_again(twins: Path, tm
     pipeline = pipeline_of(twins / name)
     pipeline.load_lora_weights(file)
     plain = picture(family, REQUEST)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, REQUEST)
     assert apart(worn, theirs(pipeline, guidance_scale=family.info.defaults["guidance_scale"])) <= 1
     assert apart(worn, plain) > 20
     layerwise = load(twins / name, dit_layerwise_offload=True)
-    wear(layerwise, file)
+    activate(layerwise, file)
     assert torch.equal(picture(layerwise, REQUEST), worn)
     family.lora["transformer"].apply([], "merge")
     assert torch.equal(picture(family, REQUEST), plain)
@@ -429,21 +429,21 @@ def test_other_spellings_of_the_same_adapter(
 ) -> None:
     """Only sums are taken in another order: every weight is the same but for that."""
     family = load(twins / DEV)
-    wear(family, adapter)
+    activate(family, adapter)
     expected = picture(family, REQUEST)
-    wear(family, spelled(names(load_file(adapter)), spelling, tmp_path / "other.safetensors"))
+    activate(family, spelled(names(load_file(adapter)), spelling, tmp_path / "other.safetensors"))
     assert apart(picture(family, REQUEST), expected) <= 1
 
 
 def test_an_adapter_of_dev_does_not_fit_klein(twins: Path, adapter: Path) -> None:
     with pytest.raises(BadRequest, match=r"lora_path.*guidance_embedder"):
-        wear(load(twins / KLEIN), adapter)
+        activate(load(twins / KLEIN), adapter)
 
 
 # ----------------------------------------------------------------------------------------- the tiny autoencoder
 
 
-def with_tiny(twins: Path, name: str) -> Family:
+def with_tiny(twins: Path, name: str) -> DiffusionModel:
     command = Load(Settings(model_path=str(twins / name)), twins / name, {"vae": twins / TINY})
     return load_family(command, Mesh.solo(), Cpu(), lambda step, total: None)
 

@@ -30,6 +30,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
 from tests.models.parity import (
+    activate,
     apart,
     edit,
     estimate_is_near_the_peak,
@@ -41,7 +42,6 @@ from tests.models.parity import (
     same_state,
     shown,
     tiles,
-    wear,
     write_both,
     write_lora,
 )
@@ -337,10 +337,10 @@ def test_adapters_in_all_names(twin: Path, tmp_path: Path, guided: Tensor, spell
     linear = {name for name, m in family._transformer.named_modules() if isinstance(m, nn.Linear)}
     assert linear == {layer for layers in AUTHORS.values() for layer in layers}
     ours, theirs = write_both(tmp_path, family._transformer, AUTHORS, SPELLINGS[spelling], SWAPPED)
-    wear(family, ours)
+    activate(family, ours)
     worn = picture(family, GUIDED)
     assert apart(worn, guided) > 20
-    wear(family, theirs)
+    activate(family, theirs)
     assert torch.equal(picture(family, GUIDED), worn)
     family.lora["transformer"].clear()
     assert torch.equal(picture(family, GUIDED), guided)
@@ -352,7 +352,7 @@ def test_an_adapter_as_diffusers_wears_it(
     family = load(twin)
     assert isinstance(family, HunyuanVideo)
     file = write_lora(tmp_path / "lora.safetensors", family._transformer)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, GUIDED)
     pipeline.load_lora_weights(file)
     theirs = reference(GUIDED)

@@ -19,6 +19,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
 from tests.models.parity import (
+    activate,
     apart,
     edit,
     estimate_is_near_the_peak,
@@ -31,7 +32,6 @@ from tests.models.parity import (
     same_state,
     shown,
     tiles,
-    wear,
     write_both,
     write_lora,
 )
@@ -230,10 +230,10 @@ def test_adapters_in_the_authors_names(twin: Path, tmp_path: Path, plain: Tensor
     family = load(twin)
     assert isinstance(family, HunyuanVideo15)
     ours, theirs = write_both(tmp_path, family._transformer, AUTHORS, SPELLINGS[spelling], SWAPPED)
-    wear(family, ours)
+    activate(family, ours)
     worn = picture(family, REQUEST)
     assert apart(worn, plain) > 20
-    wear(family, theirs)
+    activate(family, theirs)
     assert torch.equal(picture(family, REQUEST), worn)
     family.lora["transformer"].clear()
     assert torch.equal(picture(family, REQUEST), plain)
@@ -245,7 +245,7 @@ def test_an_adapter_as_diffusers_wears_it(
     family = load(twin)
     assert isinstance(family, HunyuanVideo15)
     file = write_lora(tmp_path / "lora.safetensors", family._transformer)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, REQUEST)
     pipeline.transformer.load_lora_adapter(file)
     theirs = reference()

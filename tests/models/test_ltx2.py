@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sgld.errors import BadRequest, ModelError, SgldError
 from sgld.models import ltx2
-from sgld.models.family import Sound
+from sgld.models.base import Sound
 from sgld.models.ltx2_transformer import LTX2Transformer, ltx2_config
 from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import read_adapter
@@ -26,6 +26,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
 from tests.models.parity import (
+    activate,
     apart,
     edit,
     levels,
@@ -38,7 +39,6 @@ from tests.models.parity import (
     same_state,
     shown,
     spelled,
-    wear,
     write_lora,
 )
 from tools.twins import ltx2 as twins_of
@@ -344,7 +344,7 @@ def test_lora(twins: Path, tmp_path: Path, reference: Reference, shot: Path, nam
     request = REQUEST | ({"image_path": [str(shot)]} if looks else {})
     before = picture(family, request)
     file = write_lora(tmp_path / "a.safetensors", family._transformer)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, request)
     assert apart(worn, before) > 20
     assert apart(worn, reference("ltx23", lora=file, image=shot if looks else None)[0]) <= 1
@@ -355,7 +355,7 @@ def test_lora(twins: Path, tmp_path: Path, reference: Reference, shot: Path, nam
     for expected in ("av_ca_a2v_gate_adaln_single.linear", "audio_prompt_adaln_single.linear", "patchify_proj"):
         assert f"transformer.{expected}.lora_A.weight" in theirs
     for tensors, spelling in ((theirs, "comfy"), (theirs, "kohya"), (ours, "kohya")):
-        wear(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
+        activate(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
         assert torch.equal(picture(family, request), worn), spelling
         family.lora["transformer"].clear()
 
@@ -369,7 +369,7 @@ def test_an_adapter_of_the_connectors_is_refused(twins: Path, tmp_path: Path) ->
     save_file(load_file(files[0]) | load_file(files[1]), tmp_path / "both.safetensors")
     says = r"does not fit the model's transformer: \d+ of \d+ keys: connectors\.\S+\.lora_A\.weight \(no such layer\)"
     with pytest.raises(BadRequest, match=says):
-        wear(family, tmp_path / "both.safetensors")
+        activate(family, tmp_path / "both.safetensors")
     adapter = read_adapter(tmp_path / "both.safetensors")
     fitted = family.lora["transformer"].fit(adapter, strict=False)
     assert len(fitted.skipped) == len(load_file(files[1]))

@@ -17,7 +17,7 @@ from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models import load_family
 from sgld.models.wan import Wan
-from sgld.nn.lora import Mode, Use
+from sgld.nn.lora import Mode, WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.params import resolve
@@ -266,7 +266,7 @@ def test_adapters_hold_on_weights_that_come_and_go(tmp_path: Path, layerwise: bo
         layers = family.lora["transformer"]
         made = [generate(family, **SMALL)]
         for mode in MODES:
-            layers.apply([Use(layers.fit(adapter))], mode)
+            layers.apply([WeightedAdapter(layers.fit(adapter))], mode)
             assert layers.mode == ("dynamic" if mode == "dynamic" else "merge")
             made.append(generate(family, **SMALL))
         layers.clear()

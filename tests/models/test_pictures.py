@@ -145,24 +145,24 @@ def test_latents_outside_the_mask_follow_the_noised_picture(
     twins: Path, picture: Path, mask: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     canvases, held = [], []
-    hold = sampler.Canvas.hold
+    hold = sampler.SDEditStart.hold
 
-    def watched(self: sampler.Canvas, x: Tensor, sigma: float) -> Tensor:
+    def watched(self: sampler.SDEditStart, x: Tensor, sigma: float) -> Tensor:
         canvases.append(self)
         held.append((hold(self, x, sigma), sigma))
         return held[-1][0]
 
-    monkeypatch.setattr(sampler.Canvas, "hold", watched)
+    monkeypatch.setattr(sampler.SDEditStart, "hold", watched)
     generate(load(twins / "wan21"), image_path=[str(picture)], mask_path=str(mask))
     assert len(held) == 4 and held[-1][1] == 0
-    canvas = canvases[0]
-    assert canvas.free is not None and 0 < canvas.free.float().mean() < 1
-    stays = ~canvas.free.expand_as(canvas.clean)
+    sdedit = canvases[0]
+    assert sdedit.free is not None and 0 < sdedit.free.float().mean() < 1
+    stays = ~sdedit.free.expand_as(sdedit.clean)
     for x, sigma in held:
-        expected = (1 - sigma) * canvas.clean + sigma * canvas.noise
+        expected = (1 - sigma) * sdedit.clean + sigma * sdedit.noise
         assert torch.equal(x[stays], expected[stays])
         assert not torch.allclose(x[~stays], expected[~stays], atol=1e-2)
-    assert torch.equal(held[-1][0][stays], canvas.clean[stays])
+    assert torch.equal(held[-1][0][stays], sdedit.clean[stays])
 
 
 def test_the_encoder_is_loaded_with_the_first_picture(twins: Path, picture: Path) -> None:

@@ -28,6 +28,7 @@ from sgld.platform import Cpu
 from sgld.worker.solvers import make_solver
 from tests.models import parity
 from tests.models.parity import (
+    activate,
     apart,
     edit,
     estimate_is_near_the_peak,
@@ -39,7 +40,6 @@ from tests.models.parity import (
     same_state,
     shown,
     spelled,
-    wear,
     write_lora,
 )
 from tools.tiny import make_cache, set_scheduler
@@ -364,7 +364,7 @@ def test_lora(models: Path, tmp_path: Path, name: str) -> None:
     pipe, family, asked = pipeline(models / name), load(models / name), request(models, name)
     plain = picture(family, asked)
     file = write_lora(tmp_path / "diffusers.safetensors", pipe.transformer)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, asked)
     pipe.load_lora_weights(file)
     assert apart(worn, theirs(pipe, asked)) <= 1
@@ -372,7 +372,7 @@ def test_lora(models: Path, tmp_path: Path, name: str) -> None:
     family.lora["transformer"].clear()
     assert picture(family, asked).equal(plain)
     for spelling in ("comfy", "dotted", "kohya"):
-        wear(family, spelled(load_file(file), spelling, tmp_path / f"{spelling}.safetensors"))
+        activate(family, spelled(load_file(file), spelling, tmp_path / f"{spelling}.safetensors"))
         assert picture(family, asked).equal(worn), spelling
         family.lora["transformer"].clear()
 

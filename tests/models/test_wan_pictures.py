@@ -19,7 +19,7 @@ from torch import Tensor
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Cancel, Load
-from sgld.models.parts import Parts
+from sgld.models.components import ComponentLoader
 from sgld.models.vae import WanDecoder, WanVaeConfig
 from sgld.models.vae_encoder import VaeEncoder, WanEncoder
 from sgld.models.wan import WAN_ORIGINAL, Wan, WanConfig, WanTransformer
@@ -28,9 +28,10 @@ from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.params import SamplingParams, resolve
 from sgld.platform import Cpu
-from sgld.worker.hook import Hook, Stopped
+from sgld.worker.run_context import RunContext, Stopped
 from sgld.worker.sampler import sample
 from tests.models.parity import (
+    activate,
     apart,
     levels,
     load,
@@ -40,7 +41,6 @@ from tests.models.parity import (
     same_state,
     shown,
     spelled,
-    wear,
     write_lora,
 )
 from tools.twins import wan as twins
@@ -169,13 +169,13 @@ def test_a_cancel_is_heard_while_a_picture_is_encoded(
     ours, theirs = Pipe()
     whole = VaeEncoder.encode
 
-    def encode(encoder: VaeEncoder, clip: Tensor, pulse: Callable[[], None]) -> Tensor:
+    def encode(encoder: VaeEncoder, clip: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         ours.send(Cancel("job"))
-        return whole(encoder, clip, pulse)
+        return whole(encoder, clip, raise_if_cancelled)
 
     monkeypatch.setattr(VaeEncoder, "encode", encode)
     with ours, theirs, pytest.raises(Stopped, match="^stopped in encode, step 1 of 1$"):
-        sample(family, params, Hook("job", Mesh.solo(), theirs))
+        sample(family, params, RunContext("job", Mesh.solo(), theirs))
 
 
 def test_the_last_frame_may_be_given_too(folders: Folders, pictures: list[str]) -> None:
@@ -259,7 +259,7 @@ def test_another_number_of_steps_is_refused(folders: Folders) -> None:
 def test_the_setting_is_refused_where_nothing_reads_it(folders: Folders) -> None:
     load_it = Load(Settings(dmd_denoising_steps=[900, 100]), folders("fastwan21"))
     with pytest.raises(BadRequest, match="^dmd_denoising_steps: it is of Wan checkpoints; leave it out$"):
-        Parts(load_it, Mesh.solo(), Cpu(), lambda step, total: None)
+        ComponentLoader(load_it, Mesh.solo(), Cpu(), lambda step, total: None)
 
 
 @proves(FEW_TEXT, "image-to-video", "image-to-image")
@@ -297,9 +297,9 @@ def test_same_picture_on_four_ranks(folders: Folders, pictures: list[str], tmp_p
         (*clip, {"enable_cfg_parallel": True, "ulysses_degree": 2, "tp_size": 2}),
         (*fast, {"ring_degree": 4, "vae_sp": True}),
     ]
-    moving, still = pictures_of_ranks(4, tmp_path / "store", cases)
+    moving, clean_frames = pictures_of_ranks(4, tmp_path / "store", cases)
     assert apart(moving, their_picture(*clip)) <= 1
-    assert apart(still, their_picture(*fast, FAST)) <= 1
+    assert apart(clean_frames, their_picture(*fast, FAST)) <= 1
 
 
 # ---------------------------------------------------------------------------------------------- the real sizes
@@ -397,7 +397,7 @@ def test_an_adapter_as_with_diffusers(
     request = request_of | {"image_path": pictures[:1]}
     plain = picture(family, request)
     file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, request)
     assert apart(worn, plain) > 20
     assert apart(worn, their_picture(family.parts.folder, request, adapter=file)) <= 1
@@ -407,7 +407,7 @@ def test_an_adapter_as_with_diffusers(
     theirs = {original(key): tensor for key, tensor in ours.items()}
     assert not theirs.keys() & ours.keys()
     for tensors, spelling in ((theirs, "comfy"), (theirs, "kohya"), (ours, "kohya")):
-        wear(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
+        activate(family, spelled(tensors, spelling, tmp_path / "other.safetensors"))
         assert torch.equal(picture(family, request), worn), spelling
         family.lora["transformer"].clear()
 
@@ -511,7 +511,7 @@ def test_an_adapter_of_few_steps(folders: Folders, pictures: list[str], name: st
     times = FAST if name.startswith("fast") else TURBO
     request = TI2V | FEW | {"num_inference_steps": len(times), "image_path": pictures[:1]}
     file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
-    wear(family, file)
+    activate(family, file)
     theirs = their_picture(family.parts.folder, request, times, file)
     assert apart(picture(family, request), theirs) <= 1
     assert apart(theirs, their_picture(family.parts.folder, request, times)) > 20

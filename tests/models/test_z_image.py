@@ -18,13 +18,14 @@ from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.models.z_image import ZImage, ZImageTransformer, z_image_config
 from sgld.nn.attention import TORCH
-from sgld.nn.lora import Use
+from sgld.nn.lora import WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
 from sgld.params import resolve
 from tests.models import parity
 from tests.models.parity import (
+    activate,
     apart,
     edit,
     estimate_is_near_the_peak,
@@ -38,7 +39,6 @@ from tests.models.parity import (
     same_state,
     shown,
     spelled,
-    wear,
     write_lora,
 )
 from tools.twins.z_image import MAKERS
@@ -251,12 +251,12 @@ def test_lora_gives_the_picture_of_diffusers_and_comes_off_again(twins: Path, ad
     pipeline.load_lora_weights(adapter)
     family = load(twins / "z-image")
     plain = picture(family, REQUEST)
-    wear(family, adapter)
+    activate(family, adapter)
     worn = picture(family, REQUEST)
     assert apart(worn, theirs(pipeline)) <= 1
     assert apart(worn, plain) > 20
     layerwise = load(twins / "z-image", dit_layerwise_offload=True)
-    wear(layerwise, adapter)
+    activate(layerwise, adapter)
     assert torch.equal(picture(layerwise, REQUEST), worn)
     family.lora["transformer"].apply([], "merge")
     assert torch.equal(picture(family, REQUEST), plain)
@@ -288,9 +288,9 @@ def test_other_spellings_of_the_same_adapter(
 ) -> None:
     """Only sums are taken in another order: every weight is the same but for that."""
     family = load(twins / "z-image")
-    wear(family, adapter)
+    activate(family, adapter)
     expected = picture(family, REQUEST)
-    wear(family, spelled(names(load_file(adapter)), spelling, tmp_path / "other.safetensors"))
+    activate(family, spelled(names(load_file(adapter)), spelling, tmp_path / "other.safetensors"))
     assert apart(picture(family, REQUEST), expected) <= 1
 
 
@@ -306,7 +306,7 @@ def test_an_adapter_that_renames_only_the_last_layer_of_attention(
     pipeline.load_lora_weights(file)
     family = load(twins / "z-image")
     plain = picture(family, REQUEST)
-    wear(family, file)
+    activate(family, file)
     worn = picture(family, REQUEST)
     assert apart(worn, theirs(pipeline)) <= 1
     assert apart(worn, plain) > 20
@@ -317,7 +317,7 @@ def test_an_adapter_of_another_model_is_refused(twins: Path, adapter: Path, tmp_
     save_file(tensors, tmp_path / "other.safetensors")
     layers = load(twins / "z-image").lora["transformer"]
     with pytest.raises(BadRequest, match=r"lora_path.*blocks\.0\.attention"):
-        layers.apply([Use(layers.fit(read_adapter(tmp_path / "other.safetensors")))], "merge")
+        layers.apply([WeightedAdapter(layers.fit(read_adapter(tmp_path / "other.safetensors")))], "merge")
 
 
 # ------------------------------------------------------------------------------------- a picture to start from

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sgld.messages import Seat
+from sgld.messages import RankAssignment
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
 
@@ -17,7 +17,7 @@ _kept: list[ProcessPoolExecutor] = []  # one process each; what they import take
 
 def _rank(rank: int, world: int, store: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     torch.set_num_threads(1)
-    mesh = Mesh.join(Seat(rank, world, store, 60), Cpu())
+    mesh = Mesh.join(RankAssignment(rank, world, store, 60), Cpu())
     answer = work(mesh, *args)
     mesh.leave()
     return answer

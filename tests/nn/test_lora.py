@@ -15,7 +15,7 @@ from sgld.errors import BadRequest, NotBuilt
 from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
 from sgld.nn import lora
 from sgld.nn.attention import TORCH
-from sgld.nn.lora import AdapterCache, Change, LoraLayers, Mode, Use
+from sgld.nn.lora import AdapterCache, Change, LoraLayers, Mode, WeightedAdapter
 from sgld.nn.lora_formats import Adapter, read_adapter
 from sgld.nn.parallel import Mesh
 from tools.tiny import TRANSFORMER
@@ -167,7 +167,7 @@ def test_merged_weights_are_diffusers(
     weights: dict[str, Tensor], layers: LoraLayers, model: WanTransformer, trained: Make, kind: str
 ) -> None:
     adapter = trained(**KINDS[kind])
-    layers.apply([Use(layers.fit(adapter))], "merge")
+    layers.apply([WeightedAdapter(layers.fit(adapter))], "merge")
     expected = fused(weights, [(adapter, 1.0)])
     assert furthest(snapshot(model), expected) < 1e-6
     assert furthest(weights, expected) > 0.05
@@ -177,7 +177,7 @@ def test_several_adapters_are_diffusers_with_strengths(
     weights: dict[str, Tensor], layers: LoraLayers, model: WanTransformer, trained: Make
 ) -> None:
     one, two = trained("one"), trained("two", ["to_q", "net.2"], lora_alpha=2, use_rslora=True)
-    layers.apply([Use(layers.fit(one), 0.7), Use(layers.fit(two), -1.3)], "merge")
+    layers.apply([WeightedAdapter(layers.fit(one), 0.7), WeightedAdapter(layers.fit(two), -1.3)], "merge")
     expected = fused(weights, [(one, 0.7), (two, -1.3)])
     assert furthest(snapshot(model), expected) < 1e-6
     assert furthest(fused(weights, [(one, 0.7)]), expected) > 0.05
@@ -190,7 +190,7 @@ def test_same_velocity_as_an_unfused_diffusers_model(
 ) -> None:
     twin = make_twin(weights)
     adapter = trained()
-    layers.apply([Use(layers.fit(adapter))], mode)
+    layers.apply([WeightedAdapter(layers.fit(adapter))], mode)
     give(twin, adapter, "one")
     with torch.inference_mode():
         expected = twin(X, TIME[None], TEXT, return_dict=False)[0]
@@ -210,7 +210,7 @@ def test_folders_of_peft_itself(
         peft = get_peft_model(make_twin(weights), config)
         randomize(peft, 1)
         peft.save_pretrained(tmp_path)
-    layers.apply([Use(layers.fit(read_adapter(tmp_path)))])
+    layers.apply([WeightedAdapter(layers.fit(read_adapter(tmp_path)))])
     assert furthest(snapshot(model), dict(peft.merge_and_unload().state_dict())) < 1e-6
 
 
@@ -220,7 +220,7 @@ def test_magnitudes_across_inputs(layers: LoraLayers, model: WanTransformer, tmp
     down, up = torch.randn(3, 48), torch.randn(16, 3)
     tensors = {"proj_out.lora_A.weight": down, "proj_out.lora_B.weight": up, "proj_out.dora_scale": m}
     save_file(tensors, tmp_path / "a.safetensors")
-    layers.apply([Use(layers.fit(read_adapter(tmp_path)))])
+    layers.apply([WeightedAdapter(layers.fit(read_adapter(tmp_path)))])
     changed = base + up @ down
     assert (model.proj_out.weight - m * changed / changed.norm(dim=0, keepdim=True)).abs().max() < 1e-6
 
@@ -241,9 +241,9 @@ def test_a_hundred_swaps_leave_no_trace(
     fitted = [layers.fit(adapter) for adapter in kinds]
     draw, modes = random.Random(0), ("merge", "dynamic")
     for _ in range(100):
-        uses = [Use(one, draw.choice([-2, 0.3, 1])) for one in draw.sample(fitted, draw.randint(0, 3))]
+        uses = [WeightedAdapter(one, draw.choice([-2, 0.3, 1])) for one in draw.sample(fitted, draw.randint(0, 3))]
         layers.apply(uses, draw.choice(modes))  # type: ignore[arg-type]
-    layers.apply([Use(fitted[0])], "merge")
+    layers.apply([WeightedAdapter(fitted[0])], "merge")
     assert not same_bits(snapshot(model), before)
     layers.clear()
     assert same_bits(snapshot(model), before)
@@ -256,7 +256,7 @@ def test_adding_and_subtracting_would_leave_a_trace(weights: dict[str, Tensor], 
     """Why the base is kept."""
     model = make_ours(weights, torch.bfloat16)
     layers = LoraLayers(model)
-    layers.apply([Use(layers.fit(trained(targets=["proj_out"])))])
+    layers.apply([WeightedAdapter(layers.fit(trained(targets=["proj_out"])))])
     delta = model.proj_out.weight - weights["proj_out.weight"].bfloat16()
     assert not torch.equal(model.proj_out.weight - delta, weights["proj_out.weight"].bfloat16())
 
@@ -266,17 +266,17 @@ def test_a_swap_is_what_a_fresh_model_gives(weights: dict[str, Tensor], trained:
     one, two = trained("one"), trained("two", ["to_q"], use_dora=True)
     used, fresh = make_ours(weights, dtype), make_ours(weights, dtype)
     layers = LoraLayers(used)
-    layers.apply([Use(layers.fit(one))])
-    layers.apply([Use(layers.fit(two), 0.5)])
+    layers.apply([WeightedAdapter(layers.fit(one))])
+    layers.apply([WeightedAdapter(layers.fit(two), 0.5)])
     other = LoraLayers(fresh)
-    other.apply([Use(other.fit(two), 0.5)])
+    other.apply([WeightedAdapter(other.fit(two), 0.5)])
     assert same_bits(snapshot(used), snapshot(fresh))
 
 
 def test_coming_back_to_a_setting_copies_nothing(weights: dict[str, Tensor], trained: Make) -> None:
     model = make_ours(weights, torch.bfloat16)
     layers = LoraLayers(model, keep_bytes=2 * Q_BYTES)
-    one, two = (Use(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two"))
+    one, two = (WeightedAdapter(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two"))
     base = places(model)
     layers.apply([one])
     first, there = snapshot(model), places(model)
@@ -291,14 +291,14 @@ def test_coming_back_to_a_setting_copies_nothing(weights: dict[str, Tensor], tra
 
 def test_kept_settings_stay_in_their_limit(weights: dict[str, Tensor], trained: Make) -> None:
     layers = LoraLayers(make_ours(weights, torch.bfloat16), keep_bytes=2 * Q_BYTES)
-    one, two, three = (Use(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two", "three"))
+    one, two, three = (WeightedAdapter(layers.fit(trained(name, ["to_q"])), 0.5) for name in ("one", "two", "three"))
     seen = {}
     for use in (one, two, one, three):
         layers.apply([use])
         seen[use] = places(layers.module)
     assert layers.kept_bytes == 2 * Q_BYTES
     assert seen[three] == seen[two], "what was used least recently is written over"
-    large = [Use(layers.fit(trained())), one]
+    large = [WeightedAdapter(layers.fit(trained())), one]
     layers.apply(large)
     assert layers.kept_bytes > 2 * Q_BYTES, "the active one is held whatever its size"
     layers.apply([one])
@@ -317,18 +317,18 @@ def test_offloaded_weights_are_changed_when_they_come(weights: dict[str, Tensor]
     adapters, plain = [trained(use_dora=True), trained("three", lora_bias=True)], trained("two", ["to_q"])
     told: list[Mapping[str, Change]] = []
     layers, other = LoraLayers(merged), LoraLayers(absent, offload=told.append)
-    layers.apply([Use(layers.fit(adapter), 0.5) for adapter in adapters])
+    layers.apply([WeightedAdapter(layers.fit(adapter), 0.5) for adapter in adapters])
     other.apply(
-        [Use(other.fit(adapter), 0.5) for adapter in adapters], "dynamic"
+        [WeightedAdapter(other.fit(adapter), 0.5) for adapter in adapters], "dynamic"
     )  # DoRA needs the weights: it waits for them, too
     before = snapshot(absent)
     assert not same_bits(snapshot(merged), before)
     result = {name: told[-1][name](tensor) if name in told[-1] else tensor for name, tensor in before.items()}
     assert same_bits(result, snapshot(merged)) and same_bits(snapshot(absent), before)
     unchanged = velocity(absent)
-    other.apply([Use(other.fit(plain))], "dynamic")
+    other.apply([WeightedAdapter(other.fit(plain))], "dynamic")
     assert told[-1] == {} and not torch.equal(velocity(absent), unchanged)
-    other.apply([Use(other.fit(plain))], "merge")
+    other.apply([WeightedAdapter(other.fit(plain))], "merge")
     assert set(told[-1]) == {f"{name}.weight" for name in other.fit(plain).layers}
     other.clear()
     assert told[-1] == {} and torch.equal(velocity(absent), unchanged)
@@ -341,9 +341,9 @@ def test_strength_zero_is_no_adapter(
 ) -> None:
     before, unchanged = snapshot(model), velocity(model)
     fitted = layers.fit(trained(use_dora=dora))
-    layers.apply([Use(fitted)], mode)
+    layers.apply([WeightedAdapter(fitted)], mode)
     assert not torch.equal(velocity(model), unchanged)
-    layers.apply([Use(fitted, 0.0)], mode)
+    layers.apply([WeightedAdapter(fitted, 0.0)], mode)
     assert same_bits(snapshot(model), before)
     assert torch.equal(velocity(model), unchanged)
     assert layers.active == ()
@@ -353,7 +353,7 @@ def test_a_failure_leaves_the_model_without_adapters(
     layers: LoraLayers, model: WanTransformer, trained: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, fitted = snapshot(model), layers.fit(trained())
-    layers.apply([Use(fitted, 0.5)])
+    layers.apply([WeightedAdapter(fitted, 0.5)])
     calls = iter(range(9))
     real = lora.merged_weight
 
@@ -364,7 +364,7 @@ def test_a_failure_leaves_the_model_without_adapters(
 
     monkeypatch.setattr(lora, "merged_weight", run_out)
     with pytest.raises(MemoryError):
-        layers.apply([Use(fitted)])
+        layers.apply([WeightedAdapter(fitted)])
     assert same_bits(snapshot(model), before)
     assert layers.active == ()
 
@@ -372,7 +372,7 @@ def test_a_failure_leaves_the_model_without_adapters(
 def test_an_adapter_that_does_not_fit_changes_nothing(
     layers: LoraLayers, model: WanTransformer, trained: Make, tmp_path: Path
 ) -> None:
-    layers.apply([Use(layers.fit(trained()))])
+    layers.apply([WeightedAdapter(layers.fit(trained()))])
     with_one = snapshot(model)
     save_file({"blocks.9.attn1.to_q.lora_A.weight": torch.ones(2, 48)}, tmp_path / "x.safetensors")
     with pytest.raises(BadRequest, match="no such layer"):
@@ -390,16 +390,16 @@ def test_the_order_does_not_matter_beyond_rounding(weights: dict[str, Tensor], t
     for order in (adapters, adapters[::-1]):
         model = make_ours(weights)
         layers = LoraLayers(model)
-        layers.apply([Use(layers.fit(adapter), 0.8) for adapter in order])
+        layers.apply([WeightedAdapter(layers.fit(adapter), 0.8) for adapter in order])
         results.append(snapshot(model))
     assert furthest(*results) < 1e-6
 
 
 def test_an_adapter_twice_is_one_of_both_strengths(layers: LoraLayers, model: WanTransformer, trained: Make) -> None:
     fitted = layers.fit(trained())
-    layers.apply([Use(fitted, 0.25), Use(fitted, 0.5)])
+    layers.apply([WeightedAdapter(fitted, 0.25), WeightedAdapter(fitted, 0.5)])
     twice = snapshot(model)
-    layers.apply([Use(fitted, 0.75)])
+    layers.apply([WeightedAdapter(fitted, 0.75)])
     assert furthest(snapshot(model), twice) < 1e-6
 
 
@@ -409,7 +409,7 @@ def test_several_merge_with_one_rounding(weights: dict[str, Tensor], trained: Ma
     names = ["one", "two", "three"]
     for merged in (model, exact):
         layers = LoraLayers(merged)
-        layers.apply([Use(layers.fit(trained(name)), 0.9) for name in names])
+        layers.apply([WeightedAdapter(layers.fit(trained(name)), 0.9) for name in names])
     assert same_bits(snapshot(model), {name: tensor.bfloat16() for name, tensor in snapshot(exact).items()})
 
 
@@ -419,9 +419,9 @@ def test_dora_goes_in_a_straight_line(
 ) -> None:
     """At strength 1 it is PEFT's, at 0 there is nothing, between and beyond it is in proportion."""
     fitted = layers.fit(trained(use_dora=True))
-    layers.apply([Use(fitted)])
+    layers.apply([WeightedAdapter(fitted)])
     whole = model.proj_out.weight - weights["proj_out.weight"]
-    layers.apply([Use(fitted, strength)])
+    layers.apply([WeightedAdapter(fitted, strength)])
     assert (model.proj_out.weight - weights["proj_out.weight"] - strength * whole).abs().max() < 1e-6
 
 
@@ -435,7 +435,10 @@ def test_dynamic_is_merged_within_rounding(
 ) -> None:
     model = make_ours(weights, dtype)
     layers, before, plain = LoraLayers(model), snapshot(model), velocity(model)
-    uses = [Use(layers.fit(trained("one", **KINDS[kind])), 0.6), Use(layers.fit(trained("two", ["to_q"])), 0.5)]
+    uses = [
+        WeightedAdapter(layers.fit(trained("one", **KINDS[kind])), 0.6),
+        WeightedAdapter(layers.fit(trained("two", ["to_q"])), 0.5),
+    ]
     layers.apply(uses, "merge")
     merged = velocity(model)
     layers.apply(uses, "dynamic")
@@ -443,7 +446,12 @@ def test_dynamic_is_merged_within_rounding(
     assert same_bits(snapshot(model), before)
     exact = make_ours({name: tensor.float() for name, tensor in before.items()})
     other = LoraLayers(exact)
-    other.apply([Use(other.fit(trained("one", **KINDS[kind])), 0.6), Use(other.fit(trained("two", ["to_q"])), 0.5)])
+    other.apply(
+        [
+            WeightedAdapter(other.fit(trained("one", **KINDS[kind])), 0.6),
+            WeightedAdapter(other.fit(trained("two", ["to_q"])), 0.5),
+        ]
+    )
     rounding = (merged - velocity(exact)).abs().max()
     assert (dynamic - velocity(exact)).abs().max() < max(3 * rounding, 1e-4)
     assert (plain - velocity(exact)).abs().max() > max(6 * rounding, 0.02)
@@ -463,7 +471,7 @@ def test_dynamic_takes_full_deltas_norms_and_modulations(
     }
     tensors = {f"diffusion_model.{key}": 0.1 * torch.randn(before[name].shape) for key, name in shapes.items()}
     save_file(tensors, tmp_path / "a.safetensors")
-    uses = [Use(layers.fit(read_adapter(tmp_path)), 0.7)]
+    uses = [WeightedAdapter(layers.fit(read_adapter(tmp_path)), 0.7)]
     layers.apply(uses, "merge")
     merged = velocity(model)
     for key, name in shapes.items():
@@ -488,7 +496,7 @@ def test_weights_that_cannot_be_merged(trained: Make, tmp_path: Path) -> None:
     x, down, up = torch.randn(5, 8).bfloat16(), torch.randn(2, 8), torch.randn(4, 2)
     save_file({"a.lora_A.weight": down, "a.lora_B.weight": up}, tmp_path / "a.safetensors")
     layers, before = LoraLayers(model), model["a"](x)
-    uses = [Use(layers.fit(read_adapter(tmp_path)))]
+    uses = [WeightedAdapter(layers.fit(read_adapter(tmp_path)))]
     with pytest.raises(NotBuilt, match="float8_e4m3fn cannot be merged; use dynamic"):
         layers.apply(uses, "merge")
     layers.apply(uses, "auto")
@@ -496,7 +504,7 @@ def test_weights_that_cannot_be_merged(trained: Make, tmp_path: Path) -> None:
     dora = {"a.lora_A.weight": down, "a.lora_B.weight": up, "a.dora_scale": torch.ones(4)}
     save_file(dora, tmp_path / "a.safetensors")
     with pytest.raises(NotBuilt, match="DoRA on weights of type float8_e4m3fn"):
-        layers.apply([Use(layers.fit(read_adapter(tmp_path)))], "auto")
+        layers.apply([WeightedAdapter(layers.fit(read_adapter(tmp_path)))], "auto")
     assert list(layers.active) == uses
     expected = before.float() + x.float() @ down.T @ up.T
     assert (model["a"](x).float() - expected).abs().max() < 0.02 * expected.abs().max()
@@ -507,7 +515,7 @@ def test_grouped_convolutions(tmp_path: Path) -> None:
     tensors = {"c.lora_down.weight": torch.randn(2, 2, 3, 3), "c.lora_up.weight": torch.randn(6, 2, 1, 1)}
     save_file(tensors, tmp_path / "a.safetensors")
     layers, x = LoraLayers(model), torch.randn(1, 4, 5, 7)
-    uses = [Use(layers.fit(read_adapter(tmp_path)))]
+    uses = [WeightedAdapter(layers.fit(read_adapter(tmp_path)))]
     layers.apply(uses, "merge")
     merged = model["c"](x)
     layers.apply(uses, "dynamic")
@@ -520,17 +528,17 @@ def test_grouped_convolutions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
 def test_strengths_are_finite(layers: LoraLayers, trained: Make, strength: float) -> None:
     with pytest.raises(BadRequest, match="strength: (nan|inf); a finite number"):
-        Use(layers.fit(trained(targets=["to_q"])), strength)
+        WeightedAdapter(layers.fit(trained(targets=["to_q"])), strength)
 
 
 def test_the_same_again_writes_nothing(weights: dict[str, Tensor], trained: Make) -> None:
     told: list[Mapping[str, Change]] = []
     layers = LoraLayers(make_ours(weights), offload=told.append)
     fitted = layers.fit(trained(targets=["to_q"]))
-    layers.apply([Use(fitted, 0.5)])
-    layers.apply([Use(fitted, 0.5), Use(fitted, 0.0)])
+    layers.apply([WeightedAdapter(fitted, 0.5)])
+    layers.apply([WeightedAdapter(fitted, 0.5), WeightedAdapter(fitted, 0.0)])
     assert len(told) == 1
-    layers.apply([Use(fitted, 0.6)])
+    layers.apply([WeightedAdapter(fitted, 0.6)])
     assert len(told) == 2
 
 

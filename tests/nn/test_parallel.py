@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgld.config import Settings
 from sgld.errors import BadRequest
-from sgld.messages import Seat
+from sgld.messages import RankAssignment
 from sgld.nn.attention import TORCH, sdpa
 from sgld.nn.parallel import Degrees, Mesh
 from sgld.nn.usp import SequenceAttention, merge
@@ -134,7 +134,7 @@ def test_heads_that_do_not_divide_are_an_error_that_names_those_that_do() -> Non
 
 
 def test_a_world_of_one_needs_no_process_group(tmp_path: Path) -> None:
-    mesh = Mesh.join(Seat(0, 1, tmp_path / "store"), Cpu())
+    mesh = Mesh.join(RankAssignment(0, 1, tmp_path / "store"), Cpu())
     x = torch.randn(2, 3)
     assert mesh == Mesh.solo()
     assert mesh.agree(True)

@@ -21,7 +21,7 @@ from sgld.engine.group import Emit, WorkerGroup
 from sgld.errors import SgldError
 from sgld.params import ModelInfo
 from sgld.server.app import load, make_app
-from sgld.server.state import SERVICE
+from sgld.server.service import SERVICE
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
 

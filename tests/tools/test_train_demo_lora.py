@@ -12,7 +12,7 @@ from demo_model import lora, transformer
 from demo_model.runs import Run
 from demo_model.scenes import FULL_LENGTH
 
-from sgld.nn.lora import LoraLayers, Use
+from sgld.nn.lora import LoraLayers, WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -32,7 +32,7 @@ def test_a_file_gives_the_model_that_was_trained(tmp_path: Path) -> None:
     with torch.no_grad():
         x, t, states = torch.randn(1, 6, 2, 6, 6), torch.tensor([500.0]), torch.randn(1, 4, 128)
         plain = fresh(x, t, states, return_dict=False)[0]
-        layers.apply([Use(fitted)])
+        layers.apply([WeightedAdapter(fitted)])
         wanted, got = (model(x, t, states, return_dict=False)[0] for model in (trained, fresh))
     assert (got - wanted).abs().mean() < 0.1 * (got - plain).abs().mean()
 

@@ -15,7 +15,7 @@ from sgld.nn.lora import LoraLayers
 from sgld.nn.parallel import Mesh
 from sgld.params import LoraUse
 from sgld.worker.adapters import Adapters
-from sgld.worker.hook import Stopped
+from sgld.worker.run_context import Stopped
 
 NAMES = ("transformer", "transformer_2")
 Models = dict[str, nn.Module]
@@ -78,11 +78,11 @@ def test_a_state_is_restored(adapters: Adapters, models: Models, tmp_path: Path)
 
 
 def test_an_output_wears_its_own(adapters: Adapters, models: Models, tmp_path: Path) -> None:
-    assert adapters.wear([]) == []
+    assert adapters.activate([]) == []
     adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
-    adapters.wear([write(tmp_path, "first", transformer=5, transformer_2=0)])
+    adapters.activate([write(tmp_path, "first", transformer=5, transformer_2=0)])
     assert weights(models) == [5, 0]
-    adapters.wear([])
+    adapters.activate([])
     assert weights(models) == [1, 1]
 
 
@@ -90,7 +90,7 @@ def test_what_is_kept_for_later_outputs_is_given_up(models: Models, tmp_path: Pa
     layers = {name: LoraLayers(models[name], (), name, 1000) for name in NAMES}
     adapters = Adapters(layers, Mesh.solo())
     for value in (1, 2, 3):
-        adapters.wear([write(tmp_path, str(value), transformer=value)])
+        adapters.activate([write(tmp_path, str(value), transformer=value)])
     assert [part.kept_bytes for part in layers.values()] == [3 * 16] * 2
     adapters.release()
     assert [part.kept_bytes for part in layers.values()] == [16] * 2 and weights(models) == [3, 3]

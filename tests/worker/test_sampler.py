@@ -9,10 +9,10 @@ from torch import Tensor
 
 import sgld
 from sgld.messages import Frames, Preview
-from sgld.models.family import Family
+from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
 from sgld.params import resolve
-from sgld.worker.hook import Hook
+from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import preview_steps, sample
 from tests.models.conftest import load
 
@@ -20,16 +20,16 @@ PROMPT = "a red circle on a blue background"
 
 
 @pytest.fixture(scope="module")
-def demo() -> Family:
+def demo() -> DiffusionModel:
     return load(Path(sgld.__file__).parent / "demo")
 
 
-def made(family: Family, seed: int, previews: int = 0, **changes: object) -> tuple[Tensor, list[Preview]]:
+def made(family: DiffusionModel, seed: int, previews: int = 0, **changes: object) -> tuple[Tensor, list[Preview]]:
     """An image of `PROMPT`, or what the changes ask for, and what was sent on the way."""
     params, _ = resolve({"prompt": PROMPT, "seed": seed, "num_frames": 1} | changes, family.info)
     ours, theirs = Pipe()
     with ours, theirs:
-        frames, _ = sample(family, params, Hook("job", Mesh.solo(), theirs), previews)
+        frames, _ = sample(family, params, RunContext("job", Mesh.solo(), theirs), previews)
         sent = []
         while ours.poll():
             if isinstance(message := ours.recv(), Preview):
@@ -44,7 +44,7 @@ def psnr(a: Frames, b: Frames) -> float:
 
 
 @pytest.mark.proves("WanPipeline", "previews")
-def test_each_later_preview_is_closer_to_the_final_picture(demo: Family) -> None:
+def test_each_later_preview_is_closer_to_the_final_picture(demo: DiffusionModel) -> None:
     rows, others = [], []
     other, _ = made(demo, 0, prompt="a green star on a white background")
     for seed in range(4):
@@ -57,7 +57,7 @@ def test_each_later_preview_is_closer_to_the_final_picture(demo: Family) -> None
 
 
 @pytest.mark.parametrize("num_frames", [1, 9])
-def test_previews_change_nothing(demo: Family, num_frames: int) -> None:
+def test_previews_change_nothing(demo: DiffusionModel, num_frames: int) -> None:
     changes = {"num_frames": num_frames, "num_inference_steps": 4}
     alone, none = made(demo, 1, **changes)
     frames, previews = made(demo, 1, previews=10, **changes)

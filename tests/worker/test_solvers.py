@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgld.errors import ModelError
-from sgld.models.family import Schedule
+from sgld.models.base import Schedule
 from sgld.worker.solvers import check, make_solver
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

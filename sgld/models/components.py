@@ -1,0 +1,317 @@
+"""Parts: the components of a model folder, loaded as the settings ask; and `NativeModel`, a family made of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from sgld.config import TRANSFORMERS, Settings
+from sgld.convert import structure
+from sgld.errors import BadRequest, ModelError
+from sgld.messages import Load
+from sgld.models.base import DiffusionModel, Schedule
+from sgld.models.vae import Tiling
+from sgld.nn.attention import CROSS, SELF, Chooser
+from sgld.nn.blocks import Denoiser
+from sgld.nn.lora import LoraLayers
+from sgld.nn.lora_formats import Renames
+from sgld.nn.offload import Offloader
+from sgld.nn.parallel import Degrees, Mesh
+from sgld.nn.weights import load_module, read_json
+from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.platform import Platform
+
+D = TypeVar("D", bound=Denoiser)
+M = TypeVar("M", bound=nn.Module)
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
+NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
+NO_PIPELINE = {"diffusers_kwargs": "it runs as native code; start it with backend diffusers to use them"}
+NO_NORMALIZATION = {"cfg_normalization": "it is of another family's guidance"}
+EULER = "FlowMatchEulerDiscreteScheduler"
+LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
+
+
+class ComponentLoader:
+    """One model folder: what its index names, and the loader of each component.
+
+    Call `share` before a transformer is made.
+
+    Raises:
+        ModelError: `needs` names a component that the index lacks.
+        BadRequest: a setting that this model has no component for.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        mesh: Mesh,
+        platform: Platform,
+        progress: Callable[[int, int], None],
+        needs: Iterable[str] = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"),
+        few_steps: bool = False,
+    ):
+        self.folder, self.settings, self.platform = load.folder, load.settings, platform
+        self.index = read_json(load.folder / "model_index.json")
+        for name in needs:
+            if not (self.index.get(name) or [None])[0]:
+                raise ModelError(f"{load.folder / 'model_index.json'}: lacks {name}")
+        self.names = tuple(name for name, value in self.index.items() if isinstance(value, list) and value[0])
+        self._replaced = load.component_folders
+        self.scheduler = read_json(self.path("scheduler") / "scheduler_config.json")
+        self.train_steps: int = self.scheduler.get("num_train_timesteps", 1000)
+        self.mesh, self.degrees = mesh, Degrees()
+        self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
+        check_precisions(self.settings, len(self.encoders))
+        if self.settings.dmd_denoising_steps and not few_steps:
+            raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
+        self.offloader = Offloader.of(self.settings, platform, self.names)
+        self.kernels: dict[str, str] = {}  # by transformer and role
+        self._chooser = Chooser(self.settings, platform)
+        others = (name for name in (*TRANSFORMERS, "connectors") if name in self.names)
+        self._chooser.check((*self.encoders, *others, "vae"))
+        weighed = [name for name in self.names if (self.path(name) / "config.json").is_file()]
+        self._progress, self._loaded, self._total = progress, 0, len(weighed)
+
+    def needs_euler(self) -> None:
+        """Raise `ModelError` for a scheduler that takes no noise levels of a family's own."""
+        if (name := self.scheduler.get("_class_name")) != EULER:
+            file = self.path("scheduler") / "scheduler_config.json"
+            raise ModelError(f"{file}: _class_name is {name!r}; only {EULER!r} is supported")
+
+    def path(self, name: str) -> Path:
+        """The folder of a component: its own, or the one that replaces it."""
+        folder = self._replaced.get(name, self.folder / name)
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such folder; the model lacks its {name}")
+        return folder
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A component's config.json."""
+        return read_json(self.path(name) / "config.json")
+
+    def loaded(self, part: M) -> M:
+        """Count `part` as loaded, for whoever watches."""
+        self._loaded += 1
+        self._progress(self._loaded, self._total)
+        return part
+
+    def share(self, heads: int, guided: bool) -> Mesh:
+        """The ranks with their work shared out, for a transformer with so many heads, and guidance by default or not.
+
+        Raises:
+            BadRequest: heads that do not divide.
+        """
+        self.degrees = Degrees.of(self.settings, heads, guided)
+        self.mesh = self.mesh.split(self.degrees)
+        return self.mesh
+
+    def dtype(self, component: str) -> torch.dtype:
+        """The precision of a component: its kind's own, else the one for all, else the platform's; a VAE's is fp32."""
+        s = self.settings
+        if component in self.encoders:
+            own = s.text_encoder_precisions[self.encoders.index(component)] if s.text_encoder_precisions else None
+        elif component in (*TRANSFORMERS, "connectors"):
+            own = s.dit_precision
+        else:
+            own = None if component == "image_encoder" else s.vae_precision or "fp32"
+        name = own or s.precision
+        return PRECISIONS[name] if name else self.platform.dtype
+
+    def transformer(
+        self,
+        name: str,
+        make: Callable[..., D],
+        head: int,
+        layers: Sequence[str] = ("blocks",),
+        unused: Iterable[str] = (),
+        crosses: bool = True,
+        precise: Iterable[str] = (),
+    ) -> D:
+        """The transformer that `make` builds with a kernel for its attention to itself and, if it `crosses`, across.
+
+        `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`;
+        tensors of the file whose names begin with one of `unused` are passed over, and those that one of `precise` is
+        part of the name of are float32.
+        """
+        dtype, ring = self.dtype(name), self.mesh.ring.size > 1
+        own = self._chooser.choose(name, SELF, dtype, head, ring)
+        kernels = [own, self._chooser.choose(name, CROSS, dtype, head)] if crosses else [own]
+        self.kernels |= {f"{name}.{role}": kernel.name for role, kernel in zip((SELF, CROSS), kernels, strict=False)}
+        if not crosses:
+            self._chooser.refuse(f"{name}.{CROSS}", "it attends to picture and text as one sequence")
+        keeper = self.offloader.keeper(name, layers)
+        folder, device = self.path(name), self.mesh.device
+        module = load_module(
+            lambda: make(*kernels), folder, dtype, device, unused=unused, offload=keeper, precise=precise
+        )
+        module.walk = self.offloader.walker(name)
+        return self.loaded(module)
+
+    def module(self, name: str, make: Callable[[], M], **options: Any) -> M:
+        """Another component, strictly: what `make` builds, filled by `load_module` with these options."""
+        self.torch_only(name, "its attention is built into it")
+        keeper = self.offloader.keeper(name)
+        return self.loaded(
+            load_module(make, self.path(name), self.dtype(name), self.mesh.device, offload=keeper, **options)
+        )
+
+    def torch_only(self, component: str, why: str) -> None:
+        """Raise `BadRequest` where another attention backend is asked for a component that torch alone computes."""
+        self._chooser.torch_only(component, why)
+
+    def lora(self, modules: Mapping[str, nn.Module | None], original: Renames) -> dict[str, LoraLayers]:
+        """LoRA for these transformers; `original` tells their layers' names in the authors' own code."""
+        kept = self.platform.free_memory() // (LORA_SHARE * self.mesh.local_world * len(TRANSFORMERS))
+        return {
+            name: LoraLayers(module, original, name, kept, self.offloader.changer(name))
+            for name, module in modules.items()
+            if module is not None
+        }
+
+    def defaults(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The folder's generation_config.json, else these."""
+        return folder_defaults(self.folder) or dict(known)
+
+    def memory(self, tiling: Tiling | None, **estimate: int) -> Memory:
+        """The estimate of what an output takes, with what there is, and the offloaded weights that come for it."""
+        copies = self.mesh.local_world if self.platform.ranks_share_memory else 1
+        coming = self.offloader.held_bytes
+        return Memory(
+            free=self.platform.free_memory(),
+            text_weights=copies * max((coming(name) for name in self.encoders), default=0),
+            denoiser_weights=copies * max(coming(name) for name in TRANSFORMERS),
+            decoder_weights=copies * coming("vae"),
+            tile_pixels=None if tiling is None else tiling.height * tiling.width,
+            **estimate,
+        )
+
+    def token_bytes(self, width: int, hidden: int, dtype: torch.dtype) -> int:
+        """What a block of that width and hidden width takes for each token of the sequence.
+
+        In units of the weights' precision, measured in float32: 8 C and 5 C + 2 F in its two halves, and a float32
+        copy where that is not its precision. Ranks of one machine add up; elsewhere each has its share.
+        """
+        block = max(8 * width, 5 * width + 2 * hidden) * dtype.itemsize + 8 * width * (dtype.itemsize < 4)
+        if self.platform.ranks_share_memory:
+            return block * self.mesh.cfg.size
+        return block // self.mesh.tokens.size
+
+
+def check_precisions(settings: Settings, encoders: int) -> None:
+    """Raise `BadRequest` unless `text_encoder_precisions`, where it is given, has one for each text encoder."""
+    given = settings.text_encoder_precisions
+    if given is not None and len(given) != encoders:
+        told = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
+        raise BadRequest(f"text_encoder_precisions: {told}", "text_encoder_precisions")
+
+
+def folder_defaults(folder: Path) -> dict[str, Any]:
+    """A model's own values of SamplingParams, as its generation_config.json has them, if there is one.
+
+    Raises:
+        ModelError: the file holds what SamplingParams does not know.
+    """
+    file = folder / "generation_config.json"
+    given = read_json(file) if file.is_file() else {}
+    try:
+        structure(given, SamplingParams)
+    except BadRequest as error:
+        raise ModelError(f"{file}: {error.message}") from None
+    return given
+
+
+@attrs.frozen
+class Length:
+    """How the time shift grows from a short sequence to a long one, as in scheduler_config.json."""
+
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+
+class NativeModel(DiffusionModel):
+    """A family with a transformer of ours: guidance branches shared among ranks, offloaded weights, decoding."""
+
+    parts: ComponentLoader
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.parts.mesh
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
+        """The velocity at latents `x` and time `t` for one branch of the conditioning; as `x` is."""
+
+    @abstractmethod
+    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        """Latents to frames u8 [N, H, W, 3] on the CPU; called on rank 0, or on all where `parallel_decode`."""
+
+    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+        if condition.negative is None:
+            return self.predict(x, t, condition.positive), None
+        if self.mesh.cfg.size == 2:
+            own = (condition.positive, condition.negative)[self.mesh.cfg.index]
+            positive, negative = self.mesh.cfg.gather(self.predict(x, t, own), 0).chunk(2)
+            return positive, negative
+        return self.predict(x, t, condition.positive), self.predict(x, t, condition.negative)
+
+    def describe(self, unsupported: Mapping[str, str], **own: Any) -> ModelInfo:
+        """What every family says alike, and what this one says of itself."""
+        parts = self.parts
+        lacks = {} if "transformer_2" in parts.names else ONE_TRANSFORMER
+        return ModelInfo(
+            name=parts.index["_class_name"],
+            components=parts.names,
+            unsupported={**NO_PIPELINE, **lacks, **unsupported},
+            lora_targets=tuple(self.lora),
+            degrees=attrs.asdict(parts.degrees),
+            attention=parts.kernels,
+            **own,
+        )
+
+    def shifted_by_length(self, params: SamplingParams, tokens: int, known: Length = Length()) -> Schedule:
+        """Levels evenly from 1 to 1/steps, shifted by mu, which grows linearly with the number of tokens.
+
+        By the numbers of scheduler_config.json, else by those that are `known`.
+        """
+        c = attrs.asdict(known)
+        c |= {name: self.scheduler[name] for name in c if name in self.scheduler}
+        slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
+        mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
+        return Schedule.even(params.num_inference_steps, params.flow_shift, mu)
+
+    def unguided(self, params: SamplingParams) -> list[str]:
+        """Warnings for an output without guidance: of a negative prompt, and of ranks that were to guide."""
+        info, notes = self.info, []
+        if params.negative_prompt and params.negative_prompt != info.defaults.get("negative_prompt"):
+            scale = "guidance_scale" if "true_cfg_scale" in info.unsupported else "true_cfg_scale"
+            notes.append(f"negative_prompt: it has no effect without a {scale} above {info.unguided:g}")
+        if self.mesh.cfg.size > 1:
+            notes.append("enable_cfg_parallel: without guidance half of the workers repeat what the others do")
+        return notes
+
+    def guidance(self, t: Tensor, params: SamplingParams) -> float:
+        return params.guidance_scale
+
+    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self.decode(x0, raise_if_cancelled)[:1]
+
+    def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        frames = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+        if self.parallel_decode or self.mesh.rank == 0:
+            self.parts.offloader.need("vae")
+            decoded = self.frames(x, raise_if_cancelled)
+            frames = frames if self.mesh.rank else decoded
+        return frames
+
+    def after_output(self) -> None:
+        self.parts.offloader.release_all()

@@ -1,0 +1,100 @@
+"""Requests that never reach a route, because aiohttp's parser refuses them: answered as the routes answer theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
+
+from sgld.errors import BadRequest, SgldError
+from sgld.server.http.errors import INTERNAL, error_response, name_request, refusal
+
+log = logging.getLogger(__name__)
+RESERVED_DESCRIPTORS = 200
+MAX_LINE = 8190  # bytes of the request line, and of each header
+MALFORMED = f"the request is not valid HTTP, or its first line or a header is longer than {MAX_LINE} bytes"
+UNDECODABLE = "Content-Encoding: this server cannot decode it; gzip and deflate are allowed"
+
+
+class _Connection(web.RequestHandler):
+    """Its errors hold nothing of the request, of which any byte may be part of a key.
+
+    One too many is closed at once: descriptors must be left for jobs and files.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._manager is not None
+        if len(self._manager.connections) > most_connections():
+            log.warning("a connection is refused: there are %d, as many as descriptors allow", most_connections())
+            transport.close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size:
+            raise ConnectionError("half an answer has left; nothing can follow")
+        if isinstance(exc, HttpProcessingError):
+            log.info("refused a request that is not valid HTTP: %s", type(exc).__name__)
+            error: SgldError = BadRequest(UNDECODABLE if isinstance(exc, ContentEncodingError) else MALFORMED)
+        else:
+            log.error("%s %s failed", request.method, request.path, exc_info=exc)
+            error = SgldError(INTERNAL)
+        answer = error_response(error)
+        name_request(answer)
+        answer.force_close()
+        return answer
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """A body that cannot be read has been answered, and is no fault of this server."""
+        if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kw)
+
+
+def most_connections() -> int:
+    """As many as leave descriptors for everything else."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS)
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class Runner(web.AppRunner):
+    """Runs an application so that every error has the one form, whoever finds it."""
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            _answering(made.request_handler),
+            request_factory=made.request_factory,
+            max_line_size=MAX_LINE,
+            max_field_size=MAX_LINE,
+            **self._kwargs,
+        )
+
+
+def _answering(
+    handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    """What aiohttp refuses before the middlewares, an unknown `Expect`, in our form."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as refused:
+            if refused.status < 400:
+                raise
+            return refusal(refused, request)
+
+    return answer

@@ -1,0 +1,272 @@
+"""`/v1/videos`: jobs that are followed by polling or by events, and their files."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import attrs
+from aiohttp import web
+from aiohttp_sse import sse_response
+
+from sgld import media
+from sgld.convert import knob, structure
+from sgld.errors import BadRequest
+from sgld.params import SamplingParams
+from sgld.server.http.auth import IDENTITY
+from sgld.server.http.body import as_sent, read_body, read_query, require_prompt, split
+from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
+from sgld.server.http.files import send_file
+from sgld.server.http.schema import (
+    DeletedVideo,
+    Problem,
+    Video,
+    VideoEvent,
+    VideoFields,
+    VideoList,
+    VideoPreview,
+    VideoQuery,
+    body,
+)
+from sgld.server.http.urls import absolute
+from sgld.server.jobs import inputs as uploads
+from sgld.server.jobs.job import PICTURES, Job, event_text
+from sgld.server.routes import pictures
+from sgld.server.routes.images import KEEP_ALIVE_S, artifact_of
+from sgld.server.service import SERVICE, Service
+
+routes = web.RouteTableDef()
+PICTURE_FIELDS = ("input_reference", "reference_url")
+FORMAT = "mp4"
+ID = "id of the video"
+EVENTS = ("queued", "progress", "completed", "failed", "deleted")
+_EVENT_NUMBER = re.compile(r"[0-9]{1,18}")
+POLL_MS = (250, 5000)  # how often a client is told to ask: a tenth of what is left, within these
+
+
+@attrs.frozen
+class Remix:
+    """`POST /v1/videos/{id}/remix`."""
+
+    prompt: str = knob("", "what the new video shows; everything else stays")
+
+
+@attrs.frozen
+class Page:
+    """The query of `GET /v1/videos`."""
+
+    after: str | None = knob(None, "id of the last job of the page before; it may have been deleted since")
+    limit: int = knob(20, "jobs on a page", min=1, max=100)
+    order: str = knob("desc", "by age", choices=("asc", "desc"))
+
+
+@routes.post("/v1/videos")
+@Described(
+    answer=Video,
+    body=VideoFields,
+    form=True,
+    pictures=PICTURE_FIELDS,
+    required=("prompt",),
+    example={"prompt": "a yellow square moving left on a black background", "seed": 7},
+    headers=("Idempotency-Key",),
+    errors=MAKING_ERRORS,
+)
+async def create(request: web.Request) -> web.Response:
+    """Queue a video and answer at once."""
+    service = request.app[SERVICE]
+    content = await read_body(request, VideoFields)
+    sources = pictures.find_sources(content, PICTURE_FIELDS)
+    fields, sampling, notes = split(content.values, VideoFields)
+    require_prompt(sampling)
+    service.check_model(fields.model)
+    if service.loaded().kind == "image":
+        raise BadRequest(f"model: {service.model_id!r} makes pictures; POST /v1/images/generations", "model")
+    pictures.check(sources, service.loaded().max_pictures, service.model_id)
+    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().shape_from) as kept:
+        asked = {**sampling, **_length(fields, sampling, service), **kept.sampling}
+        with as_sent(content.values):
+            params, more = service.params(asked, kept.size)
+            _check_file(params, service)
+        own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more, "inputs": kept.names}
+        params = await service.adapted(params)
+        job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
+    return _answer(request, job)
+
+
+@routes.post("/v1/videos/{id}/remix")
+@Described(
+    id=ID,
+    answer=Video,
+    body=Remix,
+    form=True,
+    required=("prompt",),
+    example={"prompt": "a green square moving left on a black background"},
+    headers=("Idempotency-Key",),
+    errors=(*MAKING_ERRORS, 404),
+)
+async def remix(request: web.Request) -> web.Response:
+    """Queue the same video, seeds included, with another prompt."""
+    service = request.app[SERVICE]
+    before = _find(request)
+    content = await read_body(request, Remix)
+    wanted = structure(content.values, Remix)
+    require_prompt({"prompt": wanted.prompt})
+    params, notes = service.again(before, wanted.prompt)
+    _check_file(params, service)
+    fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
+    params, names = await uploads.copy(params, service.uploads)  # the other job may be deleted before this one
+    own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id, "inputs": names}
+    own["notes"] = notes
+    try:
+        job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
+    except BaseException:
+        await uploads.remove(names, service.uploads)
+        raise
+    return _answer(request, job)
+
+
+@routes.get("/v1/videos")
+@Described(answer=VideoList, query=Page, errors=(400,))
+async def list_jobs(request: web.Request) -> web.Response:
+    """A page of jobs, the newest first unless asked otherwise."""
+    page = read_query(request, Page)
+    jobs, more = request.app[SERVICE].jobs.page(
+        "video", request[IDENTITY], after=page.after, limit=page.limit, newest_first=page.order == "desc"
+    )
+    shown = [_video(request, job) for job in jobs]
+    first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
+    return web.json_response(body(VideoList(shown, first, last, has_more=more)))
+
+
+@routes.get("/v1/videos/{id}")
+@Described(id=ID, answer=Video, errors=(404,))
+async def retrieve(request: web.Request) -> web.Response:
+    """The job as it stands."""
+    return _answer(request, _find(request))
+
+
+@routes.delete("/v1/videos/{id}")
+@Described(id=ID, answer=DeletedVideo, errors=(404,))
+async def delete(request: web.Request) -> web.Response:
+    """Cancel the job where it has not ended, and remove it with its files."""
+    job = _find(request)
+    await request.app[SERVICE].jobs.delete(job)
+    gone = {"id": job.id, "object": "video.deleted", "deleted": True}
+    return web.json_response({**body(_video(request, job)), **gone})
+
+
+@routes.post("/v1/videos/{id}/cancel")
+@Described(id=ID, answer=Video, errors=(404,))
+async def cancel(request: web.Request) -> web.Response:
+    """Stop the job; one that has ended stays as it is."""
+    job = _find(request)
+    await request.app[SERVICE].jobs.cancel(job)
+    return _answer(request, job)
+
+
+@routes.get("/v1/videos/{id}/events")
+@Described(
+    id=ID,
+    events=dict.fromkeys(EVENTS, VideoEvent) | {"preview": VideoPreview},
+    headers=("Last-Event-ID",),
+    errors=(400, 404),
+    other={204: "The job has ended, and Last-Event-ID was its last event"},
+)
+async def events(request: web.Request) -> web.StreamResponse:
+    """Server-sent events until the job's end; `Last-Event-ID` resumes, and 204 says that nothing follows."""
+    job = _find(request)
+    last = request.headers.get("Last-Event-ID")
+    if last is not None and not _EVENT_NUMBER.fullmatch(last):
+        raise BadRequest(f"Last-Event-ID: {last!r} is not the number of an event", "Last-Event-ID")
+    seen = int(last) if last is not None else max(0, job.number - 1)  # a newcomer gets the latest
+    if last is not None and job.ended and 0 < seen == job.number:  # 0: this server has told nothing of it
+        return web.Response(status=204)
+    if seen > job.number:  # of the server before this one
+        seen = 0
+    async with sse_response(request, ping_interval=KEEP_ALIVE_S, sep="\n") as stream:
+        if job.ended and not job.number:  # ended before this server started
+            await stream.send(event_text(job.status, request.app[SERVICE].jobs.state(job)), event=job.status)
+        async for event in job.follow(seen):
+            await stream.send(event.text, id=str(event.number), event=event.name)
+    return stream
+
+
+@routes.get("/v1/videos/{id}/content")
+@Described(
+    id=ID, media=("video/mp4", "image/webp"), query=VideoQuery, errors=(400, 404, 412, 416, 500), other=FILE_STATUSES
+)
+async def content(request: web.Request) -> web.StreamResponse:
+    """The file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
+    job, store = _find(request), request.app[SERVICE].jobs
+    variant = read_query(request, VideoQuery).variant
+    artifact = artifact_of(job, "0" if variant in ("video", *PICTURES) else variant)
+    if variant in PICTURES:
+        return await send_file(request, store.outputs.root / await store.picture(job, variant), "image/webp")
+    return await send_file(request, store.outputs.root / artifact.name, artifact.media_type)
+
+
+def _find(request: web.Request) -> Job:
+    return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY])
+
+
+def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> dict[str, int]:
+    """Frames for `seconds`, at the request's rate or the one it will get."""
+    if fields.seconds is None:
+        return {}
+    if sampling.get("num_frames") is not None:
+        raise BadRequest("seconds: num_frames is given too; give one of them", "seconds")
+    fps = sampling.get("fps") or service.default("fps")
+    return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # a wrong fps is told by params
+
+
+def _check_file(params: SamplingParams, service: Service) -> None:
+    """Refuse now what the encoder would refuse after minutes."""
+    media.check_encodable(
+        FORMAT,
+        num_frames=params.num_frames,
+        height=params.height,
+        width=params.width,
+        fps=params.fps,
+        metadata=service.jobs.outputs.describe(params),
+    )
+
+
+def _answer(request: web.Request, job: Job) -> web.Response:
+    eta = request.app[SERVICE].jobs.eta(job)
+    low, high = POLL_MS
+    wait = low if eta is None else min(high, max(low, int(100 * eta)))
+    headers = {} if job.ended else {"openai-poll-after-ms": str(wait)}
+    return web.json_response(body(_video(request, job)), headers=headers)
+
+
+def _video(request: web.Request, job: Job) -> Video:
+    params, state = job.params, request.app[SERVICE].jobs.state(job)
+    content = absolute(request, f"/v1/videos/{job.id}/content")
+    urls = [f"{content}?variant={i}" for i in range(len(job.artifacts))]
+    return Video(
+        id=job.id,
+        model=job.model,
+        status=job.status,
+        progress=job.progress,
+        created_at=int(job.created_at),
+        completed_at=int(job.completed_at) if job.status == "completed" and job.completed_at else None,
+        expires_at=int(job.expires_at) if job.expires_at else None,
+        prompt=params.prompt,
+        size=f"{params.width}x{params.height}",
+        seconds=f"{params.num_frames / params.fps:g}",
+        fps=params.fps,
+        num_frames=params.num_frames,
+        num_outputs=params.num_outputs_per_prompt,
+        seeds=job.seeds,
+        stage=job.stage,
+        step=job.step,
+        total=job.total,
+        queue_position=state["queue_position"],
+        eta_seconds=state["eta_seconds"],
+        priority=job.priority,
+        warnings=list(job.notes),
+        urls=urls,
+        url=urls[0] if urls else None,
+        remixed_from_video_id=job.remixed_from,
+        error=Problem(job.error.code, job.error.message) if job.error is not None else None,
+    )

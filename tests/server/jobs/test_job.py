@@ -1,0 +1,44 @@
+"""A job's log, and who follows it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from sgld.params import SamplingParams
+from sgld.server.jobs.job import Job
+
+
+def make() -> Job:
+    return Job("video_1", "video", "", SamplingParams(seed=[1]), "mp4", 1.0)
+
+
+async def test_a_slow_reader_misses_nothing() -> None:
+    """Whatever was published before the end, though the end came while it was being sent."""
+    job = make()
+    job.publish("queued", {})
+    seen: list[str] = []
+
+    async def read() -> None:
+        async for event in job.follow():
+            seen.append(event.name)
+            await asyncio.sleep(0.05)  # the client takes its time
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0.01)
+    for name in ("preview", "preview", "progress"):
+        job.publish(name, {})
+    job.change(status="completed", progress=100)
+    job.publish("completed", {})
+    await reading
+    assert seen == ["queued", "preview", "preview", "progress", "completed"]
+    assert job._log == (), "what nobody reads any more is given up"
+
+
+async def test_an_ended_job_tells_its_end_alone() -> None:
+    job = make()
+    job.publish("queued", {})
+    job.change(status="completed", progress=100)
+    job.publish("completed", {})
+    assert job._log == ()
+    (last,) = [event async for event in job.follow()]
+    assert (last.number, last.name, last.data["progress"]) == (2, "completed", 100)
