@@ -23,7 +23,7 @@ from aiohttp import web
 from markupsafe import Markup, escape
 
 from sgld import __version__
-from sgld.convert import Knob, default_of, fields_of, knob_of, plain
+from sgld.convert import Knob, default_of, fields_of, knob_of, unstructure
 from sgld.params import MAX_LORAS, MAX_PROMPT_CHARACTERS, LoraUse, ModelInfo, SamplingParams
 from sgld.server.http.auth import KEYS, OPEN_ROUTES
 from sgld.server.http.body import LOCAL_FILES
@@ -78,7 +78,7 @@ def request_fields(cls: type, service: Service, *, form: bool = False) -> dict[s
         for spelling, schema in own.items():
             found[spelling] = {"description": _told_help(field, service, cls), **schema}
             if default is not None and not spelling.endswith("[]"):
-                found[spelling]["default"] = plain(default)
+                found[spelling]["default"] = unstructure(default)
         for alias in knob_of(field).aliases:
             same = {spelling.replace(name, alias): schema for spelling, schema in own.items()}
             found |= {spelling: {"description": f"the same as {name}", **schema} for spelling, schema in same.items()}
