@@ -20,7 +20,7 @@ from sgld.server.http.schema import (
     ServerInfo,
     body,
 )
-from sgld.server.routes.openapi import refused_fields, request_fields
+from sgld.server.routes.json_schema import refused_fields, request_fields
 from sgld.server.service import SERVICE, Service
 
 routes = web.RouteTableDef()
