@@ -5,15 +5,17 @@ A bar for each stage on a terminal, plain lines elsewhere. A reader that goes aw
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import IO
-
-from tqdm.std import tqdm
+from typing import IO, TYPE_CHECKING
 
 from sgld.cli.process import drop, unwritable
 from sgld.messages import Event, Note, Progress
+
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
 
 QUIET_S = 5.0  # between plain lines within one stage
 FRAME_S = 0.1  # between two states of a bar
@@ -85,9 +87,11 @@ class Screen:
             self.close()
 
     def _open_bar(self, event: Progress) -> None:
+        from tqdm.std import tqdm  # slow to import, and without use elsewhere
+
         self._bar = tqdm(
             desc=self._title + event.stage, total=event.total, file=self._stream, mininterval=FRAME_S, miniters=1,
-            dynamic_ncols=True, ascii=True,
+            ncols=_columns(self._stream), ascii=True,
         )  # fmt: skip
 
     def _print(self, event: Progress, now: float) -> None:
@@ -101,5 +105,14 @@ class Screen:
     def _draw(self, action: Callable[[], object]) -> None:
         try:
             action()
+            self._stream.flush()  # tqdm keeps silent of a terminal that has gone
         except OSError:
             drop(self._stream)
+
+
+def _columns(stream: IO[str]) -> int:
+    """Return the width of a terminal, 80 where it does not tell."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
