@@ -30,6 +30,7 @@ from sgld.server.jobs.results import Outputs
 from sgld.server.jobs.store import JobStore
 from sgld.server.jobs.webhooks import Webhooks
 from sgld.server.routes import images, info, lora, openapi, videos, webhooks
+from sgld.server.routes.openapi import DOCUMENT, DocumentCache
 from sgld.server.routes.webhooks import WEBHOOKS
 from sgld.server.service import SERVICE, Service
 
@@ -58,6 +59,7 @@ def make_app(
     results = outputs.root if _keeps_journal(settings) else None
     kept = uploads.folder(user_path(settings.input_save_path, "input_save_path"), results)
     jobs = JobStore(engine, outputs, kept, settings, app[METRICS], app[WEBHOOKS])
+    app[DOCUMENT] = DocumentCache()
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
