@@ -27,7 +27,7 @@ from sgld import __version__
 from sgld.config import Settings
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Audio, Frames
-from sgld.params import DEBUG, LoraUse, SamplingParams
+from sgld.params import DEBUG, LoraUse, OutputSpec, SamplingParams
 
 VIDEO, IMAGE, RAW = "video", "image", "raw"
 
@@ -97,8 +97,8 @@ def describe(params: SamplingParams, model: str, settings: Settings | None = Non
     Of `settings` it says what changes pixels and is not at its default; of input files the names, not the folders.
     """
     knobs = {field.name: field.metadata["knob"] for field in attrs.fields(SamplingParams)}
-    values = attrs.asdict(params).items()
-    kept = {name: value for name, value in values if not (knobs[name].pending or knobs[name].group == DEBUG)}
+    values = attrs.asdict(params)
+    kept = {name: values[name] for name in knobs if not (knobs[name].pending or knobs[name].group == DEBUG)}
     kept["image_path"] = [Path(path).name for path in params.image_path] if params.image_path else None
     kept["mask_path"] = Path(params.mask_path).name if params.mask_path else None
     kept["loras"] = [_adapter(lora) for lora in params.loras] or None
@@ -121,27 +121,19 @@ def _telling(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value or value is False}
 
 
-def check_encodable(
-    format: str,
-    *,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: int,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Refuse what the format cannot hold (BadRequest); costs nothing, so ask before denoising."""
+def check_encodable(format: str, output: OutputSpec, metadata: Mapping[str, Any] | None = None) -> None:
+    """Refuse an output that the format cannot hold. Cheap: call it before denoising. Raises BadRequest."""
     spec = FORMATS[format]
-    if spec.kind == IMAGE and num_frames != 1:
+    if spec.kind == IMAGE and output.frames != 1:
         raise BadRequest(
-            f"num_frames: {num_frames} frames do not fit in one {format}; give 1, or a video format",
+            f"num_frames: {output.frames} frames do not fit in one {format}; give 1, or a video format",
             "num_frames",
         )
-    for field, side in (("height", height), ("width", width)):
+    for field, side in (("height", output.height), ("width", output.width)):
         _check_side(format, field, side)
-    if spec.max_fps and fps > spec.max_fps:
+    if spec.max_fps and output.fps > spec.max_fps:
         raise BadRequest(
-            f"fps: {fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
+            f"fps: {output.fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
             "fps",
         )
     if spec.max_metadata and len(_ascii_json(metadata or {})) > spec.max_metadata:
@@ -179,7 +171,7 @@ def encode(
     Raises BadRequest for what the format cannot hold, OSError where the system cannot write.
     """
     n, height, width, _ = frames.shape
-    check_encodable(format, num_frames=n, height=height, width=width, fps=fps, metadata=metadata)
+    check_encodable(format, OutputSpec(width, height, n, fps), metadata)
     if format == "npy":
         _write_npy(path, frames)
     elif is_image(format):

@@ -18,7 +18,7 @@ from sgld.config import Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest
 from sgld.messages import Audio, Frames
-from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams
+from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, OutputSpec, SamplingParams
 
 RED = (215, 35, 40)
 METADATA = {"prompt": 'A "curious" 浣熊\n\\ é 🦝', "seed": 2**63 - 1, "guidance_scale": 4.5, "model": "a/b"}
@@ -276,7 +276,7 @@ def test_odd_sizes(format: str, clip: Frames, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "change", "message"),
     [
-        ("png", {"num_frames": 2}, "num_frames: 2 frames do not fit in one png"),
+        ("png", {"frames": 2}, "num_frames: 2 frames do not fit in one png"),
         ("webp", {"width": 16384}, "width: 16384: a webp holds at most 16383 pixels a side"),
         ("gif", {"fps": 51}, "fps: 51: a gif shows at most 50 frames per second"),
         ("mp4", {"width": 1}, "nearest: 2$"),
@@ -284,10 +284,11 @@ def test_odd_sizes(format: str, clip: Frames, tmp_path: Path) -> None:
     ],
 )
 def test_what_a_format_cannot_hold_is_told_before_encoding(format: str, change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"num_frames": 1, "height": 64, "width": 64, "fps": 24, "metadata": {}}
-    media.check_encodable(format, **given)
+    given: dict[str, Any] = {"width": 64, "height": 64, "frames": 1, "fps": 24, "metadata": {}}
+    changed = given | change
+    media.check_encodable(format, OutputSpec(64, 64, 1, 24))
     with pytest.raises(BadRequest, match=message) as caught:
-        media.check_encodable(format, **given | change)
+        media.check_encodable(format, OutputSpec(*list(changed.values())[:4]), changed["metadata"])
     assert caught.value.param == message.split(":")[0] or caught.value.param in change
 
 
