@@ -21,6 +21,7 @@ from sgld.errors import BadRequest, NotBuilt, OutputError
 from sgld.messages import Audio, Media, SharedFrames, Timings
 from sgld.params import ModelInfo, PictureRule
 from sgld.storage.local import LocalStorage
+from tests import media_files
 
 INFO = ModelInfo("Wan", "video", {"height": 64, "width": 64, "num_frames": 9, "fps": 8}, 8, 4, ())
 
@@ -301,7 +302,7 @@ def test_sound_reaches_the_file(tmp_path: Path, name: str) -> None:
     result = attrs.evolve(made_of(output), audio=Audio(np.stack([tone, tone]), 24000))
     path = save(made, LocalStorage(tmp_path), output, result, []).path
     assert path is not None
-    heard = None if name == "x.gif" else media.decode_sound(path)
+    heard = None if name == "x.gif" else media_files.decode_sound(path)
     assert (heard is not None) == (name != "x.gif")
     assert heard is None or np.abs(heard.samples).max() > 0.5
 
