@@ -149,7 +149,7 @@ def _limits(service: Service, info: ModelInfo) -> Limits:
         max_prompt_characters=MAX_PROMPT_CHARACTERS,
         max_prompt_tokens=info.max_tokens,
         max_output_memory_bytes=info.memory.free if info.memory is not None else None,
-        max_pictures=info.max_pictures,
+        max_pictures=info.pictures.max,
         max_picture_pixels=inputs.MAX_PIXELS,
         max_fetched_bytes=fetch.MAX_BYTES,
         job_ttl_seconds=service.settings.job_ttl or None,
