@@ -124,9 +124,10 @@ class Settings:
     quantization: str | None = knob(None, "quantize weights while loading", group=MODEL, pending="quantized weights")
     backend: str = knob(
         "auto",
-        "native code (sglang), or a diffusers pipeline; auto takes native where it stands",
+        "native code, or a diffusers pipeline; auto takes native code where there is some; sglang is native",
         group=MODEL,
-        choices=("auto", "sglang", "diffusers"),
+        choices=("auto", "native", "diffusers"),
+        synonyms={"sglang": "native"},
     )
     trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL)
     model_overlay_registry: str | None = knob(
