@@ -240,11 +240,11 @@ class Job:
 
     SHARE: ClassVar = {"encode": (0, 5), "denoise": (5, 85), "decode": (90, 9)}  # of 100 percent: start, width
 
-    def advance(self, event: Progress, index: int) -> None:
-        """Take a stage's step for output `index`."""
+    def advance(self, event: Progress) -> None:
+        """Take the step of an output's stage."""
         start, width = self.SHARE[event.stage]
         percent = start + width * event.step / event.total
-        self.progress = max(self.progress, min(int((100 * index + percent) / len(self.seeds)), 99))
+        self.progress = max(self.progress, min(int((100 * event.item + percent) / len(self.seeds)), 99))
         self.stage, self.step, self.total = event.stage, event.step, event.total
 
     def file_names(self) -> list[str]:
