@@ -506,7 +506,7 @@ async def show_page(request: web.Request) -> web.Response:
 @functools.cache
 def _templates() -> jinja2.Environment:
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("sgld.server", "docs"),
+        loader=jinja2.PackageLoader("sgld.server.routes", "docs"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -124,7 +124,8 @@ def _view(endpoint: Endpoint) -> WebhookEndpoint:
     return WebhookEndpoint(**_visible(endpoint))
 
 
-def _view_with_secret(endpoint: Endpoint) -> WebhookEndpointWithSecret:
+def view_with_secret(endpoint: Endpoint) -> WebhookEndpointWithSecret:
+    """Show an endpoint to its owner, with the secret."""
     return WebhookEndpointWithSecret(**_visible(endpoint), signing_secret=endpoint.secret)
 
 
@@ -148,7 +149,7 @@ async def create(request: web.Request) -> web.Response:
         if value is None:
             raise BadRequest(f"{name}: is missing; a webhook endpoint needs name, url and event_types", name)
     endpoint = await request.app[WEBHOOKS].create(request[OWNER], **attrs.asdict(fields))
-    return web.json_response(plain(_view_with_secret(endpoint)))
+    return web.json_response(plain(view_with_secret(endpoint)))
 
 
 @routes.get("/v1/webhook_endpoints")
@@ -206,7 +207,7 @@ async def rotate_secret(request: web.Request) -> web.Response:
     fields = await _fields(request, RotateFields)
     keep_old = fields.keep_old_secret_active_for_24_hours
     endpoint = await request.app[WEBHOOKS].rotate(request[OWNER], request.match_info["id"], keep_old)
-    return web.json_response(plain(_view_with_secret(endpoint)))
+    return web.json_response(plain(view_with_secret(endpoint)))
 
 
 @routes.post("/v1/webhook_endpoints/{id}/test")
