@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgld.config import Settings
-from sgld.params import LoraUse, SamplingParams
+from sgld.params import LoraUse, OutputParams
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
 MergeMode = Literal["auto", "merge", "dynamic"]
@@ -72,12 +72,12 @@ class Item:
     """One output of a job: `params` has one prompt and one integer seed. Events carry the item's `index`."""
 
     index: int
-    params: SamplingParams
+    params: OutputParams
 
 
-def batch_key(params: SamplingParams) -> SamplingParams:
+def batch_key(params: OutputParams) -> OutputParams:
     """Return a value that is equal for items which differ in their seed alone: they share their encoding."""
-    return attrs.evolve(params, seed=None)
+    return attrs.evolve(params, seed=0)
 
 
 @attrs.frozen

@@ -30,7 +30,7 @@ from sgld.cli.screen import Screen, say
 from sgld.engine.engine import Engine
 from sgld.errors import Cancelled, SgldError
 from sgld.messages import Event, Media, OutputReady, batch_key
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.storage.local import LocalStorage
 
 GRACE_S = 3.0  # from a kill to leaving, whatever still runs
@@ -126,7 +126,7 @@ class Run:
         making = asyncio.create_task(self.engine.generate(f"generate-{group[0][0].name}", items, emit))
         await making
 
-    async def _adapted(self, params: SamplingParams) -> SamplingParams:
+    async def _adapted(self, params: OutputParams) -> OutputParams:
         """With the files of its adapters, which are sought once."""
         return attrs.evolve(params, loras=await self.engine.adapters.resolve(params.loras, "loras", local=True))
 

@@ -42,7 +42,7 @@ from sgld.messages import (
     UnmergeLora,
     send,
 )
-from sgld.params import ModelInfo, SamplingParams
+from sgld.params import ModelInfo, OutputParams
 from sgld.worker.interface import interface_to
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Worker:
             )
             self._make(item.params, context, command.previews, shared)
 
-    def _make(self, params: SamplingParams, context: RunContext, previews: int, shared: SharedEncoding) -> None:
+    def _make(self, params: OutputParams, context: RunContext, previews: int, shared: SharedEncoding) -> None:
         """Make one output, and send it from rank 0."""
         from sgld.worker.sampler import sample
 
@@ -162,7 +162,6 @@ class Worker:
         frames, sound = sample(self._family, params, context, previews, shared)
         with context.rank0_alone():
             if self.mesh.rank == 0:
-                assert isinstance(params.seed, int)
                 timings = Timings(context.stages_ms, context.steps_ms, self.platform.peak_memory())
                 audio = None if sound is None else Audio(sound.samples.float().cpu().numpy(), sound.rate)
                 shared_frames = SharedFrames.of(frames.numpy())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgld.messages import Tokens, batch_key
 from sgld.models.base import Conditioning, DiffusionModel, OpaquePipeline, Sound
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.worker.denoise_state import DenoiseState
 from sgld.worker.run_context import RunContext
 from sgld.worker.sdedit import SDEditStart, pictures_of
@@ -31,10 +31,10 @@ class SharedEncoding:
     """The encoding of the last item, which the next item shares if their batch keys are equal."""
 
     def __init__(self) -> None:
-        self._key: SamplingParams | None = None
+        self._key: OutputParams | None = None
         self._encoding: Encoding | None = None
 
-    def get(self, params: SamplingParams, encode: Callable[[], Encoding]) -> Encoding:
+    def get(self, params: OutputParams, encode: Callable[[], Encoding]) -> Encoding:
         """Return the encoding for `params`, by `encode` if it is another request's."""
         key = batch_key(params)
         if self._encoding is None or key != self._key:
@@ -48,7 +48,7 @@ class Trajectory:
     """All that stays the same from one denoising step to the next."""
 
     model: DiffusionModel
-    params: SamplingParams
+    params: OutputParams
     condition: Conditioning
     solver: Solver
     sdedit: SDEditStart | None
@@ -56,7 +56,7 @@ class Trajectory:
 
 def sample(
     model: DiffusionModel | OpaquePipeline,
-    params: SamplingParams,
+    params: OutputParams,
     context: RunContext,
     previews: int = 0,
     shared: SharedEncoding | None = None,
@@ -78,10 +78,9 @@ def sample(
 
 @torch.inference_mode()
 def prepare(
-    model: DiffusionModel, params: SamplingParams, context: RunContext, shared: SharedEncoding | None = None
+    model: DiffusionModel, params: OutputParams, context: RunContext, shared: SharedEncoding | None = None
 ) -> tuple[Trajectory, DenoiseState]:
     """Encode the request, draw its noise, and return the trajectory with its first state."""
-    assert isinstance(params.seed, int)
     with context.stage("encode"):
         generator = torch.Generator("cpu").manual_seed(params.seed)
         noise = model.noise(params, generator)  # [1, C, ..., h, w]
@@ -97,10 +96,10 @@ def prepare(
     return Trajectory(model, params, condition, solver, sdedit), state
 
 
-def _encode(model: DiffusionModel, params: SamplingParams, context: RunContext, noise: Tensor) -> Encoding:
-    pictures = [] if model.info.starts_from_picture else pictures_of(params, context)
+def _encode(model: DiffusionModel, params: OutputParams, context: RunContext, noise: Tensor) -> Encoding:
+    pictures = [] if model.info.pictures.starts_denoising else pictures_of(params, context)
     condition, warnings = model.encode(params, pictures, context.raise_if_cancelled_on_all_ranks)
-    start = SDEditStart.prepare(model, params, context, noise) if model.info.starts_from_picture else None
+    start = SDEditStart.prepare(model, params, context, noise) if model.info.pictures.starts_denoising else None
     return Encoding(condition, start, warnings)
 
 

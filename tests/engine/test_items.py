@@ -24,7 +24,8 @@ from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.errors import Cancelled, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Item, Load, Preview, Progress, RankAssignment, batch_key
-from sgld.params import SamplingParams, resolve
+from sgld.params import OutputParams
+from sgld.resolve import resolve
 from sgld.worker.entry import serve
 from tests.engine.outputs import Outputs, generate_one, ignore
 from tests.engine.ranks import INFO, run_faulty
@@ -69,10 +70,10 @@ async def test_outputs_of_one_prompt_encode_it_once(folder: Path) -> None:
     async with Engine(Settings(model_path=str(folder)), WorkerGroup(1, run_counting)) as engine:
         info = await engine.load(ignore)
 
-        def request(seed: int, **changes: Any) -> SamplingParams:
+        def request(seed: int, **changes: Any) -> OutputParams:
             given = {"prompt": PROMPT, "num_frames": 1, "num_inference_steps": 3, "seed": seed}
             given |= {"image_path": [str(folder.parent / "picture.png")], "strength": 0.7}
-            return resolve(given | changes, info)[0]
+            return resolve(given | changes, info).params
 
         def encodings() -> list[str]:
             lines = (folder / "encodings").read_text().split()
@@ -95,7 +96,7 @@ async def test_outputs_of_one_prompt_encode_it_once(folder: Path) -> None:
 
 
 def test_items_that_differ_in_their_seed_share_their_encoding() -> None:
-    one = SamplingParams(prompt="a", seed=1)
+    one = OutputParams(prompt="a", seed=1)
     assert batch_key(one) == batch_key(attrs.evolve(one, seed=2))
     assert batch_key(one) != batch_key(attrs.evolve(one, num_inference_steps=2))
 

@@ -18,7 +18,7 @@ import sgld
 from sgld.messages import Frames
 from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
+from sgld.resolve import resolve
 from sgld.worker.denoise_state import DenoiseState
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import Trajectory, decode, denoise, prepare, sample
@@ -101,7 +101,7 @@ def _each(mesh: Mesh, folder: Path, one: Callable[..., list[Tensor]]) -> Resumed
             request |= start | {"strength": 0.8, "num_inference_steps": STEPS + 2}
         else:
             request["num_inference_steps"] = STEPS
-        params, _ = resolve(request, model.info)
+        params = resolve(request, model.info).params
         ours, theirs = Pipe()
         with ours, theirs:
             frames = one(model, params, RunContext("job", mesh, theirs), folder / f"{name}.safetensors")

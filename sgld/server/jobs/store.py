@@ -44,7 +44,7 @@ from sgld.server.jobs.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
-SAVING = 2  # outputs that may be written while the next one is made
+SAVING = 2  # outputs that are written at once
 SWEEP_S = 30.0
 AGED_S = 1.0
 
@@ -352,13 +352,13 @@ class JobStore:
 
         async with self._saving:  # while the outputs of jobs before it wait for the disk, none are added
             started = time.monotonic()
-        await self._engine.generate(job.id, job.params.outputs(), emit, job.previews)
+        await self._engine.generate(job.id, job.outputs, emit, job.previews)
         self._pace.learn(job.cost, time.monotonic() - started)
 
     async def _save(self, job: Job, index: int, result: Media) -> Artifact:
         async with self._saving:
             began = time.monotonic()
-            name, params = job.file_names()[index], job.params.outputs()[index]
+            name, params = job.file_names()[index], job.outputs[index]
             artifact = await self.outputs.save(params, result, name, job.output_format)
             self._metrics.saved("local", time.monotonic() - began)
             return artifact
@@ -382,7 +382,7 @@ class JobStore:
                 job.notes = (*job.notes, event.text)
         elif isinstance(event, Preview):
             previews.append(self._spawn(self._show(job, event, previews[-1:])))
-        elif isinstance(event, Progress) and event.stage in job.SHARE:
+        elif isinstance(event, Progress) and event.stage in job.spec.stages:
             job.advance(event)
             job.publish("progress", self.state(job))
 
