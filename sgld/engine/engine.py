@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -126,9 +126,10 @@ class Engine:
     async def generate(self, job_id: str, items: Sequence[OutputParams], emit: Emit, previews: int = 0) -> None:
         """Make one output for each of `items`, in turn. Jobs run one at a time, in the order of their calls.
 
-        `emit` is called on the loop with every event. `OutputReady` brings each output as soon as it is finished, and
-        exactly once. `Preview` comes at most `previews` times for each, and at most once a step before the last. After
-        a worker's death the items that are not finished are tried again, each up to `worker_retries` times.
+        `emit` is called on the loop with every event, and never after this call has ended. `OutputReady` brings each
+        output as soon as it is finished, exactly once. `Preview` comes at most `previews` times for each, and at most
+        once a step before the last. After a worker's death the items that are not finished are tried again, each up to
+        `worker_retries` times.
 
         Raises:
             errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
@@ -138,6 +139,8 @@ class Engine:
         shown: set[tuple[int, int]] = set()
 
         def follow(event: Event) -> None:
+            if event.item not in unfinished:
+                return  # the call was cancelled
             if isinstance(event, OutputReady):
                 del unfinished[event.item]
             elif isinstance(event, Preview):
@@ -146,19 +149,26 @@ class Engine:
                 shown.add((event.item, event.index))
             emit(event)
 
-        async with self._turn:
-            deaths = 0  # during the item under way
-            while unfinished:
-                before = len(unfinished)
-                try:
-                    await self._generate(Generate(job_id, tuple(unfinished.values()), previews), follow)
-                except WorkerDied as error:
-                    deaths = deaths + 1 if len(unfinished) == before else 1
-                    if deaths > self.settings.worker_retries or self.state == "stopped":
-                        raise
-                    log.warning("%s; the output is tried again", error)
-                    error.__traceback__ = None  # it holds this frame, and with it what the next try makes
+        try:
+            async with self._turn:
+                await self._generate_all(job_id, unfinished, previews, follow)
+        finally:
+            unfinished.clear()
         self._note_return()
+
+    async def _generate_all(self, job_id: str, unfinished: Mapping[int, Item], previews: int, emit: Emit) -> None:
+        """Try until nothing is unfinished; `emit` takes finished items away."""
+        deaths = 0  # during the item under way
+        while unfinished:
+            before = len(unfinished)
+            try:
+                await self._generate(Generate(job_id, tuple(unfinished.values()), previews), emit)
+            except WorkerDied as error:
+                deaths = deaths + 1 if len(unfinished) == before else 1
+                if deaths > self.settings.worker_retries or self.state == "stopped":
+                    raise
+                log.warning("%s; the output is tried again", error)
+                error.__traceback__ = None  # it holds this frame, and with it what the next try makes
 
     async def _generate(self, command: Generate, emit: Emit) -> None:
         token = CancelToken()  # a queued job holds no descriptor

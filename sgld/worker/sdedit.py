@@ -18,7 +18,7 @@ from torch import Tensor
 from sgld import inputs
 from sgld.inputs import Input
 from sgld.models.base import DiffusionModel
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.worker.run_context import RunContext
 
 
@@ -33,7 +33,7 @@ class SDEditStart:
 
     @classmethod
     def prepare(
-        cls, family: DiffusionModel, params: SamplingParams, context: RunContext, noise: Tensor
+        cls, model: DiffusionModel, params: OutputParams, context: RunContext, noise: Tensor
     ) -> SDEditStart | None:
         """Encode the request's picture on rank 0 and share its latents. Return None for a request without one.
 
@@ -44,7 +44,7 @@ class SDEditStart:
             return None
         source = inputs.read(params.image_path[0], params.mask_path, params.width, params.height)
         frames = still_clip(source, params.num_frames)
-        clean = context.from_rank0(noise, partial(family.encode_frames, frames, context.raise_if_cancelled))
+        clean = context.from_rank0(noise, partial(model.encode_frames, frames, context.raise_if_cancelled))
         return cls(clean, noise, source, None if source.mask is None else _free(source.mask, noise))
 
     def at(self, sigma: float) -> Tensor:
@@ -65,7 +65,7 @@ class SDEditStart:
         return frames
 
 
-def pictures_of(params: SamplingParams, context: RunContext) -> list[Image]:
+def pictures_of(params: OutputParams, context: RunContext) -> list[Image]:
     """Read the request's pictures, RGB and upright, on rank 0, which alone may have the files. Share them.
 
     Raises:

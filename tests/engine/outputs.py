@@ -8,7 +8,7 @@ from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.messages import Event, Generate, Media, OutputReady
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 
 Emit = Callable[[Event], None]
 
@@ -33,7 +33,7 @@ class Outputs:
 
 
 async def generate_one(
-    engine: Engine, job_id: str, params: SamplingParams, follow: Emit = ignore, previews: int = 0
+    engine: Engine, job_id: str, params: OutputParams, follow: Emit = ignore, previews: int = 0
 ) -> Media:
     """Make one output through the engine."""
     outputs = Outputs(follow)

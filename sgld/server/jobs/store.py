@@ -44,7 +44,7 @@ from sgld.server.jobs.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
-SAVING = 2  # outputs that may be written while the next one is made
+SAVING = 2  # outputs that are written at once
 SWEEP_S = 30.0
 AGED_S = 1.0
 
