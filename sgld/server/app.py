@@ -136,10 +136,10 @@ async def load(service: Service) -> None:
         small = {"prompt": WARMUP_PROMPT, "seed": 0, "num_inference_steps": 1, "num_frames": 1}
         params = resolve({**service.sampling, **small}, service.info).params
         try:
-            await service.engine.generate("warmup", params, _log_progress)
+            await service.engine.generate("warmup", [params], _log_progress)
         except WorkerDied as error:
             log.warning("%s while it warmed up; it is tried once more", error)
-            await service.engine.generate("warmup", params, _log_progress)
+            await service.engine.generate("warmup", [params], _log_progress)
         except SgldError as error:
             if service.info.backend == "native":
                 raise
