@@ -35,6 +35,7 @@ from sgld.convert import (
     type_name,
 )
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
+from sgld.settings import TITLES, ModelSettings
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}
 EPILOG = "Dashes and underscores are the same in a flag. A switch is set by --flag, --flag true|false or --no-flag."
@@ -106,12 +107,12 @@ def parser_for(command: str, description: str, sections: Iterable[type]) -> _Par
     groups: dict[str, Group] = {}
     for cls in sections:
         for name, field in fields_of(cls).items():
-            title = knob_of(field).group
+            title = knob_of(field).group or TITLES[cls]
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
             _add(groups[title], name, field)
     for component in config.COMPONENTS:
-        _add_component(groups[config.MODEL], component)
+        _add_component(groups[TITLES[ModelSettings]], component)
     if "size" in groups:
         _add_resolutions(groups["size"])
     return parser

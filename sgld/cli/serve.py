@@ -30,7 +30,7 @@ DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a confi
 
 def run(words: list[str]) -> int:
     """Parse and check, then serve, or follow node 0; or print help or the merged configuration."""
-    parser = flags.parser_for("serve", DESCRIPTION, [Settings])
+    parser = flags.parser_for("serve", DESCRIPTION, config.SETTINGS)
     parsed = flags.parse(parser, words)
     if parsed.help:
         put(parser.format_help())
@@ -42,7 +42,7 @@ def run(words: list[str]) -> int:
         for name in config.section(layer.values, RunOptions):
             raise BadRequest(f"{name}: only `sgld generate` has this; each request asks for its own", name)
         if parsed.print_config:
-            put(show.merged(layer, settings, [Settings, SamplingParams]))
+            put(show.merged(layer, settings, [*config.SETTINGS, SamplingParams]))
             return 0
         log.set_up(settings.log_level, settings.log_format)
         refuse_unbuilt(settings, checked, spell=layer.spell)

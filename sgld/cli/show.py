@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import yaml
 
 from sgld.cli.sources import Layer
-from sgld.config import Settings
+from sgld.settings import SECTION_CLASSES, Settings
 from sgld.convert import Values, default_of, fields_of, knob_of, unstructure
 
 
@@ -20,7 +20,7 @@ def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
             meta = knob_of(field)
             if meta.secret:
                 secrets += [name] if layer.values.get(name) else []
-            elif cls is Settings:
+            elif cls in SECTION_CLASSES.values():
                 whole[name] = unstructure(getattr(settings, name))
             else:
                 whole[name] = layer.values.get(name, None if meta.per_model else unstructure(default_of(field)))
