@@ -69,7 +69,7 @@ def section(values: Mapping[str, object], cls: type) -> Values:
 
 def settings_of(values: Mapping[str, object]) -> Settings:
     """Build settings from merged values, and check the rules that tie several fields together."""
-    settings = Settings(**{name: structure(section(values, cls), cls) for name, cls in SECTION_CLASSES.items()})
+    settings = Settings.of(**{name: structure(section(values, cls), cls) for name, cls in SECTION_CLASSES.items()})
     _check_degrees(settings)
     _check_nodes(settings)
     _check_tiles(settings)
@@ -77,10 +77,10 @@ def settings_of(values: Mapping[str, object]) -> Settings:
     _check_offload(settings)
     _check_attention(settings)
     _check_steps(settings)
-    if settings.vae_config.parallel_decode_mode and not settings.parallel_decode:
+    if settings.memory.vae_config.parallel_decode_mode and not settings.memory.parallel_decode:
         path = "vae_config.parallel_decode_mode"
         raise BadRequest(f"{path}: it has no effect without vae_sp", path)
-    unknown = [name for name in settings.component_paths if name not in COMPONENTS]
+    unknown = [name for name in settings.model.component_paths if name not in COMPONENTS]
     if unknown:
         raise BadRequest(
             f"component_paths: {unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", "component_paths"
@@ -90,7 +90,7 @@ def settings_of(values: Mapping[str, object]) -> Settings:
 
 def _check_tiles(settings: Settings) -> None:
     """Check that `vae_tiling` and `vae_config.use_tiling` agree."""
-    one, other = settings.vae_config.use_tiling, settings.vae_tiling
+    one, other = settings.memory.vae_config.use_tiling, settings.memory.vae_tiling
     if None not in (one, other) and one != other:
         told = f"{one} contradicts vae_tiling {other}".lower()
         raise BadRequest(f"vae_config.use_tiling: {told}; leave one out", "vae_config.use_tiling")
@@ -99,14 +99,14 @@ def _check_tiles(settings: Settings) -> None:
 def _check_offload(settings: Settings) -> None:
     """Check that pinning is set only with offloaded weights."""
     flags = [name for name in settings_fields() if name.endswith("_offload")]
-    if not settings.pin_cpu_memory and not any(getattr(settings, flag) for flag in flags):
+    if not settings.memory.pin_cpu_memory and not any(settings.get(flag) for flag in flags):
         raise BadRequest(f"pin_cpu_memory: false has no effect without one of {', '.join(flags)}", "pin_cpu_memory")
 
 
 def _check_attention(settings: Settings) -> None:
     """Check the names of kernels. The worker checks that they can run."""
     known = DENSE_ATTENTION + SPARSE_ATTENTION
-    for component, name in settings.component_attention_backends.items():
+    for component, name in settings.attention.component_attention_backends.items():
         path = f"component_attention_backends.{component}"
         if name not in known:
             raise BadRequest(f"{path}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}", path)
@@ -116,7 +116,7 @@ def _check_attention(settings: Settings) -> None:
 
 def _check_steps(settings: Settings) -> None:
     """Check for at least one time, each below the one before."""
-    steps = settings.dmd_denoising_steps
+    steps = settings.model.dmd_denoising_steps
     if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
         shown = ",".join(map(str, steps)) or "none"
         line = f"dmd_denoising_steps: {shown}: give falling numbers, as in 1000,757,522"
@@ -125,13 +125,13 @@ def _check_steps(settings: Settings) -> None:
 
 def _check_loras(settings: Settings) -> None:
     """Check that each adapter has a name of its own, and that strengths and targets are one, or one each."""
-    paths, names = settings.lora_path or [], settings.lora_nickname
+    paths, names = settings.lora.lora_path or [], settings.lora.lora_nickname
     if len(paths) > MAX_LORAS:
         raise BadRequest(f"lora_path: {len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", "lora_path")
     if "" in paths:
         raise BadRequest("lora_path: it is empty; name a file, a folder or a Hugging Face id", "lora_path")
     for name in ("lora_nickname", "lora_scale", "lora_target"):
-        given = getattr(settings, name)
+        given = settings.get(name)
         if given is None:
             continue
         if not paths:
@@ -149,10 +149,11 @@ def _check_loras(settings: Settings) -> None:
 
 def _check_degrees(settings: Settings) -> None:
     """Check num_gpus = (2 with enable_cfg_parallel, else 1) * ulysses_degree * ring_degree."""
-    s = settings
+    s = settings.parallel
     if s.enable_cfg_parallel and s.num_gpus % 2:
         raise BadRequest(
-            f"enable_cfg_parallel: it needs an even number of workers; num_gpus is {s.num_gpus}", "enable_cfg_parallel"
+            f"enable_cfg_parallel: it needs an even number of workers; num_gpus is {s.num_gpus}",
+            "enable_cfg_parallel",
         )
     sequence = s.num_gpus // 2 if s.enable_cfg_parallel else s.num_gpus
     among = (
@@ -164,13 +165,13 @@ def _check_degrees(settings: Settings) -> None:
     if s.sp_degree not in (None, sequence):
         raise BadRequest(f"sp_degree: {s.sp_degree} workers are not {among}; leave it out{hint}", "sp_degree")
     for name in ("ulysses_degree", "ring_degree"):
-        degree = getattr(s, name)
+        degree = settings.get(name)
         if degree is not None and sequence % degree:
             raise BadRequest(f"{name}: {degree} workers do not divide {among}", name)
     if s.ulysses_degree and s.ring_degree and s.ulysses_degree * s.ring_degree != sequence:
         product = f"{s.ulysses_degree} x ring_degree {s.ring_degree}"
         raise BadRequest(f"ulysses_degree: {product} workers are not {among}; leave one out{hint}", "ulysses_degree")
-    if s.vae_sp and s.vae_config.use_parallel_decode is False:
+    if settings.memory.vae_sp and settings.memory.vae_config.use_parallel_decode is False:
         path = "vae_config.use_parallel_decode"
         raise BadRequest(f"{path}: false contradicts vae_sp true; leave one out", path)
     if s.num_gpus % s.tp_size:
@@ -179,11 +180,14 @@ def _check_degrees(settings: Settings) -> None:
 
 def _check_nodes(settings: Settings) -> None:
     """Check that several machines share the workers evenly, have a number each, and one address to meet."""
-    s = settings
+    s = settings.parallel
     if s.node_rank >= s.nnodes:
         raise BadRequest(f"node_rank: {s.node_rank} must be less than nnodes ({s.nnodes})", "node_rank")
     if s.num_gpus % s.nnodes:
-        raise BadRequest(f"nnodes: {s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes", "nnodes")
+        raise BadRequest(
+            f"nnodes: {s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes",
+            "nnodes",
+        )
     if s.nnodes > 1:
         s.node_address()
     elif s.dist_init_addr is not None:

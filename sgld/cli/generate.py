@@ -25,9 +25,9 @@ def run(words: list[str]) -> int:
         if parsed.print_config:
             put(show.merged(layer, plan.settings, config.SECTIONS))
             return 0
-        log.set_up(plan.settings.log_level, plan.settings.log_format)
+        log.set_up(plan.settings.logging.log_level, plan.settings.logging.log_format)
         refuse_early(plan)
-        if plan.settings.node_rank > 0:
+        if plan.settings.parallel.node_rank > 0:
             raise BadRequest("node_rank: only node 0 makes outputs; run `sgld serve` on the others", "node_rank")
         from sgld.cli import make
         from sgld.cli.screen import warn

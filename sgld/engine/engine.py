@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import anyio.to_thread
 
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Emit, WorkerGroup
 from sgld.engine.lora import AdapterNames, LoraPlan, at_start
@@ -37,6 +36,7 @@ from sgld.messages import (
     UnmergeLora,
 )
 from sgld.params import LoraUse, ModelInfo, OutputParams, check_lora_target, check_loras
+from sgld.settings import Settings
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,12 @@ class Engine:
         self.adapters = AdapterNames()
         self.kept: LoraPlan | None = None  # the adapters of the server before this one
         self.keep: Callable[[LoraPlan], Awaitable[None]] = _forget
-        node_listener = NodeListener(settings) if settings.nnodes > 1 else None
+        node_listener = NodeListener(settings) if settings.parallel.nnodes > 1 else None
         self.group = group or WorkerGroup(
-            settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout, node_listener=node_listener
+            settings.parallel.num_gpus,
+            run_rank,
+            dist_timeout_s=settings.parallel.dist_timeout,
+            node_listener=node_listener,
         )
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
@@ -90,11 +93,11 @@ class Engine:
             self.adapters.register(loras, found)
         await self._remember()
         self._become_ready()
-        if self.info.backend != "native" and self.settings.backend == "auto":
+        if self.info.backend != "native" and self.settings.model.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
-        if self.settings.num_gpus > 1:
+        if self.settings.parallel.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
-            log.info("%d workers: %s", self.settings.num_gpus, shares)
+            log.info("%d workers: %s", self.settings.parallel.num_gpus, shares)
         if self.info.attention:
             log.info("attention: %s", ", ".join(f"{use} {kernel}" for use, kernel in self.info.attention.items()))
         return self.info
@@ -121,7 +124,9 @@ class Engine:
 
     async def _remember(self) -> None:
         settings = self.settings
-        await self.keep(LoraPlan(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
+        await self.keep(
+            LoraPlan(settings.model.model_path, at_start(settings), dict(self.adapters.known), self.group.loras)
+        )
 
     async def generate(self, job_id: str, items: Sequence[OutputParams], emit: Emit, previews: int = 0) -> None:
         """Make one output for each of `items`, in turn. Jobs run one at a time, in the order of their calls.
@@ -165,7 +170,7 @@ class Engine:
                 await self._generate(Generate(job_id, tuple(unfinished.values()), previews), emit)
             except WorkerDied as error:
                 deaths = deaths + 1 if len(unfinished) == before else 1
-                if deaths > self.settings.worker_retries or self.state == "stopped":
+                if deaths > self.settings.parallel.worker_retries or self.state == "stopped":
                     raise
                 log.warning("%s; the output is tried again", error)
                 error.__traceback__ = None  # it holds this frame, and with it what the next try makes

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from sgld.config import Settings
 from sgld.engine.group import interrupts_blocked, spawn
 from sgld.engine.node import Handshake, PeerConnection, call, numbers
 from sgld.errors import BadRequest
 from sgld.messages import RankAssignment, Refused
+from sgld.settings import Settings
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -36,18 +36,18 @@ def follow(settings: Settings, target: Callable[[RankAssignment, Connection], No
 
 def _one_group(settings: Settings, target: Callable[[RankAssignment, Connection], None]) -> bool:
     """Run the ranks of one group to its end; whether they were told to stop."""
-    each = settings.num_gpus // settings.nnodes
-    ranks = range(each * settings.node_rank, each * (settings.node_rank + 1))
+    each = settings.parallel.num_gpus // settings.parallel.nnodes
+    ranks = range(each * settings.parallel.node_rank, each * (settings.parallel.node_rank + 1))
     lines: list[PeerConnection] = []
     processes: list[BaseProcess] = []
     try:
         for rank in ranks:
-            lines.append(_reach(settings.node_address(), Handshake.of(settings, rank)))
+            lines.append(_reach(settings.parallel.node_address(), Handshake.of(settings, rank)))
         try:
             seats = _seats(lines)
         except (EOFError, OSError):
             return False
-        log.info("node %d joins with workers %s", settings.node_rank, numbers(ranks))
+        log.info("node %d joins with workers %s", settings.parallel.node_rank, numbers(ranks))
         with interrupts_blocked():
             for line in lines:
                 processes.append(spawn(target, seats[line.connection], line.connection))

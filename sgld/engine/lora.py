@@ -13,11 +13,12 @@ import anyio.to_thread
 import attrs
 from cattrs import BaseValidationError, Converter
 
-from sgld.config import Settings, user_path
+from sgld.config import user_path
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
 from sgld.hub.hub import download
 from sgld.messages import LoraPart, LoraState
 from sgld.params import LoraUse
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class LoraPlan:
             kept = _CONVERTER.structure(record, cls)
         except (BaseValidationError, SgldError):
             raise SgldError("its form is that of another version of sgld") from None
-        if (kept.model, kept.at_start) == (settings.model_path, at_start(settings)):
+        if (kept.model, kept.at_start) == (settings.model.model_path, at_start(settings)):
             return kept
         if kept.state.parts:
             log.warning("the adapters that were set over HTTP are left out: --model-path or --lora-path has changed")
@@ -201,11 +202,14 @@ class AdapterNames:
 
 def at_start(settings: Settings) -> list[LoraUse]:
     """The adapters that the settings name; their lists are of one length (see `config.settings_of`)."""
-    paths = settings.lora_path or []
-    names = settings.lora_nickname or [
+    paths = settings.lora.lora_path or []
+    names = settings.lora.lora_nickname or [
         DEFAULT_NAME if i == 1 else f"{DEFAULT_NAME}_{i}" for i in range(1, len(paths) + 1)
     ]
-    strengths, targets = _each(settings.lora_scale, len(paths), 1.0), _each(settings.lora_target, len(paths), "all")
+    strengths, targets = (
+        _each(settings.lora.lora_scale, len(paths), 1.0),
+        _each(settings.lora.lora_target, len(paths), "all"),
+    )
     return [
         LoraUse(nickname=name, path=path, strength=strength, target=target)
         for path, name, strength, target in zip(paths, names, strengths, targets, strict=True)

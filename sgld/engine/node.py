@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection, wait
 import attrs
 
 from sgld import __version__
-from sgld.config import Settings
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Refused
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 HELLO_BYTES, HELLO_S = 10_000, 5  # the most that a stranger may say, and how long it may take
@@ -43,7 +43,7 @@ class Handshake:
     @classmethod
     def of(cls, settings: Settings, rank: int) -> Handshake:
         """That of a node with these settings."""
-        return cls(rank, settings.nnodes, settings.num_gpus, settings.model_path)
+        return cls(rank, settings.parallel.nnodes, settings.parallel.num_gpus, settings.model.model_path)
 
     def fault(self, own: Handshake) -> str | None:
         """Why node 0, whose word would be `own`, cannot take this rank in."""
@@ -109,10 +109,10 @@ class NodeListener:
     """Where node 0 takes in the ranks of the other nodes, each time that the group starts."""
 
     def __init__(self, settings: Settings):
-        self.nnodes = settings.nnodes
-        self.address = settings.node_address()
+        self.nnodes = settings.parallel.nnodes
+        self.address = settings.parallel.node_address()
         self._own = Handshake.of(settings, 0)
-        self._patience_s = settings.dist_timeout
+        self._patience_s = settings.parallel.dist_timeout
         self._listener: socket.socket | None = None
 
     def gather(self, closed: Callable[[], bool]) -> list[Remote]:

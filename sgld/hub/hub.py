@@ -11,12 +11,13 @@ from pathlib import Path
 
 import attrs
 
-from sgld.config import DEMO_MODEL, Settings, user_path, without_secrets
+from sgld.config import user_path
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.hub import overlay
 from sgld.hub.materialize import materialize
 from sgld.hub.overlay import BUILT_IN, MANIFEST, Manifest, Overlay
 from sgld.messages import Load
+from sgld.settings import DEMO_MODEL, Settings, without_secrets
 
 log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
@@ -38,33 +39,33 @@ def resolve_model(settings: Settings) -> Load:
     """The `Load` command for these settings; downloads what the cache does not hold. Blocks."""
     folder = _model_folder(settings)
     if not (folder / "model_index.json").is_file():
-        told = f"{settings.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
+        told = f"{settings.model.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
         raise ModelError(f"model_path: {told} (model_overlay_registry)", "model_path")
     components = {
         name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
-        for name, reference in settings.component_paths.items()
+        for name, reference in settings.model.component_paths.items()
     }
     return Load(without_secrets(settings), folder, components)
 
 
 def _model_folder(settings: Settings) -> Path:
     """Where the model lies; where it has an overlay, or is one, the folder that is made of that and its source."""
-    given = overlay.registry(settings.model_overlay_registry)
-    if (source := overlay.match(settings.model_path, given)) is not None:
+    given = overlay.registry(settings.model.model_overlay_registry)
+    if (source := overlay.match(settings.model.model_path, given)) is not None:
         return _overlaid(settings, source, given[source])
-    folder = _model(settings, settings.model_path, settings.revision, "model_path")
+    folder = _model(settings, settings.model.model_path, settings.model.revision, "model_path")
     is_raw = not (folder / "model_index.json").is_file()
-    if is_raw and (source := overlay.match(settings.model_path, BUILT_IN)) is not None:
+    if is_raw and (source := overlay.match(settings.model.model_path, BUILT_IN)) is not None:
         return _overlaid(settings, source, BUILT_IN[source])
     if not (folder / MANIFEST).is_file():
         return folder
-    folder = resolve(settings.model_path, settings.revision, "model_path", OVERLAY_FILES)
+    folder = resolve(settings.model.model_path, settings.model.revision, "model_path", OVERLAY_FILES)
     manifest = overlay.read_manifest(folder)
     if manifest.source_model_id is None:
         raise ModelError(
             f"{folder / MANIFEST}: source_model_id: it is needed, for the overlay itself is the model_path"
         )
-    entry = Overlay(settings.model_path, settings.revision, manifest.source_revision)
+    entry = Overlay(settings.model.model_path, settings.model.revision, manifest.source_revision)
     return _materialized(settings, manifest.source_model_id, entry, folder, manifest)
 
 
@@ -76,21 +77,21 @@ def _overlaid(settings: Settings, source: str, entry: Overlay) -> Path:
         is_complete = not (folder / MANIFEST).is_file()
         if is_complete and entry.source_revision:
             raise BadRequest(f"source_revision: {entry.source_revision!r} {no_effect}, without a manifest")
-        if is_complete and not settings.revision:
-            log.info("%s is loaded from %s, which is complete", settings.model_path, name)
+        if is_complete and not settings.model.revision:
+            log.info("%s is loaded from %s, which is complete", settings.model.model_path, name)
             return _model(settings, name, version, "overlay_repo_id", "overlay_revision")
     except SgldError as error:
         built_in = entry is BUILT_IN.get(source)
         param, told = ("model_path", "the overlay of") if built_in else (overlay.REGISTRY, "entry")
         raise type(error)(f"{param}: {told} {source!r}: {error.message}", param) from None
     if is_complete:
-        raise BadRequest(f"revision: {settings.revision!r} {no_effect}, without a manifest: {name!r}", "revision")
+        raise BadRequest(f"revision: {settings.model.revision!r} {no_effect}, without a manifest: {name!r}", "revision")
     manifest, local = overlay.read_manifest(folder), None
-    revision = settings.revision or entry.source_revision or manifest.source_revision
-    if user_path(settings.model_path, "model_path").is_dir():
-        local = overlay.snapshot(resolve(settings.model_path, settings.revision, "model_path"))
+    revision = settings.model.revision or entry.source_revision or manifest.source_revision
+    if user_path(settings.model.model_path, "model_path").is_dir():
+        local = overlay.snapshot(resolve(settings.model.model_path, settings.model.revision, "model_path"))
         if revision is not None:
-            log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model_path)
+            log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model.model_path)
             revision = None
     return _materialized(settings, source, attrs.evolve(entry, source_revision=revision), folder, manifest, local)
 
@@ -103,13 +104,13 @@ def _materialized(
     def fetch() -> Path:
         patterns = manifest.source_allow_patterns
         wanted = {} if patterns is None else {"allow_patterns": patterns + manifest.required_source_files}
-        is_given = source == settings.model_path
+        is_given = source == settings.model.model_path
         param = "model_path" if is_given else "source_model_id"
-        named = "revision" if is_given and settings.revision else "source_revision"
+        named = "revision" if is_given and settings.model.revision else "source_revision"
         return local or download(source, entry.source_revision, param, wanted, named)
 
     identity = overlay.identity(source, entry, folder, manifest, local)
-    return materialize(identity, folder, manifest, settings.trust_remote_code, fetch)
+    return materialize(identity, folder, manifest, settings.model.trust_remote_code, fetch)
 
 
 def model_files(code: bool) -> dict[str, list[str]]:
@@ -121,8 +122,8 @@ def _model(settings: Settings, reference: str, revision: str | None, param: str,
     """What `resolve` gives. Raises NotBuilt before the download of a model whose weights are variants."""
     local = _local(reference, revision, param, named)
     if local is None:
-        _refuse_variants(reference, revision, settings.component_paths)
-    return local or download(reference, revision, param, model_files(settings.trust_remote_code), named)
+        _refuse_variants(reference, revision, settings.model.component_paths)
+    return local or download(reference, revision, param, model_files(settings.model.trust_remote_code), named)
 
 
 def _refuse_variants(reference: str, revision: str | None, replaced: Container[str]) -> None:

@@ -285,7 +285,7 @@ class Flux2(NativeModel):
         self._transformer = parts.transformer("transformer", make, c.attention_head_dim, BLOCKS, crosses=False)
         self.lora = parts.lora({"transformer": self._transformer}, FLUX2_ORIGINAL)
         self._vae = flux2_autoencoder(parts)
-        self.parallel_decode = load.settings.parallel_decode
+        self.parallel_decode = load.settings.memory.parallel_decode
         self._check_widths()
         mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
@@ -371,7 +371,7 @@ class Flux2(NativeModel):
         return self._vae.decode(x, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
-        takes_pictures = self.parts.settings.vae_config.load_encoder
+        takes_pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="image",
             defaults=self._defaults,

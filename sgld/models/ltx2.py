@@ -176,7 +176,7 @@ class LTX2(NativeModel):
         temporal, spatial, _ = c.vae_scale_factors
         self._vae = Autoencoder(parts, AutoencoderKLLTX2Video, spatial, temporal, tiled=True, least=LEAST_LATENTS)
         self._sound = SoundDecoder(parts)
-        self.parallel_decode = load.settings.parallel_decode
+        self.parallel_decode = load.settings.memory.parallel_decode
         self._check_widths()
         mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
@@ -344,7 +344,7 @@ class LTX2(NativeModel):
         return Layout(self._vae.grid(params), length, c.in_channels, c.audio_in_channels, len(params.image_path or ()))
 
     def _describe(self) -> ModelInfo:
-        pictures = self.parts.settings.vae_config.load_encoder
+        pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="video",
             defaults=self._defaults,

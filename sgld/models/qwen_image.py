@@ -297,12 +297,12 @@ class QwenImage(NativeModel):
             "transformer", make, c.attention_head_dim, ("transformer_blocks",), crosses=False
         )
         self.lora = parts.lora({"transformer": self._transformer}, ())
-        vae, rows = parts.dtype("vae"), mesh.all if s.parallel_decode else None
+        vae, rows = parts.dtype("vae"), mesh.all if s.memory.parallel_decode else None
         self._vae = Vae(parts.path("vae"), s, vae, mesh.device, keep.keeper("vae"), rows)
         parts.loaded(self._vae.module)
-        self.parallel_decode = s.parallel_decode
-        self._takes_pictures = s.vae_config.load_encoder and has_encoder(parts.path("vae"))
-        if form.most and not s.vae_config.load_encoder:
+        self.parallel_decode = s.memory.parallel_decode
+        self._takes_pictures = s.memory.vae_config.load_encoder and has_encoder(parts.path("vae"))
+        if form.most and not s.memory.vae_config.load_encoder:
             raise BadRequest("vae_config.load_encoder: this model cannot work without the encoder", "load_encoder")
         self._load_encoder = partial(VaeEncoder, parts.path("vae"), s, vae, mesh.device, keep.keeper("vae_encoder"))
         self._encoder = self._load_encoder() if form.most else None
@@ -445,7 +445,7 @@ class QwenImage(NativeModel):
     def _read_defaults(self, load: Load) -> dict[str, Any]:
         """The folder's generation_config.json, else those of the known checkpoint."""
         form = self._form
-        later = "Qwen-Image-2512" in f"{load.settings.model_path} {load.folder}"
+        later = "Qwen-Image-2512" in f"{load.settings.model.model_path} {load.folder}"
         width, height = (1024, 1024) if form.most else (1280, 720)
         return self.parts.defaults(
             {"width": width, "height": height, "num_inference_steps": form.steps, "guidance_scale": 4.0,

@@ -312,8 +312,8 @@ class ZImage(NativeModel):
         self._vae = Autoencoder(parts, AutoencoderKL, 2 ** (levels - 1))
         self._scale: float = self._vae.module.config.scaling_factor
         self._shift: float = self._vae.module.config.shift_factor or 0.0
-        self.parallel_decode = load.settings.parallel_decode
-        self._takes_pictures = load.settings.vae_config.load_encoder
+        self.parallel_decode = load.settings.memory.parallel_decode
+        self._takes_pictures = load.settings.memory.vae_config.load_encoder
         mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
 

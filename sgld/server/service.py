@@ -10,7 +10,6 @@ import anyio.to_thread
 import attrs
 from aiohttp import web
 
-from sgld.config import Settings
 from sgld.convert import default_of, fields_of, shorten
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
@@ -23,6 +22,7 @@ from sgld.server.http.schema import CommonFields
 from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.job import Job
 from sgld.server.jobs.store import JobStore
+from sgld.settings import Settings
 
 MAX_KEY_CHARACTERS = 255
 
@@ -42,7 +42,7 @@ class Service:
 
     @property
     def model_id(self) -> str:
-        return self.settings.served_model_name or self.settings.model_path
+        return self.settings.model.served_model_name or self.settings.model.model_path
 
     @property
     def ready(self) -> bool:
@@ -93,7 +93,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not run."""
-        if name not in (None, self.model_id, self.settings.model_path):
+        if name not in (None, self.model_id, self.settings.model.model_path):
             raise UnknownModel(f"model: {shorten(name)} is not served here; {self.model_id!r} is", "model")
 
     async def submit(self, job: Job) -> Job:

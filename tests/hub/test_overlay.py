@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from sgld.config import Settings, cache_root
+from sgld.config import cache_root
 from sgld.errors import BadRequest, ModelError, UnknownField
 from sgld.hub import materialize, overlay
 from sgld.hub.hub import resolve_model
 from sgld.hub.overlay import MANIFEST, Overlay
+from sgld.settings import Settings
 from tests.hub.repositories import contents, publish
 
 SOURCE, OVERLAY = "Wan-AI/Wan2.2-S2V-14B", "your-org/Wan2.2-S2V-14B-overlay"
@@ -77,8 +78,8 @@ def made(hub: Path) -> Callable[..., Path]:
 
 def load(registry: Any, model_path: str = SOURCE, **settings: Any) -> Path:
     settings |= {"model_path": model_path, "model_overlay_registry": json.dumps(registry)}
-    command = resolve_model(Settings(**settings))
-    assert command.settings.model_path == model_path  # which is what everybody is told
+    command = resolve_model(Settings.of(**settings))
+    assert command.settings.model.model_path == model_path  # which is what everybody is told
     return command.folder
 
 
@@ -110,18 +111,19 @@ def test_a_built_in_overlay_serves_raw_files_unless_another_is_given(hub: Path) 
     with pytest.raises(
         ModelError, match=f"^model_path: the overlay of '{source}': .*'{entry.overlay_repo_id}' is no"
     ) as caught:
-        resolve_model(Settings(model_path=source))  # and of no registry, for none was given
+        resolve_model(Settings.of(model_path=source))  # and of no registry, for none was given
     assert caught.value.param == "model_path"
     publish(hub, entry.overlay_repo_id, files())
-    folder = resolve_model(Settings(model_path=source)).folder
+    folder = resolve_model(Settings.of(model_path=source)).folder
     assert set(contents(folder)) == MADE and folder.name.startswith(source.replace("/", "__"))
     publish(hub, OVERLAY, PLAIN)
     given = json.dumps({source: OVERLAY})
     assert (
-        contents(resolve_model(Settings(model_path=source, model_overlay_registry=given)).folder).keys() == PLAIN.keys()
+        contents(resolve_model(Settings.of(model_path=source, model_overlay_registry=given)).folder).keys()
+        == PLAIN.keys()
     )
     whole = publish(hub, source, PLAIN)  # its owner has converted it
-    assert resolve_model(Settings(model_path=source)).folder == whole
+    assert resolve_model(Settings.of(model_path=source)).folder == whole
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_a_built_in_overlay_serves_raw_files_unless_another_is_given(hub: Path) 
 )
 def test_a_wrong_registry_names_its_entry(text: str, kind: type[BadRequest], words: str) -> None:
     with pytest.raises(kind, match=f"^model_overlay_registry: .*{words}") as caught:
-        resolve_model(Settings(model_overlay_registry=text))  # of whatever model
+        resolve_model(Settings.of(model_overlay_registry=text))  # of whatever model
     assert type(caught.value) is kind and caught.value.param == "model_overlay_registry"
 
 
@@ -311,14 +313,14 @@ def test_an_overlay_as_the_model_path(hub: Path, tmp_path: Path) -> None:
     publish(hub, OVERLAY, whole)
     publish(hub, OVERLAY, whole | {"transformer/config.json": '{"v": 2}'}, "v2")
     got = [
-        resolve_model(Settings(model_path=path, revision=revision)).folder
+        resolve_model(Settings.of(model_path=path, revision=revision)).folder
         for path, revision in ((OVERLAY, None), (OVERLAY, "v2"), (str(write(tmp_path / "mine", whole)), None))
     ]
     assert len(set(got)) == 3 and all(set(contents(folder)) == MADE for folder in got)
     assert (got[1] / "transformer/config.json").read_text() == '{"v": 2}'
     write(tmp_path / "mine", files())
     with pytest.raises(ModelError, match=f"{MANIFEST}: source_model_id: it is needed"):
-        resolve_model(Settings(model_path=str(tmp_path / "mine")))
+        resolve_model(Settings.of(model_path=str(tmp_path / "mine")))
 
 
 def test_an_overlay_without_a_manifest_is_the_model(hub: Path, tmp_path: Path) -> None:
@@ -552,10 +554,10 @@ def test_what_a_crash_has_left_is_cleared(made: Callable[..., Path]) -> None:
 
 LOADER = """
 import json, logging, sys
-from sgld.config import Settings
+from sgld.settings import Settings
 from sgld.hub.hub import resolve_model
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-print(resolve_model(Settings(**json.loads(sys.argv[1]))).folder)
+print(resolve_model(Settings.of(**json.loads(sys.argv[1]))).folder)
 """
 
 
@@ -614,7 +616,7 @@ def test_a_build_that_is_killed_is_never_taken_for_whole(loaders: Loaders) -> No
     [left] = results()
     assert left.endswith(".tmp")
     loaders.hold.unlink()
-    folder = resolve_model(Settings(**loaders.settings)).folder
+    folder = resolve_model(Settings.of(**loaders.settings)).folder
     assert results() == [folder.name] and folder.name == left.removesuffix(".tmp")
     assert (folder / "transformer/model.safetensors").read_text() == "w" and loaders.begun() == 2
 

@@ -19,8 +19,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 from sgld import inputs
-from sgld.config import DIFFUSERS_ATTENTION_BACKENDS, TRANSFORMERS, Settings
-from sgld.convert import default_of, fields_of, shorten
+from sgld.convert import default_of, shorten
 from sgld.errors import BadRequest, ModelError, first_line
 from sgld.messages import Load
 from sgld.models.base import OpaquePipeline, Sound, Watch
@@ -32,6 +31,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.weights import read_json
 from sgld.params import ModelInfo, OutputParams, PictureRule, SamplingParams
 from sgld.platform import Platform
+from sgld.settings import DIFFUSERS_ATTENTION_BACKENDS, TRANSFORMERS, Settings, settings_fields
 
 GENERIC = {"num_inference_steps": 30, "guidance_scale": 7.5, "height": 1024, "width": 1024, "num_frames": 1}
 SETTLED = (*GENERIC, "max_sequence_length")  # those of PASSED that are never None
@@ -394,7 +394,7 @@ class Loader:
             made |= {} if part is None else {name: part}
             self._progress(i, len(self._components))
         options = {"local_files_only": True, "use_safetensors": True, "dtype": self._dtype("")}
-        trusted = self._settings.trust_remote_code
+        trusted = self._settings.model.trust_remote_code
         with _as_model_error(self._folder):
             return diffusers.DiffusionPipeline.from_pretrained(
                 self._folder, trust_remote_code=trusted, **made, **options
@@ -405,7 +405,7 @@ class Loader:
         name = self._index["_class_name"]
         files = [f"{n}/{library}.py" for n, (library, _) in self._components.items()]
         code = [f"{name[0]}.py"] * isinstance(name, list) + [f for f in files if (self._folder / f).is_file()]
-        if code and not self._settings.trust_remote_code:
+        if code and not self._settings.model.trust_remote_code:
             reason = f"this model runs code of its own ({', '.join(code)}); read it, and set this if you trust it"
             raise BadRequest(f"trust_remote_code: {reason}", "trust_remote_code")
         if code and not (file := self._folder / code[0]).is_file():
@@ -414,9 +414,9 @@ class Loader:
     def _dtype(self, name: str) -> torch.dtype:
         """The precision of a component: its own, else the one for all, else the platform's."""
         s = self._settings
-        own = {"vae": s.vae_precision} | dict.fromkeys(DENOISERS, s.dit_precision)
-        own |= dict(zip(self._encoders, s.text_encoder_precisions or (), strict=False))
-        named = own.get(name) or s.precision
+        own = {"vae": s.dtypes.vae_precision} | dict.fromkeys(DENOISERS, s.dtypes.dit_precision)
+        own |= dict(zip(self._encoders, s.dtypes.text_encoder_precisions or (), strict=False))
+        named = own.get(name) or s.dtypes.precision
         return PRECISIONS[named] if named else self._platform.dtype
 
     def _component(self, name: str) -> Any:
@@ -462,19 +462,19 @@ def _as_model_error(folder: Path) -> Iterator[None]:
 def _refuse(settings: Settings) -> None:
     """Raise `BadRequest` for a setting that nothing here would follow."""
     for name, reason in REFUSED.items():
-        if (value := getattr(settings, name)) != default_of(fields_of(Settings)[name]):
+        if (value := settings.get(name)) != default_of(settings_fields()[name]):
             raise BadRequest(f"{name}: {shorten(value)}: {reason}; leave it out", name)
-    if settings.parallel_decode:
+    if settings.memory.parallel_decode:
         path = "vae_config.use_parallel_decode"
         raise BadRequest(f"{path}: true: {REFUSED['vae_sp']}; leave it out", path)
-    if not settings.vae_config.load_encoder:
+    if not settings.memory.vae_config.load_encoder:
         path = "vae_config.load_encoder"
         raise BadRequest(f"{path}: false: a diffusers pipeline keeps its whole VAE; leave it out", path)
 
 
 def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) -> str | None:
     """Bring the pipeline to the device, or let its components come in turns; the setting that asks for these."""
-    asked = [name for name in fields_of(Settings) if name.endswith("_cpu_offload") and getattr(settings, name)]
+    asked = [name for name in settings_fields() if name.endswith("_cpu_offload") and settings.get(name)]
     if not asked:
         pipeline.to(mesh.device)
         return None
@@ -490,7 +490,7 @@ def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) ->
 
 def _set_kernel(denoisers: Mapping[str, nn.Module], settings: Settings, platform: Platform) -> None:
     """The attention kernel that is asked for. Raises `BadRequest` where it cannot run, and tells which can."""
-    given = {n: v for n in ("diffusers_attention_backend", "attention_backend") if (v := getattr(settings, n))}
+    given = {n: v for n in ("diffusers_attention_backend", "attention_backend") if (v := settings.get(n))}
     for param, name in given.items():
         if name not in KERNELS:
             allowed = ", ".join(DIFFUSERS_ATTENTION_BACKENDS)
@@ -520,15 +520,15 @@ def _use_kernel(module: Any, name: str, param: str) -> None:
 
 def _set_vae(vae: Any, settings: Settings) -> None:
     """Tiles and slices, as the VAE has them. Raises `BadRequest` where it has not."""
-    tiles = {n: v for n, v in attrs.asdict(settings.vae_config).items() if n.startswith("tile_sample_") and v}
-    if settings.tiles():
+    tiles = {n: v for n, v in attrs.asdict(settings.memory.vae_config).items() if n.startswith("tile_sample_") and v}
+    if settings.memory.tiles():
         takes = inspect.signature(vae.enable_tiling).parameters if hasattr(vae, "enable_tiling") else {}
         for name in tiles:
             if name not in takes:
                 path = f"vae_config.{name}"
                 raise BadRequest(f"{path}: {type(vae).__name__} takes no such size; leave it out", path)
         _switch(vae, "vae_tiling", "enable_tiling", tiles)
-    if settings.vae_slicing:
+    if settings.memory.vae_slicing:
         _switch(vae, "vae_slicing", "enable_slicing", {})
 
 

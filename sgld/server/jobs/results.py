@@ -18,11 +18,11 @@ import av
 from PIL import Image
 
 from sgld import media
-from sgld.config import Settings
 from sgld.errors import NotFound, OutputError
 from sgld.messages import Media
 from sgld.params import SamplingParams
 from sgld.server.jobs.job import Artifact, picture_name
+from sgld.settings import Settings
 from sgld.storage.local import PARTS, LocalStorage
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Outputs:
 
     def describe(self, params: SamplingParams) -> dict[str, Any]:
         """What a file says of its making; of components put in the place of others, the folders' names alone."""
-        folders = {name: Path(folder).name for name, folder in self.settings.component_paths.items()}
-        return media.describe(params, self.model, attrs.evolve(self.settings, component_paths=folders))
+        folders = {name: Path(folder).name for name, folder in self.settings.model.component_paths.items()}
+        return media.describe(params, self.model, self.settings.evolve(component_paths=folders))
 
     async def save(self, params: SamplingParams, result: Media, name: str, format: str) -> Artifact:
         """Encode one output into `name`, whole or not at all. Raises OutputError, whose reason is in the log."""

@@ -16,7 +16,6 @@ from typing import Any
 import anyio.to_thread
 
 from sgld import media
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import (
     BadRequest,
@@ -41,6 +40,7 @@ from sgld.server.jobs.ledger import Ledger
 from sgld.server.jobs.queue import FairQueue, QueuePosition, ThroughputEstimate
 from sgld.server.jobs.results import Outputs
 from sgld.server.jobs.webhooks import Webhooks
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
@@ -171,8 +171,10 @@ class JobStore:
                 self._release_key(before)  # its files have vanished: they are made anew
         if self.draining:
             raise NotReady("the server is stopping; try another one")
-        if len(self._queue) + len(self._admitting) >= self._settings.max_queue:
-            raise QueueFull(f"{self._settings.max_queue} jobs wait already; try again later", None, self._relief())
+        if len(self._queue) + len(self._admitting) >= self._settings.server.max_queue:
+            raise QueueFull(
+                f"{self._settings.server.max_queue} jobs wait already; try again later", None, self._relief()
+            )
         self._remember(job)
         self._admitting[job] = asyncio.Event()
         try:
@@ -438,7 +440,7 @@ class JobStore:
 
     async def _end(self, job: Job, error: SgldError | None) -> None:
         """Write a settled job's end down, then tell it."""
-        changes = job.ending(error, self._settings.job_ttl)
+        changes = job.ending(error, self._settings.server.job_ttl)
         video = job.kind == "video"
         due = self._webhooks.due(job.owner, f"video.{changes['status']}", job.id) if video else []
         await self._ledger.write_down(job, due, **changes)
@@ -503,7 +505,7 @@ class JobStore:
             for job in old:
                 self._forget(job)
                 log.info("expired", extra={"job_id": job.id})
-            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
+            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.server.job_ttl / 4)))
 
     def _remember(self, job: Job) -> None:
         self._jobs.add(job)

@@ -340,7 +340,7 @@ def test_a_folder_s_defaults_that_the_call_lacks_are_refused(twin: Callable[[str
 
 
 def test_parallel_decode_is_refused_under_either_name(twin: Callable[[str], Path]) -> None:
-    config = settings_of({"vae_config": {"use_parallel_decode": True}}).vae_config
+    config = settings_of({"vae_config": {"use_parallel_decode": True}}).memory.vae_config
     with pytest.raises(
         BadRequest, match="^vae_config.use_parallel_decode: true: a diffusers pipeline runs in one work"
     ):

@@ -16,13 +16,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.server.app import load, make_app
 from sgld.server.http.auth import Identity, Key, Keys, digest_of
 from sgld.server.jobs import results as outputs
 from sgld.server.service import SERVICE
+from sgld.settings import Settings
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
 from tests.server.jobs.test_journal import full_disk
@@ -94,7 +94,7 @@ async def start(aiohttp_server: Serve, tmp_path: Path) -> AsyncIterator[Start]:
         async def run(keys: Keys | None = None, **own: Any) -> Client:
             names = {"model_path": "model", "output_path": "out", "input_save_path": "uploads"}
             given = {option: str(tmp_path / name) for option, name in names.items()}
-            settings = Settings(**{**given, "warmup": "off", **own})
+            settings = Settings.of(**{**given, "warmup": "off", **own})
             engine = Engine(settings, WorkerGroup(1, run_faulty, patience=PATIENCE))
             app = make_app(settings, {}, engine, keys)
             server = await aiohttp_server(app)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sgld.config import Settings
 from sgld.messages import Audio, Media, SharedFrames, Timings
 from sgld.params import OutputParams
 from sgld.server.jobs.results import Outputs
+from sgld.settings import Settings
 from tests import media_files
 
 
