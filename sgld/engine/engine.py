@@ -168,7 +168,7 @@ class Engine:
                 if deaths > self.settings.worker_retries or self.state == "stopped":
                     raise
                 log.warning("%s; the output is tried again", error)
-                error.__traceback__ = None  # it holds this frame, and with it what the next try makes
+                error.__traceback__ = error.__context__ = None  # they hold `emit`, and all that it collects
 
     async def _generate(self, command: Generate, emit: Emit) -> None:
         token = CancelToken()  # a queued job holds no descriptor
