@@ -60,7 +60,7 @@ def run(words: list[str]) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises SgldError when the address cannot be had; a busy port never moves."""
+    """Open a listening socket. Raises SgldError for an address that cannot be had; a busy port never moves."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
@@ -99,7 +99,7 @@ async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> in
 
 
 async def _until_stopped(loading: asyncio.Task[None], stopping: asyncio.Event, engine: Engine) -> None:
-    """Return when asked to stop; raise what the model could not be loaded for."""
+    """Wait for the request to stop. Raise the error of a model that cannot be loaded."""
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():

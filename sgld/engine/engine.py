@@ -90,7 +90,7 @@ class Engine:
             self.adapters.register(loras, found)
         await self._remember()
         self._become_ready()
-        if self.info.backend != "sglang" and self.settings.backend == "auto":
+        if self.info.backend != "native" and self.settings.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
         if self.settings.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())

@@ -141,7 +141,7 @@ async def load(service: Service) -> None:
             log.warning("%s while it warmed up; it is tried once more", error)
             await service.engine.generate("warmup", [params], _log_progress)
         except SgldError as error:
-            if service.info.backend == "sglang":
+            if service.info.backend == "native":
                 raise
             log.warning("warmup: %s; what clients ask for may work all the same", error)  # a pipeline may want more
     service.warm = True

@@ -59,14 +59,14 @@ class Body:
     addresses: list[str] = attrs.field(factory=list)  # of pictures, once they are taken from the values
 
     def digest(self) -> str:
-        """The same for the same request, however it was written."""
+        """Return a digest that equal requests share, however they are written."""
         text = json.dumps(self.values, sort_keys=True, ensure_ascii=False)
         files = [f"{file.field} {hashlib.sha256(file.data).hexdigest()}" for file in self.files]
         return hashlib.sha256("\n".join([text, *files, *self.addresses]).encode(errors="surrogatepass")).hexdigest()
 
 
 async def read_body(request: web.Request, fields: type, *, empty: bool = False) -> Body:
-    """The body as plain values and files; a form's text is read as its field's type.
+    """Read the body as plain values and files. A form's text becomes its field's type.
 
     Raises:
         BadRequest: neither a JSON object nor a form, a field that stands twice, or a query beside the body.
@@ -93,7 +93,7 @@ def _too_many(name: str, count: int, of: str, most: int) -> BadRequest:
 
 
 def read_query(request: web.Request, cls: type[T]) -> T:
-    """The query as `cls`.
+    """Read the query as an object of `cls`.
 
     Raises:
         UnknownField: a parameter that `cls` does not have, with the nearest one.
@@ -143,7 +143,7 @@ async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any]
 
 
 def _reason(error: Exception) -> str:
-    """What aiohttp says of a body; errors that quote its bytes are told by their kind."""
+    """Format aiohttp's error about a body; name only the kind of an error that quotes its bytes."""
     if isinstance(error, HttpProcessingError):
         return type(error).__name__
     return " ".join(str(error).split()).removeprefix("400, message: ")
@@ -177,7 +177,7 @@ def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
 
 
 def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
-    """The one object of a list that is written as `a[][name]`.
+    """Return the one object of a list that is written as `a[][name]`.
 
     Of several, as OpenAI's client writes them, nobody could say which value belongs to which.
     """
@@ -210,7 +210,7 @@ def _json_text(name: str, text: str) -> Any:
 
 
 def _parse(text: str | bytes) -> Any:
-    """JSON as plain values. Raises ValueError, and BadRequest for a key that stands twice in one object."""
+    """Parse JSON. Raises ValueError, and BadRequest for a key that stands twice in one object."""
     if (text.count(",") if isinstance(text, str) else text.count(b",")) > MAX_COMMAS:
         raise ValueError(f"it has more than {MAX_COMMAS} commas")
     try:
@@ -238,7 +238,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
-    """The client libraries' `extra_body`, in case one sends it as it stands; the top level wins."""
+    """Merge `extra_body` of the client libraries into the top level, which wins."""
     merged: dict[str, Any] = {}
     for name in _EXTRAS:
         extra = values.pop(name, None)
@@ -251,7 +251,7 @@ def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], list[str]]:
-    """API fields as `cls`, the sampling values that were given, and warnings.
+    """Split a body into API fields as `cls`, the given sampling values, and warnings.
 
     Raises:
         UnknownField: a parameter neither knows, with the nearest one.
@@ -284,7 +284,7 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
 
 
 def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
-    """The names among these that a request may set, and their aliases."""
+    """List the names, and their aliases, that a request may set."""
     for fields in known:
         for name, field in fields.items():
             knob = knob_of(field)
@@ -294,7 +294,7 @@ def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
 
 @contextmanager
 def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
-    """Errors of a sampling field name the one of the body that it was read from: `n`, `size`, `seconds`."""
+    """Rename the field of an error to the body's field it was read from: `n`, `size`, `seconds`."""
     try:
         yield
     except SgldError as error:
@@ -308,7 +308,7 @@ def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
-    """Another field of the body that a sampling field was read from."""
+    """Find another field of the body that a sampling field was read from."""
     if field is None or values.get(field) is not None:
         return None
     aliases = [name for name in values if config.ALIASES.get(name) == field]
@@ -317,7 +317,7 @@ def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
 
 
 def _respell(api: dict[str, Any]) -> None:
-    """OpenAI writes seconds as text; and jpg is jpeg."""
+    """Convert OpenAI's spellings: seconds as text, and jpg for jpeg."""
     if isinstance(seconds := api.get("seconds"), str):
         api["seconds"] = config.from_text(seconds, int)
     if isinstance(format := api.get("output_format"), str):
@@ -325,14 +325,14 @@ def _respell(api: dict[str, Any]) -> None:
 
 
 def _check_fixed(key: str, value: Any) -> None:
-    """Fields of `sgld generate` that have one meaning here."""
+    """Check a field of `sgld generate` that has one value over HTTP."""
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
         raise NotBuilt(f"{key}: {shorten(value)} is not possible over HTTP, where it is always {fixed}", key)
 
 
 def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`lora`, one adapter, becomes `loras`; an adapter may be its nickname alone, and in a form it is JSON."""
+    """Convert `lora`, one adapter, to `loras`. An adapter may be its nickname alone; a form brings JSON."""
     values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
     if len(given) > 1:
         raise BadRequest("lora: loras is given too; give one of them", "lora")
@@ -350,7 +350,7 @@ def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """What JSON text says; longer than any text may be, it stays text."""
+    """Parse text that looks like JSON, unless it is longer than any text may be."""
     if isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.lstrip()[:1] in ("{", "["):
         return _json_text(name, value)
     return value
@@ -370,7 +370,7 @@ def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], list[str]]:
-    """OpenAI's words that nothing here answers to: taken, and told in a warning."""
+    """Drop OpenAI's values that have no effect here, with a warning for each."""
     warnings = []
     if (word := sampling.get("quality")) in OPENAI_QUALITIES:
         sampling = {**sampling, "quality": None}
@@ -383,7 +383,7 @@ def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], lis
 
 
 def require_prompt(sampling: Mapping[str, Any]) -> None:
-    """Every request names what to show."""
+    """Check that the request has a prompt."""
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRequest(f"prompt: {shorten(prompt)} is not a text that says what to show", "prompt")
