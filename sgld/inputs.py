@@ -81,7 +81,7 @@ def read(picture: str, mask: str | None, width: int, height: int) -> Input:
         return Input(pixels, None)
     weights = _fit(read_mask(mask, whole.size), width, height, Image.Resampling.BOX)
     if weights.max() < PAINTED:
-        raise BadRequest(f"{MASK}: {mask!r} leaves nothing to paint once it is cut to {width}x{height} pixels", MASK)
+        raise BadRequest(f"{mask!r} leaves nothing to paint once it is cut to {width}x{height} pixels", field=MASK)
     return Input(pixels, weights)
 
 
@@ -91,9 +91,9 @@ def read_mask(path: str, size: tuple[int, int]) -> Image.Image:
         mask = _changes(ImageOps.exif_transpose(image))
     if mask.size != size:
         told, wanted = ("x".join(map(str, sides)) for sides in (mask.size, size))
-        raise BadRequest(f"{MASK}: {path!r} is {told}; it must have the size of the picture, {wanted}", MASK)
+        raise BadRequest(f"{path!r} is {told}; it must have the size of the picture, {wanted}", field=MASK)
     if np.asarray(mask).max() < PAINTED:
-        raise BadRequest(f"{MASK}: {path!r} leaves nothing to paint: no pixel is transparent or white", MASK)
+        raise BadRequest(f"{path!r} leaves nothing to paint: no pixel is transparent or white", field=MASK)
     return mask
 
 
@@ -112,18 +112,18 @@ def opened(file: str | BytesIO, name: str, param: str) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         allowed = ", ".join(FORMATS).lower()
-        raise BadRequest(f"{param}: {name!r} is no picture that is taken; allowed are {allowed}", param) from None
+        raise BadRequest(f"{name!r} is no picture that is taken; allowed are {allowed}", field=param) from None
     except _BOMBS:
         raise _bomb(name, param) from None
     except FileNotFoundError:
-        raise BadRequest(f"{param}: {name!r}: no such file", param) from None
+        raise BadRequest(f"{name!r}: no such file", field=param) from None
     except _DAMAGED as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BadRequest(f"{param}: {name!r} cannot be read: {reason}", param) from None
+        raise BadRequest(f"{name!r} cannot be read: {reason}", field=param) from None
 
 
 def _bomb(name: str, param: str, size: str = "") -> TooLarge:
-    return TooLarge(f"{param}: {name!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", param)
+    return TooLarge(f"{name!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", field=param)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
