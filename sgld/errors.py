@@ -80,9 +80,13 @@ class MissingFile(BadRequest):
 
 
 class UnknownField(BadRequest):
-    """A flag, key or parameter that does not exist."""
+    """A flag, key or parameter that does not exist. `hint` names the nearest known one."""
 
     code = "unknown_parameter"
+
+    def __init__(self, reason: str, param: str | None = None, *, hint: str = ""):
+        super().__init__(reason + hint, param)
+        self.hint = hint
 
 
 class NotBuilt(BadRequest):

@@ -460,7 +460,7 @@ class Wan(NativeModel):
         if self._expands:
             return ImageConditioning(first=encode(clip_of(pictures, 1), raise_if_cancelled))
         if frames < len(pictures):
-            raise BadRequest(f"num_frames: {frames}: it is too few for {len(pictures)} pictures", "num_frames")
+            raise BadRequest(f"{frames}: it is too few for {len(pictures)} pictures", field="num_frames")
         tokens = None if self._image_encoder is None else self._image_encoder.encode(pictures)
         return ImageConditioning(
             channels_of(pictures, frames, partial(encode, raise_if_cancelled=raise_if_cancelled)), tokens=tokens

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sgld.errors import BadRequest, ModelError, NotBuilt
+from sgld.errors import BadRequest, MissingFile, ModelError, NotBuilt
 from sgld.nn.weights import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape
@@ -115,7 +115,7 @@ def find_file(path: Path) -> Path:
     if path.is_dir():
         return _only_file(path)
     if not path.is_file():
-        raise BadRequest(f"lora_path: {str(path)!r}: no such file or folder", "lora_path")
+        raise MissingFile(": no such file or folder", field="lora_path", file=str(path))
     return _safetensors(path)
 
 
@@ -209,7 +209,7 @@ def _unprefixed(layer: str) -> tuple[str, str]:
 
 
 def _bad(file: Path, reason: str) -> BadRequest:
-    return BadRequest(f"lora_path: {file.name!r} {reason}", "lora_path")
+    return BadRequest(f"{file.name!r} {reason}", field="lora_path")
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:
@@ -226,7 +226,7 @@ def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) ->
         try:
             config = read_json(config_file)
         except ModelError as error:
-            raise BadRequest(f"lora_path: {error}", "lora_path") from None
+            raise BadRequest(f"{error}", field="lora_path") from None
     _check_kind(file, config)
     named = {name: metadata[name] for name in ("lora_alpha", "network_alpha", "alpha") if name in metadata}
     if config.get("lora_alpha") is not None:
@@ -254,8 +254,8 @@ def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         parts.setdefault(component, {})[name] = value
     if len({json.dumps(_alpha_keys(part), sort_keys=True) for part in parts.values()}) > 1:
         raise NotBuilt(
-            f"lora_path: {file.name!r} has other alphas for each transformer; save each in a file of its own",
-            "lora_path",
+            f"{file.name!r} has other alphas for each transformer; save each in a file of its own",
+            field="lora_path",
         )
     return next(iter(parts.values()), {})
 
@@ -267,11 +267,11 @@ def _alpha_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise NotBuilt(f"lora_path: {file.name!r} is a {kind} adapter; only LoRA and DoRA are built", "lora_path")
+        raise NotBuilt(f"{file.name!r} is a {kind} adapter; only LoRA and DoRA are built", field="lora_path")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         reason = f"was started with {start!r}, which changes the model's own weights; convert it to a plain LoRA"
-        raise NotBuilt(f"lora_path: {file.name!r} {reason}", "lora_path")
+        raise NotBuilt(f"{file.name!r} {reason}", field="lora_path")
 
 
 def _check_pattern(file: Path, pattern: str) -> None:

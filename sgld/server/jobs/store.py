@@ -531,7 +531,7 @@ class JobStore:
     def _repeated(self, job: Job) -> Job | None:
         before = self._repeats.get((job.owner, job.idempotency_key)) if job.idempotency_key is not None else None
         if before is not None and before.digest != job.digest:
-            raise BadRequest("Idempotency-Key: it came before with another request; take a new one", "Idempotency-Key")
+            raise BadRequest("it came before with another request; take a new one", field="Idempotency-Key")
         return before
 
     def _enqueue(self, job: Job) -> None:
