@@ -15,12 +15,12 @@ from sgld.convert import (
     fields_of,
     knob,
     knob_of,
-    plain,
     refuse_unbuilt,
     shorten,
     structure,
     type_name,
     unbuilt,
+    unstructure,
 )
 from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 
@@ -153,7 +153,7 @@ def test_types_and_ranges_in_words(name: str, type_told: str, range_told: str) -
 
 def test_plain_values_survive_the_way_there_and_back() -> None:
     made = structure({"inner": {"side": 9}, "seed": [1], "extra": {"a": (1,)}}, Knobs)
-    assert structure(plain(made), Knobs) == attrs.evolve(made, extra={"a": [1]})
+    assert structure(unstructure(made), Knobs) == attrs.evolve(made, extra={"a": [1]})
 
 
 class Barely(list[Any]):

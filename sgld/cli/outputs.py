@@ -15,7 +15,7 @@ import attrs
 
 from sgld import __version__, inputs, media
 from sgld.cli.plan import Plan
-from sgld.convert import plain, structure
+from sgld.convert import structure, unstructure
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Media
 from sgld.params import ModelInfo, OutputParams, OutputSpec, SamplingParams
@@ -217,5 +217,5 @@ def _performance(saved: Saved) -> dict[str, Any]:
         "stages_ms": saved.stages_ms,
         "steps_ms": timings.steps_ms,
         "peak_memory_bytes": timings.peak_memory_bytes,
-        "params": plain(saved.output.params),
+        "params": unstructure(saved.output.params),
     }

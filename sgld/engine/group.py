@@ -154,7 +154,7 @@ class WorkerGroup:
         self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
-        if isinstance(command, Generate) and not command.params.loras:
+        if isinstance(command, Generate) and not all(item.params.loras for item in command.items):
             self._set_again()
             if self._missing:
                 raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")

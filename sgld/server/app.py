@@ -30,6 +30,7 @@ from sgld.server.jobs.results import Outputs
 from sgld.server.jobs.store import JobStore
 from sgld.server.jobs.webhooks import Webhooks
 from sgld.server.routes import images, info, lora, openapi, videos, webhooks
+from sgld.server.routes.openapi import DOCUMENT, DocumentCache
 from sgld.server.routes.webhooks import WEBHOOKS
 from sgld.server.service import SERVICE, Service
 from sgld.storage.local import LocalResultStore
@@ -60,7 +61,7 @@ def make_app(
     results = store.root if _keeps_journal(settings) else None
     kept = uploads.folder(user_path(settings.input_save_path, "input_save_path"), results)
     jobs = JobStore(engine, Outputs(store, model, settings), kept, settings, app[METRICS], app[WEBHOOKS])
-    app[RESULTS] = store
+    app[RESULTS], app[DOCUMENT] = store, DocumentCache()
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
@@ -137,10 +138,10 @@ async def load(service: Service) -> None:
         small = {"prompt": WARMUP_PROMPT, "seed": 0, "num_inference_steps": 1, "num_frames": 1}
         params = resolve({**service.sampling, **small}, service.info).params
         try:
-            await service.engine.generate("warmup", params, _log_progress)
+            await service.engine.generate("warmup", [params], _log_progress)
         except WorkerDied as error:
             log.warning("%s while it warmed up; it is tried once more", error)
-            await service.engine.generate("warmup", params, _log_progress)
+            await service.engine.generate("warmup", [params], _log_progress)
         except SgldError as error:
             if service.info.backend == "sglang":
                 raise

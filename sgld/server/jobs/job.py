@@ -248,10 +248,10 @@ class Job:
 
     # What a rank says
 
-    def advance(self, event: Progress, index: int) -> None:
-        """Take a stage's step for output `index`."""
+    def advance(self, event: Progress) -> None:
+        """Take the step of an output's stage."""
         percent = self.spec.percent(event.stage, event.step, event.total)
-        self.progress = max(self.progress, min(int((100 * index + percent) / len(self.seeds)), 99))
+        self.progress = max(self.progress, min(int((100 * event.item + percent) / len(self.seeds)), 99))
         self.stage, self.step, self.total = event.stage, event.step, event.total
 
     def file_names(self) -> list[str]:
