@@ -90,9 +90,9 @@ class Stop:
 
 @attrs.frozen
 class SetLora:
-    """Let these adapters hold from now on, in every component that they are for, in place of those that held there.
+    """Replace the adapters of every component that `loras` target. The answer is a `LoraState` of these components.
 
-    Their paths are files or folders of this machine.
+    Paths are files or folders of this machine.
     """
 
     loras: tuple[LoraUse, ...]
@@ -100,26 +100,13 @@ class SetLora:
 
 
 @attrs.frozen
-class MergeLora:
-    """Let the adapters that were last set for `target` hold again, each with this strength."""
-
-    target: str = "all"
-    strength: float = 1.0
-
-
-@attrs.frozen
 class UnmergeLora:
-    """Take the adapters of `target` away; they are still known to `MergeLora`."""
+    """Take the adapters of `target` away. The answer is an empty `LoraState`."""
 
     target: str = "all"
 
 
-@attrs.frozen
-class ListLoras:
-    """Tell what holds."""
-
-
-LoraCommand = SetLora | MergeLora | UnmergeLora | ListLoras
+LoraCommand = SetLora | UnmergeLora
 Command = Load | Generate | LoraCommand
 
 
@@ -128,21 +115,14 @@ class LoraPart:
     """The adapters that were last set for one component, which is their target."""
 
     loras: tuple[LoraUse, ...]
-    merge_mode: MergeMode  # as it was asked for
+    merge_mode: MergeMode  # as requested
     applied: MergeMode | None  # merge or dynamic; None: they were taken away
     skipped: int = 0  # keys that fit no layer
-
-    def commands(self) -> list[LoraCommand]:
-        """What brings ranks that have just loaded the model to this."""
-        found: list[LoraCommand] = [SetLora(self.loras, self.merge_mode)]
-        if self.applied is None:
-            found.append(UnmergeLora(self.loras[0].target))
-        return found
 
 
 @attrs.frozen
 class LoraState:
-    """What holds for requests without adapters of their own; the answer to every LoRA command."""
+    """The adapters for requests without adapters of their own."""
 
     parts: dict[str, LoraPart] = attrs.field(factory=dict)  # by component
 
