@@ -149,7 +149,7 @@ class WorkerGroup:
         self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
-        if isinstance(command, Generate) and not command.params.loras and self.catch_up():
+        if _needs_configured(command) and self.catch_up():
             raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
         return self._call(command, emit, token)
 
@@ -280,6 +280,11 @@ class WorkerGroup:
         except BaseException:  # some have not: their answers must not meet the next command
             self.kill()
             raise
+
+
+def _needs_configured(command: Command) -> bool:
+    """Return true when an output of `command` brings no adapters of its own."""
+    return isinstance(command, Generate) and not all(item.params.loras for item in command.items)
 
 
 class _GroupLost(Exception):

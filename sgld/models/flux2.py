@@ -21,8 +21,8 @@ from torch import Generator, Tensor, nn
 from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader
 from sgld.models.flux2_text import READERS, PromptEncoder
 from sgld.models.flux2_vae import flux2_autoencoder
 from sgld.nn.attention import Backend
@@ -33,7 +33,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -367,12 +367,12 @@ class Flux2(NativeModel):
         """Of classifier-free guidance."""
         return (params.true_cfg_scale or 1.0) if self._config.guidance_embeds else params.guidance_scale
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         takes_pictures = self.parts.settings.vae_config.load_encoder
-        return self.describe(
+        return self.model_info(
             kind="image",
             defaults=self._defaults,
             size_multiple=self._vae.multiple,
@@ -381,9 +381,7 @@ class Flux2(NativeModel):
             tasks=("text-to-image", "image-to-image")[: 1 + takes_pictures],
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
-            max_pictures=MAX_PICTURES * takes_pictures,
-            starts_from_picture=False,
-            enlarges_picture=False,
+            pictures=PictureRule(max=MAX_PICTURES * takes_pictures, starts_denoising=False, may_enlarge=False),
         )
 
     def _memory(self) -> Memory:

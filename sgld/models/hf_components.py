@@ -18,8 +18,9 @@ from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError
 from sgld.models.components import ComponentLoader
 from sgld.models.vae import Tiling, join_tiles, levels
+from sgld.nn.formats import Source
 from sgld.nn.parallel import Axis
-from sgld.nn.weights import Source, listed, read_json
+from sgld.nn.weights import listed, read_json
 from sgld.params import SamplingParams
 
 # ------------------------------------------------------------------------------------------------ text encoders
@@ -46,6 +47,17 @@ def tokenizer(parts: ComponentLoader, name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the bindings raise nothing narrower
         raise ModelError(f"{folder}: cannot be read: {_first_line(error)}") from None
+
+
+def tokenize(tokenizer: Any, prompt: str, length: int) -> tuple[Tensor, int]:
+    """Tokenize once: token ids [1, length], cut or padded as the tokenizer does, and how many the prompt has."""
+    ids = tokenizer(prompt).input_ids
+    count = len(ids)
+    if count > length:
+        end = ids[-1:] if ids[-1] == tokenizer.eos_token_id else []
+        ids = ids[: length - len(end)] + end
+    padded = tokenizer.pad({"input_ids": [ids]}, padding="max_length", max_length=length, return_tensors="pt")
+    return padded.input_ids, count
 
 
 @attrs.frozen

@@ -21,8 +21,8 @@ from torch import Generator, Tensor, nn
 from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_NORMALIZATION, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_NORMALIZATION, ComponentLoader
 from sgld.models.hf_components import text_encoder, tokenizer
 from sgld.models.vae import CHUNK_PIXELS, Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
@@ -33,7 +33,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams, near
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams, near
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -342,7 +342,7 @@ class QwenImage(NativeModel):
             raise_if_cancelled()
             latents.append(self._latents(picture))
         positive, negative = [self._tell(text, latents, params) for text, _, _ in read] + [None] * (2 - len(read))
-        counts = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
+        counts: dict[str, Any] = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
         return Conditioning(positive, negative, **counts), notes + (self.unguided(params) if negative is None else [])
 
     def _latents(self, picture: Image) -> Tensor:
@@ -394,7 +394,7 @@ class QwenImage(NativeModel):
         guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack(guided, positive.shape[-2:])
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x, raise_if_cancelled)
 
     def _grid(self, params: SamplingParams) -> tuple[int, int]:
@@ -405,16 +405,18 @@ class QwenImage(NativeModel):
     def _describe(self) -> ModelInfo:
         form = self._form
         edits = "image-to-image" if self._takes_pictures else None
-        return self.describe(
+        return self.model_info(
             kind="image",
             defaults=self._defaults,
             size_multiple=PATCH * self._vae.spatial,
             frame_multiple=1,
-            max_pictures=form.most or int(self._takes_pictures),
-            min_pictures=int(form.most > 0),
-            starts_from_picture=form.most == 0,
-            shape_from=-1,
-            picture_multiple=PICTURE_MULTIPLE if form.most else None,
+            pictures=PictureRule(
+                min=int(form.most > 0),
+                max=form.most or int(self._takes_pictures),
+                starts_denoising=form.most == 0,
+                shape_from=-1,
+                multiple=PICTURE_MULTIPLE if form.most else None,
+            ),
             unsupported=NO_NORMALIZATION,
             tasks=tuple(filter(None, (None if form.most else "text-to-image", edits))),
             max_tokens=MAX_TOKENS,

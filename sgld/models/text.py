@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.blocks import gelu_tanh
+from sgld.nn.formats import WHOLE, Share
 from sgld.nn.parallel import Axis
-from sgld.nn.weights import WHOLE, Keeper, Share, load_module, pick, read_json
+from sgld.nn.weights import Keeper, load_module, pick, read_json
 
 
 def clean(text: str) -> str:

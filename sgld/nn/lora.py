@@ -21,7 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from sgld.errors import BadRequest, NotBuilt
-from sgld.nn.lora_formats import Adapter, Delta, Fitted, Renames, config_file, find_file, fit, read_adapter
+from sgld.nn.lora_files import config_file, find_file
+from sgld.nn.lora_formats import Adapter, Delta, Fitted, Renames, fit, read_adapter
 
 Mode = Literal["auto", "merge", "dynamic"]
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)

@@ -42,17 +42,19 @@ class FaultyFamily(DiffusionModel):
         self.mesh = mesh
         self.fault: dict[str, Any] = {}
         self.step = 0
+        self.decodings = 0
         self.num_frames = 0
 
     def encode(
         self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         self.fault = json.loads(params.prompt)
-        self.step = 0
+        self.decodings = 0
         self.num_frames = params.num_frames
         return Conditioning(params), []
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
+        self.step = 0
         return torch.randn(1, 4, 2, 2, 2, generator=generator)
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
@@ -84,6 +86,9 @@ class FaultyFamily(DiffusionModel):
     def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         if self.mesh.rank != 0:
             return torch.empty(0, dtype=torch.uint8)
+        self.decodings += 1
+        if self.fault.get("decode") == self.decodings:
+            self._fail(self.fault["fault"])
         for _ in range(int(100 * self.fault.get("decode_s", 0))):
             raise_if_cancelled()
             time.sleep(0.01)

@@ -19,19 +19,17 @@ from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import WorkerDied
 from sgld.messages import Event, Frames, Preview, Progress
-from sgld.params import SamplingParams, resolve
+from sgld.params import OutputParams
+from sgld.resolve import resolve
+from tests.engine.outputs import generate_one, ignore
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 1, "num_inference_steps": 4, "seed": 3}
 
 
-def asked(engine: Engine) -> SamplingParams:
+def asked(engine: Engine) -> OutputParams:
     assert engine.info is not None
-    return resolve(REQUEST, engine.info)[0]
-
-
-def ignore(_: Event) -> None:
-    pass
+    return resolve(REQUEST, engine.info).params
 
 
 def kill_at(engine: Engine, stage: str, step: int, rank: int) -> Callable[[Event], None]:
@@ -57,7 +55,7 @@ async def engine() -> AsyncIterator[Engine]:
 
 
 async def made(engine: Engine, follow: Callable[[Event], None] = ignore) -> Frames:
-    return (await engine.generate("job", asked(engine), follow)).frames.array.copy()
+    return (await generate_one(engine, "job", asked(engine), follow)).frames.array.copy()
 
 
 @pytest.mark.parametrize(("stage", "step", "rank"), [
@@ -93,7 +91,7 @@ async def test_nothing_is_left_of_the_killed(engine: Engine, tmp_path: Path, mon
 async def test_a_cancel_while_both_decode(engine: Engine) -> None:
     """Which they share; a long clip, so that it comes in time."""
     assert engine.info is not None
-    clip = resolve(REQUEST | {"num_frames": 33, "num_inference_steps": 1}, engine.info)[0]
+    clip = resolve(REQUEST | {"num_frames": 33, "num_inference_steps": 1}, engine.info).params
     ended: list[float] = []
 
     def cancel(event: Event) -> None:
@@ -103,7 +101,7 @@ async def test_a_cancel_while_both_decode(engine: Engine) -> None:
             ended.append(event.step)
 
     pids = engine.status.pids
-    job = asyncio.ensure_future(engine.generate("job", clip, cancel))
+    job = asyncio.ensure_future(engine.generate("job", [clip], cancel))
     with pytest.raises(asyncio.CancelledError):
         await job
     assert not ended, "it came too late"
@@ -122,7 +120,7 @@ async def test_previews_that_both_decode(engine: Engine) -> None:
             if isinstance(event, Preview):
                 found.append(event.frames.array.astype(int))
 
-        await engine.generate("job", asked(engine), follow, 2)
+        await engine.generate("job", [asked(engine)], follow, 2)
         return found
 
     async with Engine(Settings()) as single:
@@ -143,7 +141,7 @@ async def test_a_job_that_always_kills_fails_in_the_end() -> None:
                 os.kill(engine.status.pids[0], signal.SIGKILL)
 
         with pytest.raises(WorkerDied):
-            await engine.generate("job", asked(engine), kill_always)
+            await engine.generate("job", [asked(engine)], kill_always)
         assert engine.status.restarts == 2
         await made(engine)
 

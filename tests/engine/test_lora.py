@@ -25,8 +25,10 @@ from sgld.engine.engine import Engine
 from sgld.engine.lora import LoraPlan, LoraRegistry, NamedAdapter, at_start, resolve_adapter
 from sgld.errors import BadRequest, NotReady, SgldError
 from sgld.messages import Frames, LoraPart, LoraState, Note, SetLora
-from sgld.params import LoraUse, resolve
+from sgld.params import LoraUse
+from sgld.resolve import resolve
 from tests.adapters import write_adapter
+from tests.engine.outputs import generate_one
 from tools import tiny
 
 PROMPT = "a red circle on a blue background"
@@ -60,8 +62,9 @@ class Studio:
         assert self.engine.info is not None
         found = await self.engine.adapters.resolve(loras, "loras", local=True)
         given = {"prompt": PROMPT, "num_frames": 1, "num_inference_steps": 3, "loras": found}
-        params, _ = resolve(given, self.engine.info)
-        return (await self.engine.generate("picture", attrs.evolve(params, seed=3), self._hear)).frames.array.copy()
+        params = resolve(given, self.engine.info).params
+        made = await generate_one(self.engine, "picture", attrs.evolve(params, seed=3), self._hear)
+        return made.frames.array.copy()
 
     def _hear(self, event: Any) -> None:
         if isinstance(event, Note):

@@ -30,7 +30,7 @@ from sgld.nn.attention import BACKENDS
 from sgld.nn.lora import LoraLayers
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import read_json
-from sgld.params import ModelInfo, SamplingParams
+from sgld.params import ModelInfo, OutputParams, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 GENERIC = {"num_inference_steps": 30, "guidance_scale": 7.5, "height": 1024, "width": 1024, "num_frames": 1}
@@ -125,10 +125,7 @@ class Pipeline(OpaquePipeline):
             components=tuple(name for name, part in self._pipeline.components.items() if part is not None),
             unsupported=unsupported,
             tasks=tuple(f"{source}-to-{kind}" for source in sources),
-            min_pictures=needed,
-            max_pictures=most,
-            starts_from_picture="strength" in self._call,
-            takes_picture_size=self._sized,
+            pictures=PictureRule(needed, most, starts_denoising="strength" in self._call, sets_size=self._sized),
             audio="audio_latents" in self._call,
             lora_targets=tuple(self.lora),
             backend="diffusers",
@@ -215,14 +212,13 @@ class Pipeline(OpaquePipeline):
     # -------------------------------------------------------------------------------------------- what it makes
 
     @torch.no_grad()
-    def make(self, params: SamplingParams, watch: Watch) -> tuple[Tensor, Sound | None]:
+    def make(self, params: OutputParams, watch: Watch) -> tuple[Tensor, Sound | None]:
         """One output. A cancel is heard whenever the denoiser is called, and at the end of each step.
 
         Raises:
             BadRequest: what the call does not take, or refuses before it denoises.
             ModelError: an output that is no picture.
         """
-        assert isinstance(params.seed, int)
         given = self._arguments(params, watch)
         torch.manual_seed(params.seed)  # for what a pipeline draws without the generator
         generator = torch.Generator("cpu").manual_seed(params.seed)
@@ -275,7 +271,7 @@ class Pipeline(OpaquePipeline):
         """`image` and `mask_image`: cut to the size where the output starts from the picture, else as they are."""
         if not params.image_path:
             return {}
-        if self.info.starts_from_picture and self._sized:
+        if self.info.pictures.starts_denoising and self._sized:
             source = inputs.read(params.image_path[0], params.mask_path, params.width, params.height)
             mask = None if source.mask is None else fromarray(source.mask)
             return {"image": fromarray(source.picture), "mask_image": mask}

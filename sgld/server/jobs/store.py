@@ -29,7 +29,7 @@ from sgld.errors import (
     WorkerDied,
 )
 from sgld.log import job_context
-from sgld.messages import Event, Media, Note, Preview, Progress
+from sgld.messages import Event, Media, Note, OutputReady, Preview, Progress
 from sgld.server.http.auth import Identity, may_see
 from sgld.server.http.errors import INTERNAL
 from sgld.server.http.metrics import Metrics
@@ -44,7 +44,7 @@ from sgld.server.jobs.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
-SAVING = 2  # outputs that may be written while the next one is made
+SAVING = 2  # outputs that are written at once
 SWEEP_S = 30.0
 AGED_S = 1.0
 
@@ -347,50 +347,46 @@ class JobStore:
     async def _generate(
         self, job: Job, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
     ) -> None:
-        started, names = time.monotonic(), job.file_names()
-        for index, params in enumerate(job.params.outputs()):
+        def emit(event: Event) -> None:
+            self._hear(job, event, saves, previews)
 
-            def emit(event: Event, index: int = index) -> None:
-                self._hear(job, event, index, previews)
-
-            await self._saving.acquire()
-            try:
-                result = await self._engine.generate(job.id, params, emit, job.previews)
-            except BaseException:
-                self._saving.release()
-                raise
-            self._metrics.stages(result.timings)
-            job.prompt_tokens = result.tokens.prompt  # one prompt for all outputs
-            job.output_tokens += result.tokens.latent
-            saves.append(self._spawn(self._save(job, index, names[index], result)))
-            saves[-1].add_done_callback(partial(_stop_if_lost, job))
+        async with self._saving:  # while the outputs of jobs before it wait for the disk, none are added
+            started = time.monotonic()
+        await self._engine.generate(job.id, job.outputs, emit, job.previews)
         self._pace.learn(job.cost, time.monotonic() - started)
 
-    async def _save(self, job: Job, index: int, name: str, result: Media) -> Artifact:
-        try:
+    async def _save(self, job: Job, index: int, result: Media) -> Artifact:
+        async with self._saving:
             began = time.monotonic()
-            artifact = await self.outputs.save(job.params.outputs()[index], result, name, job.output_format)
+            name, params = job.file_names()[index], job.outputs[index]
+            artifact = await self.outputs.save(params, result, name, job.output_format)
             self._metrics.saved("local", time.monotonic() - began)
             return artifact
-        finally:
-            self._saving.release()
 
-    def _hear(self, job: Job, event: Event, index: int, previews: list[asyncio.Task[None]]) -> None:
+    def _hear(
+        self, job: Job, event: Event, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
+    ) -> None:
         """A rank's event on the loop."""
         if job.settled:
             return
         if job.status == "queued":
             self._begin(job)
-        if isinstance(event, Note):
+        if isinstance(event, OutputReady):
+            self._metrics.stages(event.media.timings)
+            job.prompt_tokens = event.media.tokens.prompt  # one prompt for all outputs
+            job.output_tokens += event.media.tokens.latent
+            saves.append(self._spawn(self._save(job, event.item, event.media)))
+            saves[-1].add_done_callback(partial(_stop_if_lost, job))
+        elif isinstance(event, Note):
             if event.text not in job.notes:  # each output tells it
                 job.notes = (*job.notes, event.text)
         elif isinstance(event, Preview):
-            previews.append(self._spawn(self._show(job, event, index, previews[-1:])))
-        elif isinstance(event, Progress) and event.stage in job.SHARE:
-            job.advance(event, index)
+            previews.append(self._spawn(self._show(job, event, previews[-1:])))
+        elif isinstance(event, Progress) and event.stage in job.spec.stages:
+            job.advance(event)
             job.publish("progress", self.state(job))
 
-    async def _show(self, job: Job, preview: Preview, index: int, before: list[asyncio.Task[None]]) -> None:
+    async def _show(self, job: Job, preview: Preview, before: list[asyncio.Task[None]]) -> None:
         """Publish a preview as a picture of the job's format (a video's as webp), after those before it."""
         format = job.output_format if job.kind == "image" else "webp"
         quality = media.file_quality(format, job.params.output_quality, job.params.output_compression)
@@ -402,7 +398,7 @@ class JobStore:
         if before:
             await asyncio.wait(before)
         if not job.ended:
-            shown = {"index": preview.index, "output": index, "format": format, "b64_json": picture}
+            shown = {"index": preview.index, "output": preview.item, "format": format, "b64_json": picture}
             job.publish("preview", {**self.state(job), **shown})
 
     async def _finish(

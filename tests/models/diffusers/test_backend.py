@@ -26,8 +26,8 @@ from sgld.models.diffusers.backend import Pipeline
 from sgld.nn.lora import WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext, Stopped
 from sgld.worker.sampler import sample
 from tests.models.parity import Request, apart, levels, make, photo, picture, quiet, theirs, write_lora
@@ -85,7 +85,7 @@ class Heard:
 
 def heard(model: Pipeline, request: Request, cancel_in: str | None = None) -> Heard:
     """Make one output as a worker does; a cancel comes once its hook has told of that stage."""
-    params, _ = resolve(request, model.info)
+    params = resolve(request, model.info).params
     ours, theirs = Pipe()
     with ours, theirs:
         context = RunContext("job", Mesh.solo(), theirs)
@@ -138,7 +138,7 @@ def test_what_it_says_of_itself(ovis: Pipeline) -> None:
         "num_inference_steps": 50, "guidance_scale": 5.0, "height": 1024, "width": 1024, "negative_prompt": "",
         "max_sequence_length": 256,
     }  # fmt: skip
-    assert (info.size_multiple, info.max_pictures, info.memory) == (16, 0, None)
+    assert (info.size_multiple, info.pictures.max, info.memory) == (16, 0, None)
     assert set(info.components) == {"vae", "text_encoder", "tokenizer", "transformer", "scheduler"}
 
 
@@ -185,7 +185,7 @@ def test_several_pictures_are_looked_at(twin: Callable[[str], Path], tmp_path: P
     expected = theirs(reference, request | {"image": pictures})
     assert apart(picture(model, request | {"image_path": files}), expected) == 0
     assert apart(picture(model, request), expected) > 20
-    assert (model.info.min_pictures, model.info.tasks) == (0, ("text-to-image", "image-to-image"))
+    assert (model.info.pictures.min, model.info.tasks) == (0, ("text-to-image", "image-to-image"))
     assert "guidance_scale" not in model.info.unsupported and "strength" in model.info.unsupported
 
 
@@ -218,7 +218,7 @@ def test_a_picture_to_start_from(tmp_path: Path) -> None:
 
     folder = stable_diffusion.make(tmp_path / "model", "StableDiffusionImg2ImgPipeline")
     model, file = pipeline(folder), str(photo(tmp_path / "a.png", 48, 32))
-    assert (model.info.min_pictures, model.info.max_pictures, model.info.tasks) == (1, 1, ("image-to-image",))
+    assert (model.info.pictures.min, model.info.pictures.max, model.info.tasks) == (1, 1, ("image-to-image",))
     request = {name: value for name, value in REQUEST.items() if name not in ("height", "width")}
     request |= {"num_inference_steps": 4, "strength": 0.75}
     reference = quiet(StableDiffusionImg2ImgPipeline.from_pretrained(folder))
