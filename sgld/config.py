@@ -165,6 +165,13 @@ class Settings:
     worker_retries: int = knob(
         0, "times that an output is tried again when a worker dies under it", group=PARALLEL, min=0, max=10
     )
+    worker_start: str = knob(
+        "forkserver",
+        "start workers by forking a process that has imported torch once, or each as a new interpreter",
+        group=PARALLEL,
+        choices=("forkserver", "spawn"),
+        env="SGLANG_DIFFUSION_WORKER_START",
+    )
     dist_timeout: int = knob(3600, "seconds until a collective gives up", group=PARALLEL, min=1)
     nnodes: int = knob(1, "machines that share the workers evenly", group=PARALLEL, min=1, max=1024)
     node_rank: int = knob(

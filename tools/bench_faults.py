@@ -46,7 +46,7 @@ class Killer:
     """Kills that worker once, at the start of that stage."""
 
     def __init__(self, engine: Engine, stage: str, rank: int):
-        self._victim = engine.group.pids[rank]
+        self._victim = engine.status.pids[rank]
         self._stage = stage
         self.killed_at: float | None = None
 
@@ -61,7 +61,7 @@ class Killer:
 
 async def one_kill(engine: Engine, params: OutputParams, stage: str, rank: int) -> tuple[float, bytes]:
     """Seconds from the kill until the workers hold the model again, and the frames of the job that was hit."""
-    killer, restarts = Killer(engine, stage, rank), engine.group.restarts
+    killer, restarts = Killer(engine, stage, rank), engine.status.restarts
     hit = asyncio.create_task(frames_of(engine, "hit", params, killer))
     behind = asyncio.create_task(frames_of(engine, "behind", params, _ignore))
     if stage == "idle":
@@ -70,7 +70,7 @@ async def one_kill(engine: Engine, params: OutputParams, stage: str, rank: int) 
         await until(lambda: engine.state == "restarting")
     else:
         await until(lambda: killer.killed_at is not None)
-    await until(lambda: engine.group.restarts > restarts and engine.state == "ready" and len(engine.group.pids) > 0)
+    await until(lambda: engine.status.restarts > restarts and engine.state == "ready" and len(engine.status.pids) > 0)
     assert killer.killed_at is not None
     seconds = time.perf_counter() - killer.killed_at
     frames = await hit

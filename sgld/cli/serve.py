@@ -52,6 +52,9 @@ def run(words: list[str]) -> int:
             for flag in ignored(layer):
                 logger.warning("%s: ignored; only node 0 runs the HTTP server", flag)
             return follow(settings)
+        from sgld.engine.forkserver import prepare
+
+        prepare(settings.worker_start)
         from sgld.server.http.auth import check_exposure, load_keys
 
         keys = load_keys(settings)
