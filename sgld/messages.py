@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgld.config import Settings
+from sgld.errors import SgldError
 from sgld.params import LoraUse, OutputParams
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
@@ -193,11 +194,9 @@ class Done:
 
 @attrs.frozen
 class Failed:
-    """The command failed with a typed error (see `errors.from_code`)."""
+    """The command failed with an error; `trace` is its traceback on the rank."""
 
-    code: str
-    message: str
-    param: str | None = None
+    error: SgldError
     trace: str = ""
 
 

@@ -109,7 +109,7 @@ class Engine:
             self.adapters.register(loras, found)
         await self.adapters.save()
         self._become_ready()
-        if self.info.backend != "sglang" and self.settings.backend == "auto":
+        if self.info.backend != "native" and self.settings.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
         if self.settings.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
@@ -178,7 +178,7 @@ class Engine:
                 if deaths > self.settings.worker_retries or self.state == "stopped":
                     raise
                 log.warning("%s; the output is tried again", error)
-                error.__traceback__ = None  # it holds this frame, and with it what the next try makes
+                error.__traceback__ = error.__context__ = None  # they hold `emit`, and all that it collects
 
     async def _generate(self, command: Generate, emit: Emit) -> None:
         token = CancelToken()  # a queued job holds no descriptor

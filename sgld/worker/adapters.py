@@ -95,7 +95,7 @@ class Adapters:
         try:
             return self._fit(loras, "auto")
         except BadRequest as error:
-            raise BadRequest(f"loras{error.message.removeprefix(str(error.param))}", "loras") from None
+            raise error.renamed("loras") from None
 
     def _fit(self, loras: Sequence[LoraUse], merge_mode: MergeMode) -> Configuration:
         """Read adapters and fit them to the components they target."""
@@ -126,7 +126,7 @@ class Adapters:
         if keys and lora.strict:
             listed = ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
             reason = f"holds {len(keys)} keys for parts that this model has not: {listed}"
-            raise BadRequest(f"lora_path: {adapter.file.name!r} {reason}", "lora_path")
+            raise BadRequest(f"{adapter.file.name!r} {reason}", field="lora_path")
         return keys
 
     def _components(self, lora: LoraUse, adapter: Adapter) -> list[str]:
@@ -135,7 +135,7 @@ class Adapters:
             return [lora.target]
         found = [name for name in self._layers if adapter.has(name)]
         if not found:
-            raise BadRequest(f"lora_path: {adapter.file.name!r} holds nothing for this model", "lora_path")
+            raise BadRequest(f"{adapter.file.name!r} holds nothing for this model", field="lora_path")
         return found
 
     def _configure(self, wanted: Configuration) -> None:

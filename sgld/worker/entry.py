@@ -178,10 +178,10 @@ def _failed(error: Exception, *, out_of_memory: bool = False) -> Failed:
     trace = "".join(traceback.format_exception(error))
     if out_of_memory:
         hint = "ask for fewer frames, a smaller size, or more workers"
-        return Failed(OutOfMemory.code, f"out of memory: {hint} ({first_line(error)})", None, trace)
+        return Failed(OutOfMemory(f"out of memory: {hint} ({first_line(error)})"), trace)
     if isinstance(error, SgldError):
-        return Failed(error.code, error.message, error.param, trace)
-    return Failed(SgldError.code, f"{type(error).__name__}: {first_line(error)}", None, trace)
+        return Failed(error, trace)
+    return Failed(SgldError(f"{type(error).__name__}: {first_line(error)}"), trace)
 
 
 def preload() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sgld.errors import ModelError
 from sgld.messages import Load, RankAssignment, SharedFrames
 from sgld.models.base import Conditioning, DiffusionModel
 from sgld.nn.parallel import Mesh
+from sgld.nn.runner import StepContext
 from sgld.params import ModelInfo, SamplingParams
 from sgld.worker.entry import prepare_process, serve
 
@@ -39,7 +41,7 @@ class FaultyFamily(DiffusionModel):
     scheduler = SCHEDULER
 
     def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+        self.parts = SimpleNamespace(mesh=mesh)  # type: ignore[assignment]
         self.fault: dict[str, Any] = {}
         self.step = 0
         self.decodings = 0
@@ -60,13 +62,18 @@ class FaultyFamily(DiffusionModel):
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         return 1.0
 
-    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+    def velocities(
+        self, x: Tensor, t: Tensor, condition: Any, step: StepContext | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         self.step += 1
         time.sleep(self.fault.get("step_s", 0.0))
         if self.fault.get("step") == self.step and self.fault.get("rank", self.mesh.rank) == self.mesh.rank:
             self._fail(self.fault["fault"])
         self.mesh.all.gather(x, 0)  # a collective: peers wait here for a rank that failed alone
         return torch.zeros_like(x), None
+
+    def after_output(self) -> None:
+        """Nothing is offloaded."""
 
     def _fail(self, fault: str) -> None:
         if fault == "raise":

@@ -156,7 +156,7 @@ def test_a_folder_s_own_defaults_stand_above(twin: Callable[[str], Path], tmp_pa
 def test_a_native_family_is_the_same_either_way(
     twin: Callable[[str], Path], name: str, request_: dict[str, Any]
 ) -> None:
-    native, forced = (picture(load(twin(name), backend=b), request_) for b in ("sglang", "diffusers"))
+    native, forced = (picture(load(twin(name), backend=b), request_) for b in ("native", "diffusers"))
     assert apart(native, forced) <= 1
     assert apart(forced, picture(pipeline(twin(name)), request_ | {"seed": 8})) > 20
 
@@ -327,10 +327,10 @@ def test_native_code_takes_no_diffusers_kwargs(twin: Callable[[str], Path]) -> N
 
 
 def test_auto_takes_native_code_first_then_diffusers_then_nothing(twin: Callable[[str], Path], tmp_path: Path) -> None:
-    assert load(twin("z-image")).info.backend == "sglang"
+    assert load(twin("z-image")).info.backend == "native"
     assert load(twin("ovis-image")).info.backend == "diffusers"
     with pytest.raises(ModelError, match="pipeline 'OvisImagePipeline' is not supported; did you mean ZImage"):
-        load(twin("ovis-image"), backend="sglang")
+        load(twin("ovis-image"), backend="native")
     folder = shutil.copytree(twin("ovis-image"), tmp_path / "model")
     set_class(folder, "NoSuchPipeline")
     with pytest.raises(ModelError, match="pipeline 'NoSuchPipeline' is not supported"):
