@@ -8,11 +8,10 @@ import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 
-from sgld.convert import fields_of, knob, knob_of, shorten, structure
+from sgld.convert import Kind, Values, fields_of, knob, knob_of, shorten, structure
 from sgld.errors import BadRequest, NotBuilt, nearest
 from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, MAX_LORAS, SamplingParams
 
@@ -124,9 +123,10 @@ class Settings:
     quantization: str | None = knob(None, "quantize weights while loading", group=MODEL, pending="quantized weights")
     backend: str = knob(
         "auto",
-        "native code (sglang), or a diffusers pipeline; auto takes native where it stands",
+        "native code, or a diffusers pipeline; auto takes native code where there is some; sglang is native",
         group=MODEL,
-        choices=("auto", "sglang", "diffusers"),
+        choices=("auto", "native", "diffusers"),
+        synonyms={"sglang": "native"},
     )
     trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL)
     model_overlay_registry: str | None = knob(
@@ -163,6 +163,13 @@ class Settings:
     )  # fmt: skip
     worker_retries: int = knob(
         0, "times that an output is tried again when a worker dies under it", group=PARALLEL, min=0, max=10
+    )
+    worker_start: str = knob(
+        "forkserver",
+        "start workers by forking a process that has imported torch once, or each as a new interpreter",
+        group=PARALLEL,
+        choices=("forkserver", "spawn"),
+        env="SGLANG_DIFFUSION_WORKER_START",
     )
     dist_timeout: int = knob(3600, "seconds until a collective gives up", group=PARALLEL, min=1)
     nnodes: int = knob(1, "machines that share the workers evenly", group=PARALLEL, min=1, max=1024)
@@ -209,7 +216,7 @@ class Settings:
         "transformer=fa,transformer.cross=torch_sdpa",
         group=ATTENTION,
     )
-    attention_backend_config: dict[str, Any] | None = knob(
+    attention_backend_config: Values | None = knob(
         None, "settings of the attention kernel; those that stand have none", group=ATTENTION
     )
     diffusers_attention_backend: str | None = knob(
@@ -356,7 +363,7 @@ class Settings:
     )
 
     def node_address(self) -> tuple[str, int]:
-        """Host and port of `dist_init_addr`. Raises BadRequest where there is none."""
+        """Split `dist_init_addr` into host and port. Raises BadRequest where there is none."""
         if self.dist_init_addr is None:
             raise BadRequest("it is required when nnodes > 1", field="dist_init_addr")
         found = _ADDRESS.fullmatch(self.dist_init_addr)
@@ -366,7 +373,7 @@ class Settings:
         return found[1], int(found[2])
 
     def tiles(self, by_default: bool = False) -> bool:
-        """Whether the VAE works tile by tile, if a model that is not told does so `by_default`.
+        """Decide if the VAE works tile by tile; `by_default` is the model's own choice.
 
         Raises:
             BadRequest: it does not, but sizes of tiles are given.
@@ -382,7 +389,7 @@ class Settings:
 
     @property
     def parallel_decode(self) -> bool:
-        """Whether several workers decode together."""
+        """Check that several workers decode together."""
         return self.vae_sp or bool(self.vae_config.use_parallel_decode)
 
 
@@ -420,7 +427,7 @@ _INT_DIGITS = 4000  # Python reads no longer ones
 
 
 def _names() -> tuple[dict[str, type], dict[str, str]]:
-    """Every knob's section, and every alias's knob."""
+    """Map every knob to its class, and every alias to its knob."""
     sections: dict[str, type] = {}
     aliases: dict[str, str] = {}
     for cls in SECTIONS:
@@ -434,7 +441,7 @@ SECTION_OF, ALIASES = _names()
 
 
 def known_names() -> list[str]:
-    """Every key a config file may hold, aliases and component paths included."""
+    """List every key that a config file may hold, aliases and component paths included."""
     return [*SECTION_OF, *ALIASES, *(f"{component}_path" for component in COMPONENTS)]
 
 
@@ -442,8 +449,8 @@ _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
-def from_text(text: str, kind: Any) -> Any:
-    """A word of a command line or environment as a plain value; what does not parse stays text for the converter."""
+def from_text(text: str, kind: Kind) -> object:
+    """Convert a word of a command line or environment to a plain value; text that does not parse stays text."""
     options = [kind, *typing.get_args(kind)]
     if bool in options and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
@@ -454,13 +461,13 @@ def from_text(text: str, kind: Any) -> Any:
     return text
 
 
-def section(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Those of the merged values that belong to `cls`."""
+def section(values: Mapping[str, object], cls: type) -> Values:
+    """Select the merged values that belong to `cls`."""
     return {name: value for name, value in values.items() if SECTION_OF[name] is cls}
 
 
-def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Settings from merged values, with the rules that tie several fields together."""
+def settings_of(values: Mapping[str, object]) -> Settings:
+    """Build settings from merged values, and check the rules that tie several fields together."""
     settings = structure(section(values, Settings), Settings)
     _check_degrees(settings)
     _check_nodes(settings)
@@ -479,13 +486,13 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
 
 
 def without_secrets(settings: Settings) -> Settings:
-    """The same as the workers may know it, who may be on another machine."""
-    secrets: dict[str, Any] = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
+    """Drop the secrets, for workers that may be on another machine."""
+    secrets: Values = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
     return attrs.evolve(settings, **secrets)
 
 
 def _check_tiles(settings: Settings) -> None:
-    """Tiling is asked for in one voice."""
+    """Check that `vae_tiling` and `vae_config.use_tiling` agree."""
     one, other = settings.vae_config.use_tiling, settings.vae_tiling
     if None not in (one, other) and one != other:
         told = f"{one} contradicts vae_tiling {other}".lower()
@@ -493,14 +500,14 @@ def _check_tiles(settings: Settings) -> None:
 
 
 def _check_offload(settings: Settings) -> None:
-    """Pinning is of offloaded weights."""
+    """Check that pinning is set only with offloaded weights."""
     flags = [name for name in fields_of(Settings) if name.endswith("_offload")]
     if not settings.pin_cpu_memory and not any(getattr(settings, flag) for flag in flags):
         raise BadRequest(f"false has no effect without one of {', '.join(flags)}", field="pin_cpu_memory")
 
 
 def _check_attention(settings: Settings) -> None:
-    """Names of kernels; whether they run is for the worker to say."""
+    """Check the names of kernels. The worker checks that they can run."""
     known = DENSE_ATTENTION + SPARSE_ATTENTION
     for component, name in settings.component_attention_backends.items():
         path = f"component_attention_backends.{component}"
@@ -511,7 +518,7 @@ def _check_attention(settings: Settings) -> None:
 
 
 def _check_steps(settings: Settings) -> None:
-    """At least one time, and each below the one before."""
+    """Check for at least one time, each below the one before."""
     steps = settings.dmd_denoising_steps
     if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
         shown = ",".join(map(str, steps)) or "none"
@@ -519,7 +526,7 @@ def _check_steps(settings: Settings) -> None:
 
 
 def _check_loras(settings: Settings) -> None:
-    """A name for each adapter, all unlike; strengths and targets for all at once, or for each."""
+    """Check that each adapter has a name of its own, and that strengths and targets are one, or one each."""
     paths, names = settings.lora_path or [], settings.lora_nickname
     if len(paths) > MAX_LORAS:
         raise BadRequest(f"{len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", field="lora_path")
@@ -542,7 +549,7 @@ def _check_loras(settings: Settings) -> None:
 
 
 def _check_degrees(settings: Settings) -> None:
-    """The workers are all used: num_gpus is 2 with enable_cfg_parallel, else 1, times ulysses and ring degrees."""
+    """Check num_gpus = (2 with enable_cfg_parallel, else 1) * ulysses_degree * ring_degree."""
     s = settings
     if s.enable_cfg_parallel and s.num_gpus % 2:
         raise BadRequest(f"it needs an even number of workers; num_gpus is {s.num_gpus}", field="enable_cfg_parallel")
@@ -570,7 +577,7 @@ def _check_degrees(settings: Settings) -> None:
 
 
 def _check_nodes(settings: Settings) -> None:
-    """Several machines have a share of the workers each, a number each, and one place to meet."""
+    """Check that several machines share the workers evenly, have a number each, and one address to meet."""
     s = settings
     if s.node_rank >= s.nnodes:
         raise BadRequest(f"{s.node_rank} must be less than nnodes ({s.nnodes})", field="node_rank")
@@ -583,7 +590,7 @@ def _check_nodes(settings: Settings) -> None:
 
 
 def user_path(text: str, param: str) -> Path:
-    """A path as a user writes it: `~` and `~name` are homes. Raises BadRequest for what no path can be."""
+    """Expand `~` and `~name` in a path. Raises BadRequest for text that is no path."""
     if "\0" in text:
         raise BadRequest(f"{shorten(text)} holds a NUL byte, which no path can", field=param)
     try:
@@ -593,7 +600,7 @@ def user_path(text: str, param: str) -> Path:
 
 
 def cache_root() -> Path:
-    """Where models that are made of an overlay and its source are kept: $SGLANG_DIFFUSION_CACHE_ROOT, if it is set."""
+    """Return the folder of models made of an overlay and its source: $SGLANG_DIFFUSION_CACHE_ROOT, if set."""
     name = "SGLANG_DIFFUSION_CACHE_ROOT"
     if os.environ.get(name):
         return user_path(os.environ[name], name).absolute()
@@ -601,7 +608,7 @@ def cache_root() -> Path:
 
 
 def environment(*names: str) -> dict[str, str]:
-    """Those of `names` that are set: the one way other modules see the environment."""
+    """Read the variables among `names` that are set. Other modules see the environment only by this."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -21,6 +21,7 @@ from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 
 T = TypeVar("T")
 Field: TypeAlias = "attrs.Attribute[Any]"
+Values: TypeAlias = dict[str, Any]  # plain values by name, from the wire or a file
 Kind: TypeAlias = object  # a class, or a form such as `list[int] | None`
 Hook: TypeAlias = Callable[[object, Kind], object]
 MAX_CHARACTERS = 32768
@@ -48,6 +49,7 @@ class Knob:
     serve_only: bool = False
     secret: bool = False
     shown_default: str | None = None
+    synonyms: Mapping[str, str] = attrs.field(factory=dict)  # other spelling of a choice -> the choice
 
 
 def knob(
@@ -67,17 +69,21 @@ def knob(
     serve_only: bool = False,
     secret: bool = False,
     shown_default: str | None = None,
+    synonyms: Mapping[str, str] | None = None,
 ) -> Any:
     """Declare an attrs field as a knob. Copy a list or dict default for each instance."""
     assert not (secret and choices), "an error about a choice shows the value"
     meta = Knob(
         help=help, group=group, choices=choices, min=min, max=max, above=above, aliases=aliases, env=env,
         pending=pending, built=built, per_model=per_model, serve_only=serve_only, secret=secret,
-        shown_default=shown_default,
+        shown_default=shown_default, synonyms=synonyms or {},
     )  # fmt: skip
+    common: dict[str, Any] = {"metadata": {"knob": meta}, "validator": _check, "repr": not secret}
+    if synonyms:
+        common["converter"] = lambda value: synonyms.get(value, value)
     if isinstance(default, list | dict):
-        return attrs.field(factory=default.copy, metadata={"knob": meta}, validator=_check, repr=not secret)
-    return attrs.field(default=default, metadata={"knob": meta}, validator=_check, repr=not secret)
+        return attrs.field(factory=default.copy, **common)
+    return attrs.field(default=default, **common)
 
 
 def _check(_: object, field: Field, value: object) -> None:

@@ -369,7 +369,7 @@ class ModelInfo:
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
     attention: dict[str, str] = attrs.field(factory=dict)  # kernels by use, such as transformer.self
     left_open: tuple[str, ...] = ()  # fields whose value the pipeline's own code settles, unless somebody gives one
-    backend: str = "sglang"  # what makes it: native code ("sglang"), or a pipeline of "diffusers"
+    backend: str = "native"  # "native" code, or a pipeline of "diffusers"
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
         """Return the peak bytes of one output, by the field to lower when they are too many."""

@@ -101,7 +101,7 @@ def resolve(
     seeds = _seeds(params)
     check_loras(params.loras, info, "loras", "loras.target")
     _check_steps(params, info)
-    if not info.pictures.starts_denoising and info.backend == "sglang":  # a pipeline's call tells which ones it lacks
+    if not info.pictures.starts_denoising and info.backend == "native":  # a pipeline's call tells which ones it lacks
         _refuse_start(asked)
     params = _with_picture(params, own, info)
     notes: list[str] = []

@@ -48,7 +48,7 @@ _SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address belongs to the public internet; of one that carries an IPv4 address, whether that does.
+    """Check that a numeric address, or the IPv4 address that it carries, belongs to the public internet.
 
     What is no canonical address, is reserved, or belongs to a group is not public.
     """
@@ -70,7 +70,7 @@ def _nat64(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 
 def _plainly_private(host: str) -> bool:
-    """Whether a host needs no DNS to be refused: `localhost`, or an address in any spelling that `connect` takes."""
+    """Check for a private host without DNS: `localhost`, or an address in any spelling that `connect` takes."""
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -83,7 +83,7 @@ def _plainly_private(host: str) -> bool:
 
 
 def _public_socket(addr_info: tuple[Any, ...]) -> socket.socket:
-    """A socket for aiohttp to connect, unless its address is not public."""
+    """Make a socket for aiohttp to connect. Raises OSError for an address that is not public."""
     family, kind, protocol, _, address = addr_info
     if not is_public(address[0]):
         raise OSError("not a public address")
@@ -137,7 +137,7 @@ class Fetcher:
             self._session = None
 
     def check(self, text: str, param: str, needed: str = _WEB_URL) -> URL:
-        """The URL, if its own text does not speak against it; an address behind a name is checked when connecting.
+        """Parse a URL and refuse it by its text. The address behind a name is checked when connecting.
 
         Raises:
             BadRequest: not http or https, a user name or password, or an address that is not public.
@@ -159,7 +159,7 @@ class Fetcher:
     async def read(
         self, text: str, *, param: str, max_bytes: int = MAX_BYTES, media_types: Collection[str] = IMAGE_TYPES
     ) -> bytes:
-        """What an http, https or data URL holds. Errors as of `get` and `decode_data_url`."""
+        """Read the bytes of an http, https or data URL. Raises as `get` and `decode_data_url` do."""
         if text[:5].lower() == "data:":
             return await anyio.to_thread.run_sync(decode_data_url, text, param, max_bytes, media_types)
         return await self.get(text, param=param, max_bytes=max_bytes, media_types=media_types)
@@ -167,7 +167,7 @@ class Fetcher:
     async def get(
         self, url: str, *, param: str, max_bytes: int = MAX_BYTES, media_types: Collection[str] = IMAGE_TYPES
     ) -> bytes:
-        """The body at `url`.
+        """Fetch the body at `url`.
 
         Raises:
             BadRequest: a URL or address that is refused, no answer in time, another status than 200 or another media
@@ -180,7 +180,7 @@ class Fetcher:
                 return await self._follow(target, param, max_bytes, media_types)
 
     async def _follow(self, url: URL, param: str, max_bytes: int, media_types: Collection[str]) -> bytes:
-        """The body at the end of the redirects, each of which is checked as the first URL was."""
+        """Follow redirects to a body. Check each URL like the first."""
         for _ in range(MAX_REDIRECTS + 1):
             async with self._open().get(url, allow_redirects=False) as answer:
                 location = answer.headers.get("Location")
@@ -190,7 +190,7 @@ class Fetcher:
         raise BadRequest(f"more than {MAX_REDIRECTS} redirects; give the final URL", field=param)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
-        """The status that answers; a redirect is not followed. Raises BadRequest as `get`, naming `url`."""
+        """Post a body and return the status. Follow no redirect. Raises BadRequest as `get`, naming `url`."""
         target = self.check(url, "url")
         with self._map_os_errors("url", target):
             async with (
@@ -200,7 +200,7 @@ class Fetcher:
                 return answer.status
 
     def _open(self) -> aiohttp.ClientSession:
-        """The session; made at first use, for it needs a running loop."""
+        """Return the session, made at first use, for it needs a running loop."""
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 resolver=self._resolver or _Resolver(),
@@ -220,7 +220,7 @@ class Fetcher:
 
     @contextmanager
     def _map_os_errors(self, param: str, url: URL) -> Iterator[None]:
-        """Network errors as BadRequest that tell nothing of the network."""
+        """Convert network errors to a BadRequest that tells nothing of the network."""
         try:
             yield
         except TimeoutError:
@@ -238,7 +238,7 @@ class Fetcher:
 
 
 def _joined(url: URL, location: str) -> str:
-    """Where a redirect leads; text that is no URL stays as it is, to be refused."""
+    """Resolve the location of a redirect. Text that is no URL stays as it is, to be refused."""
     try:
         return urljoin(str(url), location)
     except ValueError:
@@ -246,7 +246,7 @@ def _joined(url: URL, location: str) -> str:
 
 
 async def _body(answer: aiohttp.ClientResponse, param: str, max_bytes: int, media_types: Collection[str]) -> bytes:
-    """The body as it comes, whatever length it claims."""
+    """Read the body up to a limit, whatever length it claims."""
     host = answer.url.host
     if answer.status != 200:
         raise BadRequest(f"{host} answered {answer.status}; 200 is needed", field=param)
@@ -271,7 +271,7 @@ def _too_large(param: str, max_bytes: int) -> TooLarge:
 def decode_data_url(
     text: str, param: str, max_bytes: int = MAX_BYTES, media_types: Collection[str] = IMAGE_TYPES
 ) -> bytes:
-    """The bytes of `data:TYPE;base64,...`; megabytes take a while, so call it in a thread.
+    """Decode `data:TYPE;base64,...`. Call it in a thread, for megabytes take a while.
 
     Raises:
         BadRequest: another form or media type, or anything in the base64 text that does not belong there.

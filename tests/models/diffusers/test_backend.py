@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -83,21 +84,32 @@ class Heard:
     context: RunContext
 
 
+@attrs.frozen
+class Cancelling:
+    """A worker's end of a pipe; a cancel comes from the other end once progress of `stage` is sent."""
+
+    own: Connection
+    other: Connection
+    stage: str | None
+
+    def poll(self) -> bool:
+        return self.own.poll()
+
+    def recv(self) -> object:
+        return self.own.recv()
+
+    def send(self, message: object) -> None:
+        self.own.send(message)
+        if isinstance(message, Progress) and message.stage == self.stage:
+            self.other.send(Cancel("job"))
+
+
 def heard(model: Pipeline, request: Request, cancel_in: str | None = None) -> Heard:
     """Make one output as a worker does; a cancel comes once its hook has told of that stage."""
     params = resolve(request, model.info).params
     ours, theirs = Pipe()
     with ours, theirs:
-        context = RunContext("job", Mesh.solo(), theirs)
-        if cancel_in is not None:
-            told = context._tell
-
-            def tell() -> None:
-                told()
-                if context._stage == cancel_in:
-                    ours.send(Cancel("job"))
-
-            context._tell = tell  # type: ignore[method-assign]
+        context = RunContext("job", Mesh.solo(), Cancelling(theirs, ours, cancel_in))  # type: ignore[arg-type]
         frames = None
         try:
             frames, _ = sample(model, params, context)
@@ -156,7 +168,7 @@ def test_a_folder_s_own_defaults_stand_above(twin: Callable[[str], Path], tmp_pa
 def test_a_native_family_is_the_same_either_way(
     twin: Callable[[str], Path], name: str, request_: dict[str, Any]
 ) -> None:
-    native, forced = (picture(load(twin(name), backend=b), request_) for b in ("sglang", "diffusers"))
+    native, forced = (picture(load(twin(name), backend=b), request_) for b in ("native", "diffusers"))
     assert apart(native, forced) <= 1
     assert apart(forced, picture(pipeline(twin(name)), request_ | {"seed": 8})) > 20
 
@@ -327,10 +339,10 @@ def test_native_code_takes_no_diffusers_kwargs(twin: Callable[[str], Path]) -> N
 
 
 def test_auto_takes_native_code_first_then_diffusers_then_nothing(twin: Callable[[str], Path], tmp_path: Path) -> None:
-    assert load(twin("z-image")).info.backend == "sglang"
+    assert load(twin("z-image")).info.backend == "native"
     assert load(twin("ovis-image")).info.backend == "diffusers"
     with pytest.raises(ModelError, match="pipeline 'OvisImagePipeline' is not supported; did you mean ZImage"):
-        load(twin("ovis-image"), backend="sglang")
+        load(twin("ovis-image"), backend="native")
     folder = shutil.copytree(twin("ovis-image"), tmp_path / "model")
     set_class(folder, "NoSuchPipeline")
     with pytest.raises(ModelError, match="pipeline 'NoSuchPipeline' is not supported"):
