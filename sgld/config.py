@@ -79,12 +79,10 @@ def settings_of(values: Mapping[str, object]) -> Settings:
     _check_steps(settings)
     if settings.memory.vae_config.parallel_decode_mode and not settings.memory.parallel_decode:
         path = "vae_config.parallel_decode_mode"
-        raise BadRequest(f"{path}: it has no effect without vae_sp", path)
+        raise BadRequest("it has no effect without vae_sp", field=path)
     unknown = [name for name in settings.model.component_paths if name not in COMPONENTS]
     if unknown:
-        raise BadRequest(
-            f"component_paths: {unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", "component_paths"
-        )
+        raise BadRequest(f"{unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", field="component_paths")
     return settings
 
 
@@ -93,14 +91,14 @@ def _check_tiles(settings: Settings) -> None:
     one, other = settings.memory.vae_config.use_tiling, settings.memory.vae_tiling
     if None not in (one, other) and one != other:
         told = f"{one} contradicts vae_tiling {other}".lower()
-        raise BadRequest(f"vae_config.use_tiling: {told}; leave one out", "vae_config.use_tiling")
+        raise BadRequest(f"{told}; leave one out", field="vae_config.use_tiling")
 
 
 def _check_offload(settings: Settings) -> None:
     """Check that pinning is set only with offloaded weights."""
     flags = [name for name in settings_fields() if name.endswith("_offload")]
     if not settings.memory.pin_cpu_memory and not any(settings.get(flag) for flag in flags):
-        raise BadRequest(f"pin_cpu_memory: false has no effect without one of {', '.join(flags)}", "pin_cpu_memory")
+        raise BadRequest(f"false has no effect without one of {', '.join(flags)}", field="pin_cpu_memory")
 
 
 def _check_attention(settings: Settings) -> None:
@@ -109,9 +107,9 @@ def _check_attention(settings: Settings) -> None:
     for component, name in settings.attention.component_attention_backends.items():
         path = f"component_attention_backends.{component}"
         if name not in known:
-            raise BadRequest(f"{path}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}", path)
+            raise BadRequest(f"{name!r} is not one of {', '.join(known)}{nearest(name, known)}", field=path)
         if name in SPARSE_ATTENTION:
-            raise NotBuilt(f"{path}: {name} is not built yet in this version of sgld (sparse attention)", path)
+            raise NotBuilt(f"{name} is not built yet in this version of sgld (sparse attention)", field=path)
 
 
 def _check_steps(settings: Settings) -> None:
@@ -119,42 +117,37 @@ def _check_steps(settings: Settings) -> None:
     steps = settings.model.dmd_denoising_steps
     if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
         shown = ",".join(map(str, steps)) or "none"
-        line = f"dmd_denoising_steps: {shown}: give falling numbers, as in 1000,757,522"
-        raise BadRequest(line, "dmd_denoising_steps")
+        raise BadRequest(f"{shown}: give falling numbers, as in 1000,757,522", field="dmd_denoising_steps")
 
 
 def _check_loras(settings: Settings) -> None:
     """Check that each adapter has a name of its own, and that strengths and targets are one, or one each."""
     paths, names = settings.lora.lora_path or [], settings.lora.lora_nickname
     if len(paths) > MAX_LORAS:
-        raise BadRequest(f"lora_path: {len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", "lora_path")
+        raise BadRequest(f"{len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", field="lora_path")
     if "" in paths:
-        raise BadRequest("lora_path: it is empty; name a file, a folder or a Hugging Face id", "lora_path")
+        raise BadRequest("it is empty; name a file, a folder or a Hugging Face id", field="lora_path")
     for name in ("lora_nickname", "lora_scale", "lora_target"):
         given = settings.get(name)
         if given is None:
             continue
         if not paths:
-            raise BadRequest(f"{name}: it has no effect without lora_path", name)
+            raise BadRequest("it has no effect without lora_path", field=name)
         allowed = {len(paths)} if name == "lora_nickname" else {1, len(paths)}
         if len(given) not in allowed:
             raise BadRequest(
-                f"{name}: {len(given)} given for {len(paths)} in lora_path; allowed: "
-                f"{' or '.join(map(str, sorted(allowed)))}",
-                name,
+                f"{len(given)} given for {len(paths)} in lora_path; allowed: {' or '.join(map(str, sorted(allowed)))}",
+                field=name,
             )
     if names is not None and ("" in names or len(set(names)) < len(names)):
-        raise BadRequest(f"lora_nickname: {shorten(names)}: each adapter needs a name of its own", "lora_nickname")
+        raise BadRequest(f"{shorten(names)}: each adapter needs a name of its own", field="lora_nickname")
 
 
 def _check_degrees(settings: Settings) -> None:
     """Check num_gpus = (2 with enable_cfg_parallel, else 1) * ulysses_degree * ring_degree."""
     s = settings.parallel
     if s.enable_cfg_parallel and s.num_gpus % 2:
-        raise BadRequest(
-            f"enable_cfg_parallel: it needs an even number of workers; num_gpus is {s.num_gpus}",
-            "enable_cfg_parallel",
-        )
+        raise BadRequest(f"it needs an even number of workers; num_gpus is {s.num_gpus}", field="enable_cfg_parallel")
     sequence = s.num_gpus // 2 if s.enable_cfg_parallel else s.num_gpus
     among = (
         f"the {sequence} that share a sequence (num_gpus {s.num_gpus}{', in 2 branches' * bool(s.enable_cfg_parallel)})"
@@ -163,45 +156,42 @@ def _check_degrees(settings: Settings) -> None:
     halves = s.enable_cfg_parallel is None and 2 * named == s.num_gpus
     hint = ", or set enable_cfg_parallel" * halves
     if s.sp_degree not in (None, sequence):
-        raise BadRequest(f"sp_degree: {s.sp_degree} workers are not {among}; leave it out{hint}", "sp_degree")
+        raise BadRequest(f"{s.sp_degree} workers are not {among}; leave it out{hint}", field="sp_degree")
     for name in ("ulysses_degree", "ring_degree"):
         degree = settings.get(name)
         if degree is not None and sequence % degree:
-            raise BadRequest(f"{name}: {degree} workers do not divide {among}", name)
+            raise BadRequest(f"{degree} workers do not divide {among}", field=name)
     if s.ulysses_degree and s.ring_degree and s.ulysses_degree * s.ring_degree != sequence:
         product = f"{s.ulysses_degree} x ring_degree {s.ring_degree}"
-        raise BadRequest(f"ulysses_degree: {product} workers are not {among}; leave one out{hint}", "ulysses_degree")
+        raise BadRequest(f"{product} workers are not {among}; leave one out{hint}", field="ulysses_degree")
     if settings.memory.vae_sp and settings.memory.vae_config.use_parallel_decode is False:
         path = "vae_config.use_parallel_decode"
-        raise BadRequest(f"{path}: false contradicts vae_sp true; leave one out", path)
+        raise BadRequest("false contradicts vae_sp true; leave one out", field=path)
     if s.num_gpus % s.tp_size:
-        raise BadRequest(f"tp_size: {s.tp_size} does not divide num_gpus ({s.num_gpus})", "tp_size")
+        raise BadRequest(f"{s.tp_size} does not divide num_gpus ({s.num_gpus})", field="tp_size")
 
 
 def _check_nodes(settings: Settings) -> None:
     """Check that several machines share the workers evenly, have a number each, and one address to meet."""
     s = settings.parallel
     if s.node_rank >= s.nnodes:
-        raise BadRequest(f"node_rank: {s.node_rank} must be less than nnodes ({s.nnodes})", "node_rank")
+        raise BadRequest(f"{s.node_rank} must be less than nnodes ({s.nnodes})", field="node_rank")
     if s.num_gpus % s.nnodes:
-        raise BadRequest(
-            f"nnodes: {s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes",
-            "nnodes",
-        )
+        raise BadRequest(f"{s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes", field="nnodes")
     if s.nnodes > 1:
         s.node_address()
     elif s.dist_init_addr is not None:
-        raise BadRequest("dist_init_addr: it has no effect without nnodes above 1", "dist_init_addr")
+        raise BadRequest("it has no effect without nnodes above 1", field="dist_init_addr")
 
 
 def user_path(text: str, param: str) -> Path:
     """Expand `~` and `~name` in a path. Raises BadRequest for text that is no path."""
     if "\0" in text:
-        raise BadRequest(f"{param}: {shorten(text)} holds a NUL byte, which no path can", param)
+        raise BadRequest(f"{shorten(text)} holds a NUL byte, which no path can", field=param)
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise BadRequest(f"{param}: {shorten(text)}: there is no such user, so no such home", param) from None
+        raise BadRequest(f"{shorten(text)}: there is no such user, so no such home", field=param) from None
 
 
 def cache_root() -> Path:

@@ -135,7 +135,7 @@ class Cuda(Platform):
 
     def set_up(self, rank: int, world: int) -> None:
         if world > (devices := torch.cuda.device_count()):
-            raise BadRequest(f"num_gpus: {world} for this machine, which has {devices}", "num_gpus")
+            raise BadRequest(f"{world} for this machine, which has {devices}", field="num_gpus")
         torch.cuda.set_device(rank)
 
     @property

@@ -135,6 +135,12 @@ class ParallelSettings:
         shown_default="yes if the model uses guidance, num-gpus is even and no other degree is given",
     )
     worker_retries: int = knob(0, "times that an output is tried again when a worker dies under it", min=0, max=10)
+    worker_start: str = knob(
+        "forkserver",
+        "start workers by forking a process that has imported torch once, or each as a new interpreter",
+        choices=("forkserver", "spawn"),
+        env="SGLANG_DIFFUSION_WORKER_START",
+    )
     dist_timeout: int = knob(3600, "seconds until a collective gives up", min=1)
     nnodes: int = knob(1, "machines that share the workers evenly", min=1, max=1024)
     node_rank: int = knob(
@@ -147,11 +153,11 @@ class ParallelSettings:
     def node_address(self) -> tuple[str, int]:
         """Split `dist_init_addr` into host and port. Raises BadRequest where there is none."""
         if self.dist_init_addr is None:
-            raise BadRequest("dist_init_addr: it is required when nnodes > 1", "dist_init_addr")
+            raise BadRequest("it is required when nnodes > 1", field="dist_init_addr")
         found = _ADDRESS.fullmatch(self.dist_init_addr)
         if not found or found[1] == "0.0.0.0" or not 0 < int(found[2]) < 2**16:
             told = f"{shorten(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
-            raise BadRequest(f"dist_init_addr: {told}", "dist_init_addr")
+            raise BadRequest(f"{told}", field="dist_init_addr")
         return found[1], int(found[2])
 
 
@@ -235,7 +241,7 @@ class MemorySettings:
         for name in ("min_height", "min_width", "stride_height", "stride_width"):
             if not tiled and getattr(vae, f"tile_sample_{name}") is not None:
                 path = f"vae_config.tile_sample_{name}"
-                raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
+                raise BadRequest("it has no effect without vae_tiling", field=path)
         return tiled
 
     @property

@@ -311,17 +311,17 @@ def _map(text: str, flag: str, numbers: bool) -> object:
         try:
             return once([(key.strip(), _json_or_text(value) if numbers else value) for key, _, value in pairs])
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"{flag}: {shorten(text)}: {error}", flag) from None
+            raise BadRequest(f"{shorten(text)}: {error}", field=flag) from None
     if text.lower().endswith(MAP_SUFFIXES):
         return read_map(text, flag)
-    raise BadRequest(f"{flag}: {text!r} is neither JSON, nor a file, nor key=value,key=value", flag)
+    raise BadRequest(f"{text!r} is neither JSON, nor a file, nor key=value,key=value", field=flag)
 
 
 def _json(text: str, flag: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{flag}: {shorten(text)} is not valid JSON: {error}", flag) from None
+        raise BadRequest(f"{shorten(text)} is not valid JSON: {error}", field=flag) from None
 
 
 def _json_or_text(text: str) -> object:

@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
         settings, sampling = config.settings_of(layer.values), config.section(layer.values, SamplingParams)
         checked = structure(sampling, SamplingParams)
         for name in config.section(layer.values, RunOptions):
-            raise BadRequest(f"{name}: only `sgld generate` has this; each request asks for its own", name)
+            raise BadRequest("only `sgld generate` has this; each request asks for its own", field=name)
         if parsed.print_config:
             put(show.merged(layer, settings, [*config.SETTINGS, SamplingParams]))
             return 0
@@ -52,6 +52,9 @@ def run(words: list[str]) -> int:
             for flag in ignored(layer):
                 logger.warning("%s: ignored; only node 0 runs the HTTP server", flag)
             return follow(settings)
+        from sgld.engine.forkserver import prepare
+
+        prepare(settings.parallel.worker_start)
         from sgld.server.http.auth import check_exposure, load_keys
 
         keys = load_keys(settings)
@@ -65,12 +68,12 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
     except socket.gaierror as error:
-        raise SgldError(f"host: {host!r} is no address of this machine: {error.strerror}", "host") from None
+        raise SgldError(f"{host!r} is no address of this machine: {error.strerror}", field="host") from None
     except OSError as error:
         reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
         reason = reasons.get(error.errno or 0, error.strerror or str(error))
         param = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
-        raise SgldError(f"{param}: cannot listen on {host}:{port}: {reason}", param) from None
+        raise SgldError(f"cannot listen on {host}:{port}: {reason}", field=param) from None
 
 
 async def _serve(settings: Settings, sampling: Values, keys: Keys) -> int:

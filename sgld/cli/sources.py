@@ -50,13 +50,9 @@ class Layer:
             raise self._respelled(error) from error
 
     def _respelled(self, error: SgldError) -> SgldError:
-        name = error.param or ""
-        unknown = f"unknown key {name!r}"
-        if name and error.message.startswith(unknown):
-            return type(error)(f"{self.spell(name)}: unknown key{error.message.removeprefix(unknown)}", name)
-        if not name or not error.message.startswith(f"{name}:"):
-            return error
-        return type(error)(self.spell(name) + error.message.removeprefix(name), name)
+        if isinstance(error, UnknownField) and error.field is None and error.param is not None:
+            return error.renamed(self.spell(error.param), f"unknown key{error.hint}")
+        return error if error.field is None else error.renamed(self.spell(error.field))
 
 
 def gather(file: str | None, typed: Layer) -> Layer:
@@ -136,18 +132,18 @@ def read_map(path: str, param: str) -> Values:
     """Read the map of names to values in a .json, .yaml or .yml file."""
     file = config.user_path(path, param)
     if file.suffix.lower() not in MAP_SUFFIXES:
-        raise BadRequest(f"{param}: {path!r} must end in {' or '.join(MAP_SUFFIXES)}", param)
+        raise BadRequest(f"{path!r} must end in {' or '.join(MAP_SUFFIXES)}", field=param)
     try:
         text = file.read_text(encoding="utf-8-sig")
         json_file = file.suffix.lower() == ".json"
         values = json.loads(text, object_pairs_hook=once) if json_file else yaml.load(text, _Yaml)
     except OSError as error:
-        raise BadRequest(f"{param}: {path!r} cannot be read: {error.strerror}", param) from None
+        raise BadRequest(f"{path!r} cannot be read: {error.strerror}", field=param) from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         kind = file.suffix[1:].lower()
-        raise BadRequest(f"{param}: {path!r} is not valid {kind}: {_one_line(error)}", param) from None
+        raise BadRequest(f"{path!r} is not valid {kind}: {_one_line(error)}", field=param) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise BadRequest(f"{param}: {path!r} must hold a map of names to values", param)
+        raise BadRequest(f"{path!r} must hold a map of names to values", field=param)
     return values
 
 

@@ -40,7 +40,7 @@ def resolve_model(settings: Settings) -> Load:
     folder = _model_folder(settings)
     if not (folder / "model_index.json").is_file():
         told = f"{settings.model.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
-        raise ModelError(f"model_path: {told} (model_overlay_registry)", "model_path")
+        raise ModelError(f"{told} (model_overlay_registry)", field="model_path")
     components = {
         name: resolve(reference, None, f"component_paths.{name}", COMPONENT_FILES)
         for name, reference in settings.model.component_paths.items()
@@ -83,9 +83,9 @@ def _overlaid(settings: Settings, source: str, entry: Overlay) -> Path:
     except SgldError as error:
         built_in = entry is BUILT_IN.get(source)
         param, told = ("model_path", "the overlay of") if built_in else (overlay.REGISTRY, "entry")
-        raise type(error)(f"{param}: {told} {source!r}: {error.message}", param) from None
+        raise error.renamed(param, f"{told} {source!r}: {error.message}") from None
     if is_complete:
-        raise BadRequest(f"revision: {settings.model.revision!r} {no_effect}, without a manifest: {name!r}", "revision")
+        raise BadRequest(f"{settings.model.revision!r} {no_effect}, without a manifest: {name!r}", field="revision")
     manifest, local = overlay.read_manifest(folder), None
     revision = settings.model.revision or entry.source_revision or manifest.source_revision
     if user_path(settings.model.model_path, "model_path").is_dir():
@@ -144,7 +144,7 @@ def _refuse_variants(reference: str, revision: str | None, replaced: Container[s
         variants = fnmatch.filter(weights, f"{root}{component}/{VARIANTS}")
         if variants and variants == weights:
             told = f"{reference!r} has variants alone of its {component}, such as {variants[0]}"
-            raise NotBuilt(f"model_variant: {told}; they are not built yet in this version of sgld", "model_variant")
+            raise NotBuilt(f"{told}; they are not built yet in this version of sgld", field="model_variant")
 
 
 def resolve(
@@ -168,12 +168,12 @@ def _local(reference: str, revision: str | None, param: str, named: str) -> Path
     local = Path(str(files("sgld.demo"))) if reference == DEMO_MODEL else user_path(reference, param)
     if reference and local.is_dir():
         if revision is not None:
-            raise BadRequest(f"{named}: {revision!r}: {reference!r} has none, it is no Hugging Face id", named)
+            raise BadRequest(f"{revision!r}: {reference!r} has none, it is no Hugging Face id", field=named)
         return local.resolve()
     if reference and local.exists():
-        raise ModelError(f"{param}: {reference!r} is a file; a folder or a Hugging Face id is needed", param)
+        raise ModelError(f"{reference!r} is a file; a folder or a Hugging Face id is needed", field=param)
     if not _HUB_ID.fullmatch(reference) or ".." in reference:
-        raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id (owner/name)", param)
+        raise ModelError(f"no folder {reference!r}, and it is no Hugging Face id (owner/name)", field=param)
     return None
 
 
@@ -195,19 +195,19 @@ def download(
     try:
         folder = snapshot_download(f"{owner}/{name}", revision=revision, **patterns)
     except RepositoryNotFoundError:
-        raise ModelError(f"{param}: Hugging Face has no repository {reference!r} that you may read", param) from None
+        raise ModelError(f"Hugging Face has no repository {reference!r} that you may read", field=param) from None
     except RevisionNotFoundError:
-        raise ModelError(f"{named}: {revision!r} is not in {reference!r}", named) from None
+        raise ModelError(f"{revision!r} is not in {reference!r}", field=named) from None
     except HFValidationError as error:
-        raise ModelError(f"{param}: no folder {reference!r}, and it is no Hugging Face id: {error}", param) from None
+        raise ModelError(f"no folder {reference!r}, and it is no Hugging Face id: {error}", field=param) from None
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ModelError(
-            f"{param}: {reference!r} is no local folder, not in the cache, and the hub "
+            f"{reference!r} is no local folder, not in the cache, and the hub "
             f"cannot be reached ({type(error).__name__})",
-            param,
+            field=param,
         ) from None
     except Exception as error:  # whatever the library's transport raises, which changes with its version
         reason = error.strerror if isinstance(error, OSError) else None
         told = reason or f"{type(error).__name__}: {error}"
-        raise ModelError(f"{param}: {reference!r} could not be downloaded: {told}", param) from error
+        raise ModelError(f"{reference!r} could not be downloaded: {told}", field=param) from error
     return Path(folder, *inside)

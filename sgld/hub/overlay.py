@@ -72,11 +72,11 @@ def registry(given: str | None) -> dict[str, Overlay]:
         entries = json.loads(text, object_pairs_hook=once)
     except OSError as error:
         told = f"{shorten(given)} is neither a JSON object nor a file that can be read: {error.strerror}"
-        raise BadRequest(f"{REGISTRY}: {told}", REGISTRY) from None
+        raise BadRequest(f"{told}", field=REGISTRY) from None
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{REGISTRY}: {shorten(given)}: it is not valid JSON: {error}", REGISTRY) from None
+        raise BadRequest(f"{shorten(given)}: it is not valid JSON: {error}", field=REGISTRY) from None
     if not isinstance(entries, dict):
-        raise BadRequest(f"{REGISTRY}: {shorten(given)} holds no JSON object", REGISTRY)
+        raise BadRequest(f"{shorten(given)} holds no JSON object", field=REGISTRY)
     return {name: _entry(name, value) for name, value in entries.items()}
 
 
@@ -93,7 +93,7 @@ def _entry(name: str, value: Any) -> Overlay:
                 raise BadRequest(f"{key}: it is empty; overlay_repo_id is needed, the others may be left out")
     except SgldError as error:
         allowed = f"; allowed: {', '.join(keys)}" if isinstance(error, UnknownField) else ""
-        raise type(error)(f"{REGISTRY}: entry {shorten(name)}: {error.message}{allowed}", REGISTRY) from None
+        raise error.renamed(REGISTRY, f"entry {shorten(name)}: {error.message}{allowed}") from None
     return entry
 
 
@@ -111,7 +111,7 @@ def match(model_path: str, overlays: Mapping[str, Overlay]) -> str | None:
     named = cached or [name for name in overlays if name.split("/")[1] == path.name]
     if len(named) > 1:
         told = f"{shorten(model_path)} may be any of {', '.join(named)}; rename the folder, or leave the others out"
-        raise BadRequest(f"{REGISTRY}: {told}", REGISTRY)
+        raise BadRequest(f"{told}", field=REGISTRY)
     return named[0] if named else None
 
 

@@ -256,8 +256,8 @@ class LTX2(NativeModel):
         registers = self._connectors.config.video_connector_num_learnable_registers or 1
         if length % registers:
             raise BadRequest(
-                f"max_sequence_length: {length} is not a multiple of {registers}, as this model needs",
-                "max_sequence_length",
+                f"{length} is not a multiple of {registers}, as this model needs",
+                field="max_sequence_length",
             )
         n = states.shape[1]
         padded = states.new_zeros(1, length, *states.shape[2:], dtype=self._connectors.dtype)
@@ -271,7 +271,7 @@ class LTX2(NativeModel):
     def _first_frame(self, picture: Image, params: SamplingParams) -> Tensor:
         """Its latents [1, n], normalized."""
         if min(picture.size) < 2:
-            raise BadRequest(f"{inputs.shown(picture)} is too small; each side needs 2 or more", inputs.PICTURE)
+            raise inputs.refused(picture, "is too small; each side needs 2 or more")
         self.parts.offloader.need("vae")
         seen = fromarray(through_h264(np.asarray(picture), PICTURE_RATE_FACTOR))
         seen = seen.resize((params.width, params.height), Resampling.BILINEAR)

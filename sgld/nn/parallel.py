@@ -194,9 +194,9 @@ class Degrees:
                 )
                 allowed = [sequence // d for d in reversed(fit)]
             raise BadRequest(
-                f"{name}: {given} workers cannot share {heads} attention heads evenly; allowed for "
+                f"{given} workers cannot share {heads} attention heads evenly; allowed for "
                 f"{sequence} workers: {', '.join(map(str, allowed))}{rest}",
-                name,
+                field=name,
             )
         return cls(cfg, sequence // ulysses, ulysses)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import attrs
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sgld.messages import Tokens, batch_key
 from sgld.models.base import Conditioning, DiffusionModel, OpaquePipeline, Sound
+from sgld.nn.runner import StepContext
 from sgld.params import OutputParams
 from sgld.worker.denoise_state import DenoiseState
 from sgld.worker.run_context import RunContext
@@ -110,12 +112,14 @@ def denoise(
     """Step from `state` to the end of the schedule, or until `until` steps are done. Send previews on the way."""
     model, params, solver, total = path.model, path.params, path.solver, len(path.solver.timesteps)
     shown = preview_steps(total, previews)
+    store: dict[str, Any] = {}  # of block runners, between steps
     with context.stage("denoise", total, state.step):
         for i in range(state.step, total if until is None else until):
             x, x0 = state.latents, None  # [1, C, ..., h, w]
             t, sigma = solver.timesteps[i], float(solver.sigmas[i])
             with context.step():
-                v, v_negative = model.velocities(x, t, path.condition)
+                step = StepContext(i, total, sigma, store=store, agree=context.agree)
+                v, v_negative = model.velocities(x, t, path.condition, step)
                 scale = model.guidance(t, params)
                 if i + 1 in shown:
                     x0 = x - sigma * _guide(path, v, v_negative, _preview_scale(scale, sigma))

@@ -246,7 +246,7 @@ class Pipeline(OpaquePipeline):
             return
         if self._own(params):
             told = f"{self._name} cannot run with them: {type(error).__name__}: {first_line(error)}"
-            raise BadRequest(f"diffusers_kwargs: {told}", "diffusers_kwargs") from error
+            raise BadRequest(f"{told}", field="diffusers_kwargs") from error
         if isinstance(error, ValueError | TypeError) and not course.denoises:
             raise BadRequest(f"{self._name} refuses the request: {first_line(error)}") from error
 
@@ -407,7 +407,7 @@ class Loader:
         code = [f"{name[0]}.py"] * isinstance(name, list) + [f for f in files if (self._folder / f).is_file()]
         if code and not self._settings.model.trust_remote_code:
             reason = f"this model runs code of its own ({', '.join(code)}); read it, and set this if you trust it"
-            raise BadRequest(f"trust_remote_code: {reason}", "trust_remote_code")
+            raise BadRequest(f"{reason}", field="trust_remote_code")
         if code and not (file := self._folder / code[0]).is_file():
             raise ModelError(f"{file}: no such file, but model_index.json names it")
 
@@ -463,13 +463,13 @@ def _refuse(settings: Settings) -> None:
     """Raise `BadRequest` for a setting that nothing here would follow."""
     for name, reason in REFUSED.items():
         if (value := settings.get(name)) != default_of(settings_fields()[name]):
-            raise BadRequest(f"{name}: {shorten(value)}: {reason}; leave it out", name)
+            raise BadRequest(f"{shorten(value)}: {reason}; leave it out", field=name)
     if settings.memory.parallel_decode:
         path = "vae_config.use_parallel_decode"
-        raise BadRequest(f"{path}: true: {REFUSED['vae_sp']}; leave it out", path)
+        raise BadRequest(f"true: {REFUSED['vae_sp']}; leave it out", field=path)
     if not settings.memory.vae_config.load_encoder:
         path = "vae_config.load_encoder"
-        raise BadRequest(f"{path}: false: a diffusers pipeline keeps its whole VAE; leave it out", path)
+        raise BadRequest("false: a diffusers pipeline keeps its whole VAE; leave it out", field=path)
 
 
 def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) -> str | None:
@@ -480,11 +480,11 @@ def _place(pipeline: Any, settings: Settings, mesh: Mesh, platform: Platform) ->
         return None
     if platform.name != "cuda":
         reason = "a diffusers pipeline can only be offloaded from a GPU; this worker computes on a CPU"
-        raise BadRequest(f"{asked[0]}: {reason}; leave it out", asked[0])
+        raise BadRequest(f"{reason}; leave it out", field=asked[0])
     try:
         pipeline.enable_model_cpu_offload(device=mesh.device)
     except ImportError as error:
-        raise BadRequest(f"{asked[0]}: {first_line(error)}", asked[0]) from None
+        raise BadRequest(f"{first_line(error)}", field=asked[0]) from None
     return asked[0]
 
 
@@ -494,16 +494,16 @@ def _set_kernel(denoisers: Mapping[str, nn.Module], settings: Settings, platform
     for param, name in given.items():
         if name not in KERNELS:
             allowed = ", ".join(DIFFUSERS_ATTENTION_BACKENDS)
-            raise BadRequest(f"{param}: {name!r} is of native code; a diffusers pipeline takes {allowed}", param)
+            raise BadRequest(f"{name!r} is of native code; a diffusers pipeline takes {allowed}", field=param)
     if len(set(given.values())) > 1:
         param, other = given
-        raise BadRequest(f"{param}: {given[param]!r} contradicts {other} {given[other]!r}; give one of them", param)
+        raise BadRequest(f"{given[param]!r} contradicts {other} {given[other]!r}; give one of them", field=param)
     for param, name in list(given.items())[:1]:
         for module in denoisers.values():
             dtype = next(module.parameters()).dtype
             if reason := KERNELS[name].obstacle(platform, dtype, 0):
                 runs = ", ".join(n for n, kernel in KERNELS.items() if kernel.obstacle(platform, dtype, 0) is None)
-                raise BadRequest(f"{param}: {name} cannot run here: {reason}; these can: {runs}", param)
+                raise BadRequest(f"{name} cannot run here: {reason}; these can: {runs}", field=param)
             _use_kernel(module, name, param)
 
 
@@ -511,11 +511,11 @@ def _use_kernel(module: Any, name: str, param: str) -> None:
     chosen = any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules())
     if not chosen and name != "native":
         reason = f"{type(module).__name__} chooses its attention itself"
-        raise BadRequest(f"{param}: {name!r} has no effect: {reason}; leave it out", param)
+        raise BadRequest(f"{name!r} has no effect: {reason}; leave it out", field=param)
     try:
         module.set_attention_backend(name)
     except (RuntimeError, ValueError) as error:
-        raise BadRequest(f"{param}: {name} cannot run here: {first_line(error)}", param) from None
+        raise BadRequest(f"{name} cannot run here: {first_line(error)}", field=param) from None
 
 
 def _set_vae(vae: Any, settings: Settings) -> None:
@@ -526,7 +526,7 @@ def _set_vae(vae: Any, settings: Settings) -> None:
         for name in tiles:
             if name not in takes:
                 path = f"vae_config.{name}"
-                raise BadRequest(f"{path}: {type(vae).__name__} takes no such size; leave it out", path)
+                raise BadRequest(f"{type(vae).__name__} takes no such size; leave it out", field=path)
         _switch(vae, "vae_tiling", "enable_tiling", tiles)
     if settings.memory.vae_slicing:
         _switch(vae, "vae_slicing", "enable_slicing", {})
@@ -537,7 +537,7 @@ def _switch(vae: Any, param: str, method: str, options: Mapping[str, Any]) -> No
         getattr(vae, method)(**options)
     except (AttributeError, NotImplementedError):
         told = "this pipeline has no VAE" if vae is None else f"{type(vae).__name__} has no such mode"
-        raise BadRequest(f"{param}: {told}; leave it out", param) from None
+        raise BadRequest(f"{told}; leave it out", field=param) from None
 
 
 def _frames(name: str, output: Any) -> Tensor:

@@ -80,15 +80,15 @@ class Call:
         for key, value in given.items():
             path = f"diffusers_kwargs.{key}"
             if key in PASSED or key in OWN_FIELDS:
-                raise BadRequest(f"{path}: give it as {OWN_FIELDS.get(key, key)}, not among these", path)
+                raise BadRequest(f"give it as {OWN_FIELDS.get(key, key)}, not among these", field=path)
             if key in ENGINE_S:
-                raise BadRequest(f"{path}: sgld itself decides it; leave it out", path)
+                raise BadRequest("sgld itself decides it; leave it out", field=path)
             name = self._known(key, path, watch)
             if name in found:
-                raise BadRequest(f"{path}: {name} is given under another name too; give it once", path)
+                raise BadRequest(f"{name} is given under another name too; give it once", field=path)
             if _has_text(value) and not self.takes_text(name):
                 reason = "no text is taken here, for it may name a file or an address"
-                raise BadRequest(f"{path}: {shorten(value)}: {reason}; pictures come in image_path and mask_path", path)
+                raise BadRequest(f"{shorten(value)}: {reason}; pictures come in image_path and mask_path", field=path)
             if name in ATTENTION_ARGUMENTS and isinstance(value, dict) and "scale" in value:
                 watch.note(f"{path}.scale: it does not reach adapters; each has a strength of its own")
             found[name] = value
@@ -106,7 +106,7 @@ class Call:
             return key
         known = [name for name in self.arguments if name not in (*ENGINE_S, *PASSED, *OWN_FIELDS)]
         reason = f"the call of {self.name} has no such argument{nearest(key, known)}; it has {', '.join(known)}"
-        raise BadRequest(f"{path}: {reason}", path)
+        raise BadRequest(f"{reason}", field=path)
 
 
 def _has_text(value: Any) -> bool:

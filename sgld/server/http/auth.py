@@ -186,17 +186,17 @@ def check_exposure(settings: Settings, keys: Keys) -> None:
     if keys.known:
         if settings.server.allow_unauthenticated:
             raise BadRequest(
-                "allow_unauthenticated: there are API keys, so every request needs one; leave one of them out",
-                "allow_unauthenticated",
+                "there are API keys, so every request needs one; leave one of them out",
+                field="allow_unauthenticated",
             )
         return
     if _is_loopback(settings.server.host):
         return
     if not settings.server.allow_unauthenticated:
         raise BadRequest(
-            f"host: {settings.server.host!r} can be reached from other machines and there is no API key; give "
-            "--api-key or --api-key-file, or --allow-unauthenticated to let everybody in",
-            "host",
+            f"{settings.server.host!r} can be reached from other machines and there is no API key; give --api-key or "
+            "--api-key-file, or --allow-unauthenticated to let everybody in",
+            field="host",
         )
     log.warning("everybody who can reach %r may use this server: it has no API key", settings.server.host)
 
@@ -208,7 +208,7 @@ def _is_loopback(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise BadRequest(f"host: {host!r} is no address of this machine: {error}", "host") from None
+        raise BadRequest(f"{host!r} is no address of this machine: {error}", field="host") from None
     return all(_address(str(sockaddr[0])).is_loopback for *_, sockaddr in found)
 
 
@@ -234,7 +234,7 @@ def _names(host: str) -> tuple[str, ...]:
 
 def _single(key: str) -> Key:
     if not _KEY.fullmatch(key):
-        raise BadRequest("api_key: it is empty or has characters other than visible ASCII", "api_key")
+        raise BadRequest("it is empty or has characters other than visible ASCII", field="api_key")
     if len(key) < MIN_KEY_LENGTH:
         log.warning("api_key: it is shorter than %d characters and may be guessed", MIN_KEY_LENGTH)
     return Key(Identity(DEFAULT_NAME, admin=True), digest_of(key))
@@ -295,7 +295,7 @@ def digest_of(key: str) -> bytes:
 
 
 def _wrong(path: str, reason: str) -> BadRequest:
-    return BadRequest(f"api_key_file: {path!r}: {reason}", "api_key_file")
+    return BadRequest(f"{path!r}: {reason}", field="api_key_file")
 
 
 def _entries(path: str) -> list[dict[str, object]]:

@@ -220,7 +220,7 @@ def _json_text(name: str, text: str) -> object:
     try:
         return _parse(text)
     except ValueError as error:
-        raise BadRequest(f"{name}: it is not valid JSON: {error}", name) from None
+        raise BadRequest(f"it is not valid JSON: {error}", field=name) from None
 
 
 def _parse(text: str | bytearray) -> object:
@@ -260,7 +260,7 @@ def _merge_extras(values: Values) -> Values:
         if isinstance(extra, str):
             extra = _json_text(name, extra)
         if extra is not None and not isinstance(extra, dict):
-            raise BadRequest(f"{name}: {shorten(extra)} is not an object", name)
+            raise BadRequest(f"{shorten(extra)} is not an object", field=name)
         merged |= extra or {}
     return merged | values
 
@@ -278,17 +278,17 @@ def split(body: Mapping[str, object], cls: type[T]) -> tuple[T, Values, list[str
     for key, value in _adapters(body).items():
         name = config.ALIASES.get(key, key)
         if name in sampling:
-            raise BadRequest(f"{key}: {sent[name]} is given too; give one of them", key)
+            raise BadRequest(f"{sent[name]} is given too; give one of them", field=key)
         if key in own:
             api[key] = value
         elif name in LOCAL_FILES and value is not None:
-            raise NotBuilt(f"{key}: {LOCAL_FILES[name]}", key)
+            raise NotBuilt(f"{LOCAL_FILES[name]}", field=key)
         elif name in shared:
             sampling[name], sent[name] = value, key
         elif key in _FIXED:
             _check_fixed(key, value)
         elif name in config.SECTION_OF:
-            raise NotBuilt(f"{key}: the server decides it, not a request", key)
+            raise NotBuilt("the server decides it, not a request", field=key)
         else:
             raise UnknownField(f"unknown parameter {shorten(key)}{nearest(key, _usable(own, shared))}", key)
     _respell(api)
@@ -313,13 +313,13 @@ def as_sent(values: Mapping[str, object]) -> Iterator[None]:
     try:
         yield
     except SgldError as error:
-        field, sent = error.param, _sent_as(error.param, values)
-        if field is None or sent is None:
+        sent = _sent_as(error.param, values)
+        if sent is None:
             raise
-        rest = error.message.removeprefix(f"{field}: ")
-        if sent == _MADE_OF.get(field):
-            rest = f"{shorten(values[sent])}: {field} {rest}"
-        raise type(error)(f"{sent}: {rest}", sent) from None
+        made = (
+            f"{shorten(values[sent])}: {error.param} {error.text}" if sent == _MADE_OF.get(error.param or "") else None
+        )
+        raise error.renamed(sent, made) from None
 
 
 def _sent_as(field: str | None, values: Mapping[str, object]) -> str | None:
@@ -343,19 +343,19 @@ def _check_fixed(key: str, value: object) -> None:
     """Check a field of `sgld generate` that has one value over HTTP."""
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
-        raise NotBuilt(f"{key}: {shorten(value)} is not possible over HTTP, where it is always {fixed}", key)
+        raise NotBuilt(f"{shorten(value)} is not possible over HTTP, where it is always {fixed}", field=key)
 
 
 def _adapters(body: Mapping[str, object]) -> Values:
     """Convert `lora`, one adapter, to `loras`. An adapter may be its nickname alone; a form brings JSON."""
     values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
     if len(given) > 1:
-        raise BadRequest("lora: loras is given too; give one of them", "lora")
+        raise BadRequest("loras is given too; give one of them", field="lora")
     for name in given:
         value = _parsed(name, values.pop(name))
         listed = value if isinstance(value, list) else [value]
         if name == "loras" and value is not listed:
-            raise BadRequest(f"loras: {shorten(value)} is not a list of adapters", "loras")
+            raise BadRequest(f"{shorten(value)} is not a list of adapters", field="loras")
         if len(listed) > MAX_LORAS:
             raise _too_many(name, len(listed), "adapters", MAX_LORAS)
         items = [_parsed(name, item) for item in listed]
@@ -376,11 +376,11 @@ def _size(size: str | None, sampling: Mapping[str, object]) -> dict[str, int]:
         return {}
     match = _SIZE.fullmatch(size or "")
     if match is None:
-        raise BadRequest(f"size: {shorten(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", "size")
+        raise BadRequest(f"{shorten(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", field="size")
     sides = {"width": int(match[1]), "height": int(match[2])}
     for name, side in sides.items():
         if sampling.get(name) not in (None, side):
-            raise BadRequest(f"size: {size!r} contradicts {name} {shorten(sampling[name])}; give one of them", "size")
+            raise BadRequest(f"{size!r} contradicts {name} {shorten(sampling[name])}; give one of them", field="size")
     return sides
 
 
@@ -401,4 +401,4 @@ def require_prompt(sampling: Mapping[str, object]) -> None:
     """Check that the request has a prompt."""
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRequest(f"prompt: {shorten(prompt)} is not a text that says what to show", "prompt")
+        raise BadRequest(f"{shorten(prompt)} is not a text that says what to show", field="prompt")

@@ -149,9 +149,9 @@ class Fetcher:
             url, host = URL(), ""
         if url.scheme not in ("http", "https") or not _HOST.fullmatch(host):
             harmless = _USER_INFO.sub("//", text[:_URL_CHARACTERS].partition("?")[0])
-            raise BadRequest(f"{param}: {shorten(harmless)} is not taken: {needed}", param)
+            raise BadRequest(f"{shorten(harmless)} is not taken: {needed}", field=param)
         if url.raw_user is not None or url.raw_password is not None:
-            raise BadRequest(f"{param}: a URL with a user name or password is not taken; leave them out", param)
+            raise BadRequest("a URL with a user name or password is not taken; leave them out", field=param)
         if not self._allow_private and _plainly_private(host):
             raise self._unreachable(param, host)
         return url
@@ -187,7 +187,7 @@ class Fetcher:
                 if answer.status not in _REDIRECTS or location is None:
                     return await _body(answer, param, max_bytes, media_types)
                 url = self.check(_joined(url, location), param)
-        raise BadRequest(f"{param}: more than {MAX_REDIRECTS} redirects; give the final URL", param)
+        raise BadRequest(f"more than {MAX_REDIRECTS} redirects; give the final URL", field=param)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
         """Post a body and return the status. Follow no redirect. Raises BadRequest as `get`, naming `url`."""
@@ -224,17 +224,17 @@ class Fetcher:
         try:
             yield
         except TimeoutError:
-            raise BadRequest(f"{param}: {url.host} gave no full answer in {self._timeout_s:g} s", param) from None
+            raise BadRequest(f"{url.host} gave no full answer in {self._timeout_s:g} s", field=param) from None
         except aiohttp.ClientPayloadError:
-            raise BadRequest(f"{param}: {url.host} broke off its answer", param) from None
+            raise BadRequest(f"{url.host} broke off its answer", field=param) from None
         except aiohttp.ClientSSLError:
-            raise BadRequest(f"{param}: {url.host} has no certificate that is trusted here", param) from None
+            raise BadRequest(f"{url.host} has no certificate that is trusted here", field=param) from None
         except (aiohttp.ClientError, OSError, UnicodeError):  # UnicodeError: a name that DNS cannot hold
             raise self._unreachable(param, str(url.host)) from None
 
     def _unreachable(self, param: str, host: str) -> SgldError:
         reasons = "no such host, or no answer" if self._allow_private else "no such host, no answer, or not public"
-        return BadRequest(f"{param}: {shorten(host)} cannot be reached: {reasons}", param)
+        return BadRequest(f"{shorten(host)} cannot be reached: {reasons}", field=param)
 
 
 def _joined(url: URL, location: str) -> str:
@@ -249,13 +249,13 @@ async def _body(answer: aiohttp.ClientResponse, param: str, max_bytes: int, medi
     """Read the body up to a limit, whatever length it claims."""
     host = answer.url.host
     if answer.status != 200:
-        raise BadRequest(f"{param}: {host} answered {answer.status}; 200 is needed", param)
+        raise BadRequest(f"{host} answered {answer.status}; 200 is needed", field=param)
     if answer.content_type not in media_types:
         allowed = ", ".join(media_types)
-        raise BadRequest(f"{param}: {host} sent {shorten(answer.content_type)}; allowed are {allowed}", param)
+        raise BadRequest(f"{host} sent {shorten(answer.content_type)}; allowed are {allowed}", field=param)
     coding = answer.headers.get("Content-Encoding", "identity")
     if coding.lower() != "identity":
-        raise BadRequest(f"{param}: {host} sent it encoded as {shorten(coding)}, which was not asked for", param)
+        raise BadRequest(f"{host} sent it encoded as {shorten(coding)}, which was not asked for", field=param)
     body = bytearray()
     async for chunk in answer.content.iter_any():
         body += chunk
@@ -265,7 +265,7 @@ async def _body(answer: aiohttp.ClientResponse, param: str, max_bytes: int, medi
 
 
 def _too_large(param: str, max_bytes: int) -> TooLarge:
-    return TooLarge(f"{param}: more than {max_bytes} bytes, which is the limit", param)
+    return TooLarge(f"more than {max_bytes} bytes, which is the limit", field=param)
 
 
 def decode_data_url(
@@ -280,15 +280,15 @@ def decode_data_url(
     header, comma, payload = text.partition(",")
     match = _DATA_HEADER.fullmatch(header)
     if match is None or not comma:
-        raise BadRequest(f"{param}: {shorten(header)} is not of the form data:image/png;base64,...", param)
+        raise BadRequest(f"{shorten(header)} is not of the form data:image/png;base64,...", field=param)
     if match[1].lower() not in media_types:
-        raise BadRequest(f"{param}: {shorten(match[1])} is not one of {', '.join(media_types)}", param)
+        raise BadRequest(f"{shorten(match[1])} is not one of {', '.join(media_types)}", field=param)
     if len(payload) > (max_bytes + 2) // 3 * 4:
         raise _too_large(param, max_bytes)
     try:
         data = binascii.a2b_base64(payload, strict_mode=True)
     except ValueError as error:
-        raise BadRequest(f"{param}: the data URL is not valid base64: {error}", param) from None
+        raise BadRequest(f"the data URL is not valid base64: {error}", field=param) from None
     if len(data) > max_bytes:
         raise _too_large(param, max_bytes)
     return data

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,32 @@ class Heard:
     context: RunContext
 
 
+@attrs.frozen
+class Cancelling:
+    """A worker's end of a pipe; a cancel comes from the other end once progress of `stage` is sent."""
+
+    own: Connection
+    other: Connection
+    stage: str | None
+
+    def poll(self) -> bool:
+        return self.own.poll()
+
+    def recv(self) -> object:
+        return self.own.recv()
+
+    def send(self, message: object) -> None:
+        self.own.send(message)
+        if isinstance(message, Progress) and message.stage == self.stage:
+            self.other.send(Cancel("job"))
+
+
 def heard(model: Pipeline, request: Request, cancel_in: str | None = None) -> Heard:
     """Make one output as a worker does; a cancel comes once its hook has told of that stage."""
     params = resolve(request, model.info).params
     ours, theirs = Pipe()
     with ours, theirs:
-        context = RunContext("job", Mesh.solo(), theirs)
-        if cancel_in is not None:
-            told = context._tell
-
-            def tell() -> None:
-                told()
-                if context._stage == cancel_in:
-                    ours.send(Cancel("job"))
-
-            context._tell = tell  # type: ignore[method-assign]
+        context = RunContext("job", Mesh.solo(), Cancelling(theirs, ours, cancel_in))  # type: ignore[arg-type]
         frames = None
         try:
             frames, _ = sample(model, params, context)
