@@ -69,7 +69,7 @@ def section(values: Mapping[str, object], cls: type) -> Values:
 
 def settings_of(values: Mapping[str, object]) -> Settings:
     """Build settings from merged values, and check the rules that tie several fields together."""
-    settings = Settings.of(**{name: structure(section(values, cls), cls) for name, cls in SECTION_CLASSES.items()})
+    settings = Settings(*(structure(section(values, cls), cls) for cls in SETTINGS))
     _check_degrees(settings)
     _check_nodes(settings)
     _check_tiles(settings)
