@@ -15,7 +15,7 @@ from cattrs import BaseValidationError, Converter
 
 from sgld.config import Settings, user_path
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
-from sgld.hub.hub import download
+from sgld.hub.reference import Reference
 from sgld.messages import LoraPart, LoraState
 from sgld.params import LoraUse
 
@@ -57,14 +57,14 @@ def _download(name: str, inside: str | None, revision: str | None, param: str) -
     """A file or folder of the repository, or all of it."""
     if inside is None:
         _check_single(name, revision, param)
-        return download(name, revision, param, ADAPTER_FILES)
+        return Reference(name, revision, param).download(ADAPTER_FILES)
     suffix = PurePosixPath(inside).suffix
     if suffix in PICKLES:
         raise BadRequest(f"{param}: {inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", param)
     folder = inside if suffix != SUFFIX else str(PurePosixPath(inside).parent)
     files = inside if suffix == SUFFIX else f"{folder}/*{SUFFIX}"
     config = str(PurePosixPath(folder) / "adapter_config.json")
-    path = download(name, revision, param, {"allow_patterns": [files, config]}) / inside
+    path = Reference(name, revision, param).download({"allow_patterns": [files, config]}) / inside
     if not path.exists():
         raise BadRequest(f"{param}: {name!r} has no {inside!r}", param)
     return path
