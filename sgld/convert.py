@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, TypeVar, Union
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any, TypeAlias, TypeVar, Union
 
 import attrs
 from cattrs import BaseValidationError, Converter, ForbiddenExtraKeysError
@@ -20,16 +20,19 @@ from cattrs.gen import make_dict_structure_fn
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 
 T = TypeVar("T")
+Field: TypeAlias = "attrs.Attribute[Any]"
+Kind: TypeAlias = object  # a class, or a form such as `list[int] | None`
+Hook: TypeAlias = Callable[[object, Kind], object]
 MAX_CHARACTERS = 32768
 MAX_ENTRIES = 1000
-"""Of a text and of a list or map that a knob takes; none has a use for more, and all are walked on the loop."""
-_SHOWN_CHARACTERS = 120
+"""Limits of a text, and of a list or map, that a knob takes. The event loop walks all of it."""
+_VALUE_CHARACTERS = 120
 MAP = "map of names to values"
 
 
 @attrs.frozen
 class Knob:
-    """What is known of a knob beside its name, type and default."""
+    """Metadata of a knob: all but its name, type and default."""
 
     help: str
     group: str = ""
@@ -40,7 +43,7 @@ class Knob:
     aliases: tuple[str, ...] = ()
     env: str | None = None
     pending: str | None = None  # the feature this knob waits for
-    built: tuple[Any, ...] = ()  # of a pending knob: the values that work today, beside the default
+    built: tuple[object, ...] = ()  # of a pending knob: the values that work today, beside the default
     per_model: bool = False  # absent means: the model's own value
     serve_only: bool = False
     secret: bool = False
@@ -48,7 +51,7 @@ class Knob:
 
 
 def knob(
-    default: Any,
+    default: object,
     help: str,
     *,
     group: str = "",
@@ -59,28 +62,27 @@ def knob(
     aliases: tuple[str, ...] = (),
     env: str | None = None,
     pending: str | None = None,
-    built: tuple[Any, ...] = (),
+    built: tuple[object, ...] = (),
     per_model: bool = False,
     serve_only: bool = False,
     secret: bool = False,
     shown_default: str | None = None,
 ) -> Any:
-    """An attrs field that is a knob; a list or dict default is copied for each instance."""
+    """Declare an attrs field as a knob. Copy a list or dict default for each instance."""
     assert not (secret and choices), "an error about a choice shows the value"
     meta = Knob(
         help=help, group=group, choices=choices, min=min, max=max, above=above, aliases=aliases, env=env,
         pending=pending, built=built, per_model=per_model, serve_only=serve_only, secret=secret,
         shown_default=shown_default,
     )  # fmt: skip
-    settled: dict[str, Any] = {"metadata": {"knob": meta}, "validator": _check, "repr": not secret}
     if isinstance(default, list | dict):
-        return attrs.field(factory=lambda: default.copy(), **settled)
-    return attrs.field(default=default, **settled)
+        return attrs.field(factory=default.copy, metadata={"knob": meta}, validator=_check, repr=not secret)
+    return attrs.field(default=default, metadata={"knob": meta}, validator=_check, repr=not secret)
 
 
-def _check(_: object, field: attrs.Attribute[Any], value: Any) -> None:
-    """Range and choice of one value; of each element, where the value is a list."""
-    meta: Knob = field.metadata["knob"]
+def _check(_: object, field: Field, value: object) -> None:
+    """Check the range and the choices of a value, or of each entry of a list."""
+    meta = knob_of(field)
     for item in value if isinstance(value, list | tuple) else [value]:
         if item is None or isinstance(item, dict):
             continue
@@ -103,7 +105,7 @@ def _check_range(name: str, value: float, meta: Knob) -> None:
 
 
 def describe_range(meta: Knob) -> str:
-    """`1 to 10`, `at least 1`, `more than 0`, `more than 0, at most 9`, `at most 5`."""
+    """Describe the range of a knob: `1 to 10`, `at least 1`, `more than 0, at most 9`, `at most 5`."""
     if meta.min is not None and meta.max is not None:
         return f"{meta.min} to {meta.max}"
     if meta.above is not None:
@@ -111,51 +113,49 @@ def describe_range(meta: Knob) -> str:
     return f"at least {meta.min}" if meta.min is not None else f"at most {meta.max}"
 
 
-def fields_of(cls: type) -> dict[str, attrs.Attribute[Any]]:
-    """The attrs fields by name, their types resolved."""
+def fields_of(cls: type) -> dict[str, Field]:
+    """Map the name of each attrs field to the field, with its type resolved."""
     attrs.resolve_types(cls)
     return {field.name: field for field in attrs.fields(cls)}
 
 
-def knob_of(field: attrs.Attribute[Any]) -> Knob:
-    """The metadata of a knob."""
+def knob_of(field: Field) -> Knob:
+    """Return the metadata of a knob."""
     meta: Knob = field.metadata["knob"]
     return meta
 
 
-def type_name(kind: Any) -> str:
-    """A type in a user's words: `int`, `number`, `true or false`, `list of int`."""
+def type_name(kind: Kind) -> str:
+    """Name a type for users: `int`, `number`, `true or false`, `list of int`."""
     options = [arg for arg in typing.get_args(kind) if arg is not type(None)]
     if typing.get_origin(kind) in (Union, types.UnionType):
         return " or ".join(type_name(option) for option in options)
     if typing.get_origin(kind) in (list, tuple):
         return f"list of {type_name(options[0])}"
-    if typing.get_origin(kind) is dict or kind is dict or attrs.has(kind):
+    if not isinstance(kind, type) or kind is dict or attrs.has(kind):
         return MAP
-    return {bool: "true or false", int: "int", float: "number", str: "text"}.get(
-        kind, getattr(kind, "__name__", str(kind))
-    )
+    return {bool: "true or false", int: "int", float: "number", str: "text"}.get(kind, kind.__name__)
 
 
-def shorten(value: Any) -> str:
-    """A value for an error line: one line, and not too long."""
+def shorten(value: object) -> str:
+    """Format a value for an error: one line, not too long."""
     text = ""
     for piece in _pieces(value):
         text += piece
-        if len(text) > _SHOWN_CHARACTERS:
+        if len(text) > _VALUE_CHARACTERS:
             break
     return cut(text)
 
 
-def cut(text: str, most: int = _SHOWN_CHARACTERS) -> str:
-    """Text of at most so many characters; three dots stand for the rest."""
+def cut(text: str, most: int = _VALUE_CHARACTERS) -> str:
+    """Cut text to at most that many characters, with three dots for the rest."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _pieces(value: Any) -> Iterator[str]:
-    """`repr` of a plain value, bit by bit: of a large one only the beginning is shown."""
+def _pieces(value: object) -> Iterator[str]:
+    """Yield `repr` of a plain value piece by piece, so that a large one need not be formatted to its end."""
     if isinstance(value, str):
-        yield repr(value[:_SHOWN_CHARACTERS])
+        yield repr(value[:_VALUE_CHARACTERS])
     elif isinstance(value, list | dict):
         first, last = "{}" if isinstance(value, dict) else "[]"
         yield first
@@ -170,12 +170,12 @@ def _pieces(value: Any) -> Iterator[str]:
         yield repr(value)
 
 
-def _wrong(value: Any, kind: Any) -> ValueError:
+def _wrong(value: object, kind: Kind) -> ValueError:
     return ValueError(f"{shorten(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
 
 
 class _TooLong(Exception):
-    """No other type of a union takes it either."""
+    """A value that is too long for every type of a union."""
 
 
 def _check_length(value: Sized, most: int, of: str) -> None:
@@ -183,10 +183,10 @@ def _check_length(value: Sized, most: int, of: str) -> None:
         raise _TooLong(f"{len(value)} {of} are too many; at most {most} are allowed")
 
 
-def _exactly(kind: type) -> Callable[[Any, Any], Any]:
-    """A hook that takes only values whose type is `kind` itself: no int(12.7), no bool("false")."""
+def _exactly(kind: type) -> Hook:
+    """Make a hook that takes values of exactly this type: no int(12.7), no bool("false")."""
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: Kind) -> object:
         if type(value) is not kind:
             raise _wrong(value, kind)
         return value
@@ -194,9 +194,9 @@ def _exactly(kind: type) -> Callable[[Any, Any], Any]:
     return hook
 
 
-def _text(value: Any, _: Any) -> str:
-    """Text that can be written as UTF-8: what is no Unicode could be neither read by a model nor stored."""
-    if type(value) is not str:
+def _text(value: object, _: Kind) -> str:
+    """Accept text that UTF-8 can encode; a model can read, and a file can hold, no other."""
+    if not isinstance(value, str):
         raise _wrong(value, str)
     _check_length(value, MAX_CHARACTERS, "characters")
     try:
@@ -206,8 +206,8 @@ def _text(value: Any, _: Any) -> str:
     return value
 
 
-def _number(value: Any, _: Any) -> float:
-    if type(value) not in (int, float):
+def _number(value: object, _: Kind) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(value, float)
     try:
         return float(value)
@@ -215,12 +215,12 @@ def _number(value: Any, _: Any) -> float:
         raise _wrong(value, float) from None
 
 
-def _is_union(kind: Any) -> bool:
+def _is_union(kind: Kind) -> bool:
     return typing.get_origin(kind) in (Union, types.UnionType)
 
 
-def _union(value: Any, kind: Any) -> Any:
-    """The first option of the union that takes the value as it is; None only where the union names it."""
+def _union(value: object, kind: Kind) -> object:
+    """Structure a value as the first type of a union that takes it; None only where the union has it."""
     if value is None and type(None) in typing.get_args(kind):
         return None
     for option in typing.get_args(kind):
@@ -233,24 +233,24 @@ def _union(value: Any, kind: Any) -> Any:
     raise _wrong(value, kind)
 
 
-def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
-    """Lists and tuples of one item type; a string is no list."""
-    item = typing.get_args(kind)[0]
+def _sequence(kind: Kind) -> Hook:
+    """Make a hook for lists or tuples of one item type; a string is no list."""
+    [item, *_], make = typing.get_args(kind), tuple if typing.get_origin(kind) is tuple else list
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: Kind) -> object:
         if not isinstance(value, list | tuple):
             raise _wrong(value, kind)
         _check_length(value, MAX_ENTRIES, "entries")
-        return typing.get_origin(kind)(_CONVERTER.structure(entry, item) for entry in value)
+        return make(_CONVERTER.structure(entry, item) for entry in value)
 
     return hook
 
 
-def _mapping(kind: Any) -> Callable[[Any, Any], Any]:
-    """Maps of text to one kind of value."""
-    item = (*typing.get_args(kind), Any, Any)[1]
+def _mapping(kind: Kind) -> Hook:
+    """Make a hook for maps of text to values of one type."""
+    item = typing.get_args(kind)[1]
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: Kind) -> object:
         if not isinstance(value, Mapping):
             raise _wrong(value, kind)
         _check_length(value, MAX_ENTRIES, "entries")
@@ -261,17 +261,17 @@ def _mapping(kind: Any) -> Callable[[Any, Any], Any]:
     return hook
 
 
-def _attrs_class(cls: type, converter: Converter) -> Callable[[Any, Any], Any]:
-    """None means the default, at every level; unknown keys are refused."""
-    inner: Callable[[Any, Any], Any] = make_dict_structure_fn(cls, converter)
+def _attrs_class(cls: type, converter: Converter) -> Hook:
+    """Make a hook for an attrs class. None means the default, at every level; an unknown key is an error."""
+    inner: Callable[[Mapping[str, object], Kind], object] = make_dict_structure_fn(cls, converter)
     known = fields_of(cls)
 
-    def hook(value: Any, kind: Any) -> Any:
+    def hook(value: object, kind: Kind) -> object:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
             raise _wrong(value, cls)
-        for name in value:  # of any number the first unknown one ends it
+        for name in value:  # the first unknown key ends it, however many there are
             if name not in known:
                 raise ClassValidationError("unknown key", [ForbiddenExtraKeysError(None, cls, {name})], cls)
         return inner({name: item for name, item in value.items() if item is not None}, kind)
@@ -279,12 +279,12 @@ def _attrs_class(cls: type, converter: Converter) -> Callable[[Any, Any], Any]:
     return hook
 
 
-def _has_origin(*origins: Any) -> Callable[[Any], bool]:
+def _has_origin(*origins: type) -> Callable[[Kind], bool]:
     return lambda kind: typing.get_origin(kind) in origins
 
 
 def _strict_converter() -> Converter:
-    converter = Converter(detailed_validation=True)
+    converter = Converter(detailed_validation=True, unstruct_collection_overrides={tuple: list})
     for kind in (bool, int):
         converter.register_structure_hook(kind, _exactly(kind))
     converter.register_structure_hook(str, _text)
@@ -299,12 +299,12 @@ def _strict_converter() -> Converter:
 _CONVERTER = _strict_converter()
 
 
-def structure(values: Mapping[str, Any], cls: type[T]) -> T:
-    """Build `cls` from plain values, strictly. None means the default.
+def structure(values: Mapping[str, object], cls: type[T]) -> T:
+    """Build an attrs object from plain values, strictly. None means the default.
 
     Raises:
-        UnknownField: a key that is no field, with the nearest one.
-        BadRequest: a wrong type or range, naming field, value and what is allowed; a secret's value is not told.
+        UnknownField: a key that is no field; the error names the nearest field.
+        BadRequest: a wrong type or range; the error names the field, the value and what is allowed, but no secret.
     """
     fields_of(cls)  # resolves the string annotations that cattrs reads
     try:
@@ -313,8 +313,13 @@ def structure(values: Mapping[str, Any], cls: type[T]) -> T:
         raise _first_error(group, cls) from None
 
 
+def unstructure(value: object) -> Any:
+    """Turn attrs objects, and lists and maps of them, into plain JSON values."""
+    return _CONVERTER.unstructure(value)
+
+
 def _first_error(error: BaseException, cls: type, path: str = "") -> SgldError:
-    """The first leaf of a cattrs error group, as one of ours, with its dotted path."""
+    """Convert the first leaf of a cattrs error group to an error of ours, with its dotted path."""
     for note in getattr(error, "__notes__", []):
         if isinstance(note, AttributeValidationNote):
             path = f"{path}.{note.name}" if path else note.name
@@ -335,15 +340,15 @@ def _first_error(error: BaseException, cls: type, path: str = "") -> SgldError:
 
 @attrs.frozen
 class Unbuilt:
-    """A knob that asks for what does not stand yet."""
+    """A knob that asks for a feature which is not built yet."""
 
     name: str  # dotted
-    value: Any
+    value: object
     knob: Knob
 
 
-def unbuilt(instance: Any, prefix: str = "") -> Iterator[Unbuilt]:
-    """The knobs of `instance` that were set but whose feature does not stand yet."""
+def unbuilt(instance: object, prefix: str = "") -> Iterator[Unbuilt]:
+    """List the knobs of `instance` that are set but wait for their feature."""
     for name, field in fields_of(type(instance)).items():
         value = getattr(instance, name)
         if attrs.has(type(value)):
@@ -354,8 +359,8 @@ def unbuilt(instance: Any, prefix: str = "") -> Iterator[Unbuilt]:
             yield Unbuilt(prefix + name, value, meta)
 
 
-def refuse_unbuilt(*instances: Any, spell: Callable[[str], str] = str) -> None:
-    """Raise `NotBuilt`, naming the first such knob and then all others; `spell` says how the user writes a name."""
+def refuse_unbuilt(*instances: object, spell: Callable[[str], str] = str) -> None:
+    """Raise `NotBuilt` if knobs wait for their feature, naming all. `spell` maps a name to the user's spelling."""
     found = [knob for instance in instances for knob in unbuilt(instance)]
     if not found:
         return
@@ -370,25 +375,14 @@ def refuse_unbuilt(*instances: Any, spell: Callable[[str], str] = str) -> None:
     )
 
 
-def default_of(field: attrs.Attribute[Any]) -> Any:
-    """The default a field has when nobody sets it."""
+def default_of(field: Field) -> Any:
+    """Return the default of a field."""
     default: Any = field.default
     return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
 
 
-def plain(value: Any) -> Any:
-    """attrs instances, tuples and paths as plain JSON values."""
-    if attrs.has(type(value)):
-        return {name: plain(getattr(value, name)) for name in fields_of(type(value))}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        return [plain(item) for item in value]
-    return value
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no key stands twice."""
+def once(pairs: list[tuple[str, T]]) -> dict[str, T]:
+    """Build a dict of pairs. Raises ValueError for a key that stands twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,7 +1,7 @@
-"""Frames to files and back: mp4, webm, gif, png, jpg, webp and raw npy.
+"""Encode frames as mp4, webm, gif, png, jpg, webp or raw npy.
 
-Every function here blocks: call it in a thread. A file carries the parameters that made it, as one JSON text, and no
-time stamps, so equal input gives equal bytes.
+Encoding blocks: call it in a thread. A file carries its parameters as one JSON text and no time stamps, so equal
+input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ import attrs
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sgld import __version__
 from sgld.config import Settings
+from sgld.convert import fields_of, knob_of
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Audio, Frames
-from sgld.params import DEBUG, LoraUse, SamplingParams
+from sgld.params import DEBUG, LoraUse, OutputSpec, SamplingParams
 
 VIDEO, IMAGE, RAW = "video", "image", "raw"
+Codec = tuple[str, dict[str, str]]  # name and options
 
 
 @attrs.frozen
 class Format:
-    """What one file extension can hold."""
+    """The limits of a file format."""
 
     media_type: str
     kind: str  # video, image or raw
@@ -42,7 +44,7 @@ class Format:
     side_multiple: int = 1  # 4:2:0 video stores colour at half the size
     max_fps: int | None = None
     max_metadata: int | None = None  # bytes
-    sound: str | None = None  # codec; None: it is silent
+    sound: str | None = None  # codec; None: it holds no sound
 
 
 FORMATS = {
@@ -59,61 +61,59 @@ QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35}
 LOSSLESS = ("png", "gif", "npy")  # no quality to choose
 DEFAULT_QUALITY = {VIDEO: 50, IMAGE: 75, RAW: 100}
 
-_BT709 = 1  # the code of matrix, primaries and transfer alike, ITU-T H.273
+_BT709 = 1  # matrix, primaries and transfer of ITU-T H.273
 _EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_LAYOUTS = {1: "mono", 2: "stereo"}  # by the number of channels
-_SOUND_BITS, _SOUND_RATE = 96_000, 48_000  # bits a second for each channel; samples a second where a rate is unknown
+_LAYOUTS = {1: "mono", 2: "stereo"}  # by number of channels
+_SOUND_BITS, _SOUND_RATE = 96_000, 48_000  # bits a second and channel; samples a second for an unsupported rate
 _GIF_SAMPLE = 1 << 18  # pixels that choose a gif's palette
 _SETTINGS = (
     "revision", "component_paths", "precision", "dit_precision", "vae_precision", "text_encoder_precisions",
     "vae_tiling", "lora_nickname", "lora_scale", "lora_target",
 )  # fmt: skip
 _TILES = ("use_tiling", *(f"tile_sample_{what}_{side}" for what in ("min", "stride") for side in ("height", "width")))
-_DAMAGED = (av.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
 
 
 def format_of(file_name: str) -> str | None:
-    """The format that a name's extension asks for, if it is one of `FORMATS`."""
+    """Return the format of a file name by its extension; None if it is not one of `FORMATS`."""
     suffix = PurePath(file_name).suffix[1:].lower()
     return suffix if suffix in FORMATS else None
 
 
 def is_image(format: str) -> bool:
-    """Whether the format holds exactly one frame."""
+    """Return whether the format holds exactly one frame."""
     return FORMATS[format].kind == IMAGE
 
 
 def file_quality(format: str, output_quality: str = "default", output_compression: int | None = None) -> int:
-    """0 to 100 from the two knobs; the number beats the word."""
+    """Return the quality, 0 to 100, from the two knobs. The number wins over the word."""
     if output_compression is not None:
         return output_compression
     return QUALITIES.get(output_quality, DEFAULT_QUALITY[FORMATS[format].kind])
 
 
 def describe(params: SamplingParams, model: str, settings: Settings | None = None) -> dict[str, Any]:
-    """What a file says of its making: sgld's version, the model, and every knob under its own name.
+    """Return the metadata of a file: the version of sgld, the model, and every knob under its own name.
 
-    Of `settings` it says what changes pixels and is not at its default; of input files the names, not the folders.
+    Settings are included if they change pixels and differ from their defaults. Input files appear by name, without
+    their folders.
     """
-    knobs = {field.name: field.metadata["knob"] for field in attrs.fields(SamplingParams)}
-    values = attrs.asdict(params).items()
-    kept = {name: value for name, value in values if not (knobs[name].pending or knobs[name].group == DEBUG)}
-    kept["image_path"] = [Path(path).name for path in params.image_path] if params.image_path else None
-    kept["mask_path"] = Path(params.mask_path).name if params.mask_path else None
-    kept["loras"] = [_adapter(lora) for lora in params.loras] or None
-    made_by = _telling(settings) if settings else {}
-    return {"sgld": __version__, "model": model, **made_by, **{name: v for name, v in kept.items() if v is not None}}
+    knobs = {name: knob_of(field) for name, field in fields_of(SamplingParams).items()}
+    values = attrs.asdict(params)
+    values = {name: values[name] for name, knob in knobs.items() if not (knob.pending or knob.group == DEBUG)}
+    values["image_path"] = [Path(path).name for path in params.image_path] if params.image_path else None
+    values["mask_path"] = Path(params.mask_path).name if params.mask_path else None
+    values["loras"] = [_describe_adapter(lora) for lora in params.loras] or None
+    made_by = _describe_settings(settings) if settings else {}
+    return {"sgld": __version__, "model": model, **made_by, **{name: v for name, v in values.items() if v is not None}}
 
 
-def _adapter(lora: LoraUse) -> dict[str, Any]:
-    """What tells of an adapter: its name, not where it lies."""
+def _describe_adapter(lora: LoraUse) -> dict[str, Any]:
     name = lora.nickname or Path(lora.path or "").name
     return {"nickname": name, "strength": lora.strength, "target": lora.target}
 
 
-def _telling(settings: Settings) -> dict[str, Any]:
-    """The settings that change pixels, but for those that stand at their defaults, or choose what runs anyway."""
+def _describe_settings(settings: Settings) -> dict[str, Any]:
     tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name)) is not None}
     adapters = [Path(path).name for path in settings.lora_path or []]
     values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
@@ -121,27 +121,19 @@ def _telling(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value or value is False}
 
 
-def check_encodable(
-    format: str,
-    *,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: int,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Refuse what the format cannot hold (BadRequest); costs nothing, so ask before denoising."""
+def check_encodable(format: str, output: OutputSpec, metadata: Mapping[str, Any] | None = None) -> None:
+    """Refuse an output that the format cannot hold. Cheap: call it before denoising. Raises BadRequest."""
     spec = FORMATS[format]
-    if spec.kind == IMAGE and num_frames != 1:
+    if spec.kind == IMAGE and output.frames != 1:
         raise BadRequest(
-            f"num_frames: {num_frames} frames do not fit in one {format}; give 1, or a video format",
+            f"num_frames: {output.frames} frames do not fit in one {format}; give 1, or a video format",
             "num_frames",
         )
-    for field, side in (("height", height), ("width", width)):
+    for field, side in (("height", output.height), ("width", output.width)):
         _check_side(format, field, side)
-    if spec.max_fps and fps > spec.max_fps:
+    if spec.max_fps and output.fps > spec.max_fps:
         raise BadRequest(
-            f"fps: {fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
+            f"fps: {output.fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
             "fps",
         )
     if spec.max_metadata and len(_ascii_json(metadata or {})) > spec.max_metadata:
@@ -171,15 +163,18 @@ def encode(
     x264_preset: str | None = None,
     audio: Audio | None = None,
 ) -> None:
-    """Write frames [N, H, W, 3] to `path`, whatever its name, as `format`, with `audio` where it can hold sound.
+    """Write frames [N, H, W, 3] to `path` as `format`, with `audio` if the format holds sound.
 
-    `quality` is 0 to 100: the constant rate factor of mp4 and webm, the quality of jpg and webp; png, gif and npy have
-    none. A gif counts time in 1/100 s: at 24 frames per second its delays are 4 or 5 of them, so that the whole keeps
-    its length to 1/100 s. npy is the array alone and carries no metadata.
-    Raises BadRequest for what the format cannot hold, OSError where the system cannot write.
+    `quality` is 0 to 100: the constant rate factor of mp4 and webm, the quality of jpg and webp. png, gif and npy have
+    none. A gif counts time in 1/100 s. At 24 frames per second its delays are 4 or 5 of them, so the whole keeps its
+    length to 1/100 s. npy is the array alone and carries no metadata.
+
+    Raises:
+        BadRequest: the format cannot hold the output.
+        OSError: the system cannot write.
     """
     n, height, width, _ = frames.shape
-    check_encodable(format, num_frames=n, height=height, width=width, fps=fps, metadata=metadata)
+    check_encodable(format, OutputSpec(width, height, n, fps), metadata)
     if format == "npy":
         _write_npy(path, frames)
     elif is_image(format):
@@ -187,12 +182,12 @@ def encode(
     elif format == "gif":
         _write_gif(path, frames, fps, metadata)
     else:
-        codec, options = _video_codec(format, quality, x264_preset)
-        _write_video(path, format, codec, options, map(_to_yuv, frames), (width, height), fps, metadata, audio)
+        codec = _video_codec(format, quality, x264_preset)
+        _write_video(path, format, codec, map(_to_yuv, frames), (width, height), fps, metadata, audio)
 
 
 def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[str, Any]) -> bytes:
-    """One frame [H, W, 3] as the bytes of a png, jpg or webp."""
+    """Encode one frame [H, W, 3] as png, jpg or webp."""
     options: dict[str, Any] = {"quality": quality, "exif": _exif(metadata)}
     if format == "png":
         info = PngInfo()
@@ -206,7 +201,7 @@ def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[
 
 
 def through_h264(frame: Frames, rate_factor: int) -> Frames:
-    """One frame [H, W, 3] as it comes back from a video of that constant rate factor; an odd row or column is cut."""
+    """Compress and decompress one frame [H, W, 3] with H.264. An odd row or column is cut."""
     height, width = (side // 2 * 2 for side in frame.shape[:2])
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -227,8 +222,8 @@ def _write_npy(path: Path, frames: Frames) -> None:
         file.write(frames.data)
 
 
-def _video_codec(format: str, quality: int, x264_preset: str | None) -> tuple[str, dict[str, str]]:
-    """The codec, and its options with quality 100 .. 0 mapped to the constant rate factor 1 .. 51 (VP9: 0 .. 63)."""
+def _video_codec(format: str, quality: int, x264_preset: str | None) -> Codec:
+    """Return the codec and its options. Quality 100 .. 0 is the constant rate factor 1 .. 51 (VP9: 0 .. 63)."""
     if format == "webm":
         speed = {"deadline": "good", "cpu-used": "4", "row-mt": "1"}
         return "libvpx-vp9", {"crf": str(int((1 - quality / 100) * 63)), "b": "0", **speed}
@@ -237,7 +232,7 @@ def _video_codec(format: str, quality: int, x264_preset: str | None) -> tuple[st
 
 
 def _to_yuv(frame: Frames) -> Any:
-    """Full-range RGB to limited-range BT.709 4:2:0, the colours that the file's tags then name."""
+    """Convert full-range RGB to limited-range BT.709 4:2:0."""
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24").reformat(
         format="yuv420p",
         interpolation=_ACCURATE,
@@ -250,19 +245,18 @@ def _to_yuv(frame: Frames) -> Any:
 def _write_video(
     path: Path,
     format: str,
-    codec: str,
-    options: dict[str, str],
+    codec: Codec,
     pictures: Iterable[Any],
     size: tuple[int, int],
     fps: int,
     metadata: Mapping[str, Any],
     audio: Audio | None = None,
 ) -> None:
-    """The sound of each picture goes beside it, so that a player that reads on has both."""
+    """Mux pictures and sound, each picture followed by its sound."""
     muxer = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if format == "mp4" else {})
-    with _plain_os_errors(format), av.open(_plain(path), "w", format=format, options=muxer) as container:
+    with _map_ffmpeg_errors(format), av.open(_absolute(path), "w", format=format, options=muxer) as container:
         container.metadata["comment"] = _json(metadata)
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream = container.add_stream(codec[0], rate=fps, options=codec[1])
         stream.width, stream.height = size
         if format == "gif":
             stream.pix_fmt = "pal8"
@@ -270,7 +264,8 @@ def _write_video(
             stream.pix_fmt = "yuv420p"
             stream.colorspace = stream.color_primaries = stream.color_trc = _BT709
             stream.color_range = ColorRange.MPEG
-        track = None if audio is None else _Track.of(container, FORMATS[format].sound, audio)
+        sound = FORMATS[format].sound
+        track = _Track.of(container, sound, audio) if audio is not None and sound is not None else None
         for i, picture in enumerate(pictures):
             picture.pts, picture.time_base = i, Fraction(1, fps)
             container.mux(stream.encode(picture))
@@ -283,16 +278,15 @@ def _write_video(
 
 @attrs.define
 class _Track:
-    """The sound of a file that is being written."""
+    """The sound of a file under construction."""
 
     stream: Any
     audio: Audio
     done: int = 0  # samples
 
     @classmethod
-    def of(cls, container: Any, codec: str | None, audio: Audio) -> _Track:
-        """A stream of the sound's own rate, or of a usual one where the codec does not know it."""
-        assert codec is not None, "only formats with sound come here"
+    def of(cls, container: Any, codec: str, audio: Audio) -> _Track:
+        """Add a stream with the rate of the sound, or 48 kHz if the codec does not support that rate."""
         known = av.Codec(codec, "w").audio_rates
         stream = container.add_stream(codec, rate=audio.rate if known and audio.rate in known else _SOUND_RATE)
         stream.layout = _LAYOUTS[len(audio.samples)]
@@ -300,7 +294,7 @@ class _Track:
         return cls(stream, audio)
 
     def until(self, time: Fraction) -> list[Any]:
-        """The packets of what is heard before `time`, in seconds."""
+        """Encode the sound up to `time`, in seconds, and return its packets."""
         end = min(round(time * self.audio.rate), self.audio.samples.shape[1])
         if end <= self.done:
             return []
@@ -308,17 +302,15 @@ class _Track:
         frame = av.AudioFrame.from_ndarray(part, "fltp", self.stream.layout.name)
         frame.rate, frame.pts, frame.time_base = self.audio.rate, self.done, Fraction(1, self.audio.rate)
         self.done = end
-        packets: list[Any] = self.stream.encode(frame)
-        return packets
+        return list(self.stream.encode(frame))
 
     def rest(self) -> list[Any]:
-        """The packets of what is left."""
-        packets = self.until(Fraction(self.audio.samples.shape[1], self.audio.rate))
-        return packets + self.stream.encode(None)  # type: ignore[no-any-return]
+        """Encode the rest of the sound and return its packets."""
+        return [*self.until(Fraction(self.audio.samples.shape[1], self.audio.rate)), *self.stream.encode(None)]
 
 
 def _write_gif(path: Path, frames: Frames, fps: int, metadata: Mapping[str, Any]) -> None:
-    """One palette for all frames, so that still areas do not flicker."""
+    """Encode all frames with one palette, so that still areas do not flicker."""
     _, height, width, _ = frames.shape
     palette = _palette(frames)
     colours = np.full((256, 4), 255, np.uint8)  # ARGB
@@ -326,12 +318,12 @@ def _write_gif(path: Path, frames: Frames, fps: int, metadata: Mapping[str, Any]
     colours[: len(chosen), 1:] = chosen
     indexed = (np.asarray(Image.fromarray(frame).quantize(palette=palette)) for frame in frames)
     pictures = (av.VideoFrame.from_ndarray((index, colours), "pal8") for index in indexed)
-    _write_video(path, "gif", "gif", {}, pictures, (width, height), fps, metadata)
+    _write_video(path, "gif", ("gif", {}), pictures, (width, height), fps, metadata)
     _add_gif_comment(path, _ascii_json(metadata))
 
 
 def _palette(frames: Frames) -> Image.Image:
-    """The 256 colours that suit an even sample of all frames best."""
+    """Choose 256 colours from an even sample of all frames."""
     n, height, width, _ = frames.shape
     step = max(1, round((n * height * width / _GIF_SAMPLE) ** (1 / 3)))
     sample = frames[::step, ::step, ::step]
@@ -340,7 +332,7 @@ def _palette(frames: Frames) -> Image.Image:
 
 
 def _add_gif_comment(path: Path, text: bytes) -> None:
-    """Put a comment extension behind the global palette (GIF89a, section 24); FFmpeg writes none."""
+    """Insert a comment extension behind the global palette (GIF89a, section 24). FFmpeg writes none."""
     data = path.read_bytes()
     flags = data[10]
     start = 13 + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0)
@@ -349,14 +341,14 @@ def _add_gif_comment(path: Path, text: bytes) -> None:
     path.write_bytes(data[:start] + comment + data[start:])
 
 
-def _plain(path: Path) -> str:
-    """A path that FFmpeg does not take for a URL, as it does "a:b/c.mp4"."""
+def _absolute(path: Path) -> str:
+    """Return an absolute path, because FFmpeg takes "a:b/c.mp4" for a URL."""
     return str(path.absolute())
 
 
 @contextmanager
-def _plain_os_errors(format: str) -> Iterator[None]:
-    """FFmpeg's errors as OSError where the system failed, as OutputError where the encoder did."""
+def _map_ffmpeg_errors(format: str) -> Iterator[None]:
+    """Raise errors of FFmpeg as OSError if the system failed, as OutputError if the encoder did."""
     try:
         yield
     except av.FFmpegError as error:
@@ -366,7 +358,7 @@ def _plain_os_errors(format: str) -> Iterator[None]:
 
 
 def _json(metadata: Mapping[str, Any]) -> str:
-    """Readable JSON; escaped only where the text is no valid Unicode (a lone surrogate)."""
+    """Return readable JSON. Text with a lone surrogate is escaped."""
     text = json.dumps(dict(metadata), ensure_ascii=False)
     try:
         text.encode()
@@ -383,90 +375,3 @@ def _exif(metadata: Mapping[str, Any]) -> Image.Exif:
     exif = Image.Exif()
     exif.get_ifd(_EXIF)[_USER_COMMENT] = _ASCII + _ascii_json(metadata)
     return exif
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """A file that is missing, damaged or of another kind, told in one line."""
-    try:
-        yield
-    except _DAMAGED as error:
-        raise BadRequest(f"{path}: cannot be read: {error}") from error
-    except OSError as error:
-        raise BadRequest(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _known(path: Path) -> str:
-    format = format_of(path.name)
-    if format is None:
-        raise BadRequest(f"{path}: {path.suffix or 'no extension'} is not one of {', '.join(FORMATS)}")
-    return format
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `encode` stored: the values of `describe`; empty for npy and for files of other makers."""
-    format = _known(path)
-    with _reading(path):
-        text = _comment(path, format)
-    try:
-        stored = json.loads(text)
-    except ValueError:
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
-def _comment(path: Path, format: str) -> str:
-    if format == "npy":
-        return ""
-    return _container_comment(path) if format in ("mp4", "webm") else _image_comment(path)
-
-
-def _container_comment(path: Path) -> str:
-    with av.open(_plain(path)) as container:
-        tags = {name.lower(): value for name, value in container.metadata.items()}
-        return str(tags.get("comment", ""))
-
-
-def _image_comment(path: Path) -> str:
-    with Image.open(path) as image:
-        comment = image.info.get("Comment") or image.info.get("comment")
-        comment = comment or image.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
-    if isinstance(comment, bytes):
-        return comment.removeprefix(_ASCII).decode("utf-8", "replace")
-    return str(comment)
-
-
-def decode(path: Path) -> tuple[Frames, float]:
-    """Frames u8 [N, H, W, 3] and frames per second (of a gif: the mean; of an image or npy: 0)."""
-    format = _known(path)
-    with _reading(path):
-        if format == "npy":
-            return np.load(path), 0.0
-        return _decode_image(path) if is_image(format) or format == "gif" else _decode_video(path)
-
-
-def _decode_image(path: Path) -> tuple[Frames, float]:
-    frames, milliseconds = [], 0
-    with Image.open(path) as image:
-        for i in range(getattr(image, "n_frames", 1)):
-            image.seek(i)
-            milliseconds += image.info.get("duration", 0)
-            frames.append(np.asarray(image.convert("RGB")))
-    return np.stack(frames), 1000 * len(frames) / milliseconds if milliseconds else 0.0
-
-
-def decode_sound(path: Path) -> Audio | None:
-    """What is heard in a video; None where it is silent."""
-    with _reading(path), av.open(_plain(path)) as container:
-        if not container.streams.audio:
-            return None
-        parts = av.AudioResampler("fltp")
-        frames = [part for frame in container.decode(audio=0) for part in parts.resample(frame)]
-        return Audio(np.concatenate([frame.to_ndarray() for frame in frames], 1), frames[0].rate)
-
-
-def _decode_video(path: Path) -> tuple[Frames, float]:
-    with av.open(_plain(path)) as container:
-        stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24", interpolation=_ACCURATE) for frame in container.decode(stream)]
-        return np.stack(frames), float(stream.average_rate)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgld.config import Settings
-from sgld.params import LoraUse, SamplingParams
+from sgld.params import LoraUse, OutputParams
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
 MergeMode = Literal["auto", "merge", "dynamic"]
@@ -69,10 +69,10 @@ class Load:
 
 @attrs.frozen
 class Generate:
-    """Make one output: `params` holds one prompt and one seed. At most `previews` pictures are sent on the way."""
+    """Make one output: At most `previews` pictures are sent on the way."""
 
     job_id: str
-    params: SamplingParams
+    params: OutputParams
     previews: int = 0
 
 

@@ -1,22 +1,24 @@
-"""SamplingParams: every knob of one request. Flags, config keys and request fields share these names."""
+"""Parameters of a request, of one output and of a model. Flags, config keys and request fields share their names."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from sgld.convert import MAX_CHARACTERS, default_of, fields_of, knob, refuse_unbuilt, structure
-from sgld.errors import BadRequest, NotBuilt, TooLarge
+from sgld.convert import MAX_CHARACTERS, fields_of, knob
+from sgld.errors import BadRequest, NotBuilt
 
 PROMPT, SIZE, SAMPLING, OUTPUT = "prompt", "size", "sampling", "output"
 POST, SPEED, DEBUG = "post-processing", "speed-ups", "debugging"
 
 VIDEO_FORMATS = ("mp4", "webm", "gif")
 IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp")
+X264_PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
+)  # fmt: skip
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = MAX_CHARACTERS
 MAX_SIDE = 16384
@@ -28,7 +30,7 @@ MAX_LORAS, MAX_LORA_STRENGTH = 16, 100
 
 @attrs.frozen
 class LoraUse:
-    """A LoRA adapter, by a name that was given before, or by where it lies."""
+    """A LoRA adapter, by its registered nickname or by its path."""
 
     nickname: str | None = knob(None, "name of an adapter that was loaded before, or a name for the one at `path`")
     path: str | None = knob(None, "file, folder, Hugging Face id, or id:file")
@@ -46,7 +48,7 @@ class LoraUse:
 
 @attrs.frozen
 class SamplingParams:
-    """What to make. A knob marked `per_model` takes the model's own value when absent."""
+    """Every knob of a request. A knob marked `per_model` takes the model's own value when absent."""
 
     prompt: str = knob("", "what the picture or video shows", group=PROMPT)
     negative_prompt: str | None = knob(None, "what it must not show", group=PROMPT, per_model=True)
@@ -215,18 +217,7 @@ class SamplingParams:
         "encoder effort of mp4 files",
         group=OUTPUT,
         shown_default="fast",
-        choices=(
-            "ultrafast",
-            "superfast",
-            "veryfast",
-            "faster",
-            "fast",
-            "medium",
-            "slow",
-            "slower",
-            "veryslow",
-            "placebo",
-        ),
+        choices=X264_PRESETS,
     )
 
     profile: bool = knob(False, "write a torch trace", group=DEBUG, pending="profiling")
@@ -235,32 +226,70 @@ class SamplingParams:
 
     @property
     def first_step(self) -> int:
-        """The step of the schedule to begin with: 0 without a picture, later the lower the strength."""
+        """Return the step that denoising starts from: 0 without a picture, later the lower the strength."""
         if not self.image_path or self.strength is None:
             return 0
         return self.num_inference_steps - int(self.num_inference_steps * self.strength)
 
-    def seeds(self) -> list[int]:
-        """One seed for each output: given, counted up from the given one, or drawn now."""
-        if isinstance(self.seed, list):
-            if len(self.seed) != self.num_outputs_per_prompt:
-                raise BadRequest(
-                    f"seed: {len(self.seed)} seeds for {self.num_outputs_per_prompt} outputs per prompt; "
-                    "give one, or one for each",
-                    "seed",
-                )
-            return self.seed
-        first = random.SystemRandom().randrange(2**32) if self.seed is None else self.seed
-        return [first + i for i in range(self.num_outputs_per_prompt)]
 
-    def outputs(self) -> list[SamplingParams]:
-        """One set of parameters for each output, each with a single seed."""
-        return [attrs.evolve(self, seed=seed, num_outputs_per_prompt=1) for seed in self.seeds()]
+@attrs.frozen(kw_only=True)
+class OutputParams(SamplingParams):
+    """The parameters of one output: one prompt and one seed, fitted to the model."""
+
+    seed: int = knob(attrs.NOTHING, "noise seed", group=SAMPLING, min=0, max=MAX_SEED)
+
+    @classmethod
+    def of(cls, params: SamplingParams, seed: int) -> OutputParams:
+        """Return the parameters of the output with this seed."""
+        values = {name: getattr(params, name) for name in fields_of(SamplingParams)}
+        return cls(**{**values, "seed": seed, "num_outputs_per_prompt": 1})
+
+
+STAGES = {"encode": 5, "denoise": 85, "decode": 9}
+"""Stages of an output, in order, with their shares of the progress. The last percent is for the files."""
+
+
+@attrs.frozen
+class OutputSpec:
+    """The shape of one finished output."""
+
+    width: int  # pixels
+    height: int
+    frames: int
+    fps: int
+    audio: bool = False
+    stages: tuple[str, ...] = tuple(STAGES)
+
+    @classmethod
+    def of(cls, params: SamplingParams, *, audio: bool = False) -> OutputSpec:
+        """Return the shape of an output made with `params`; a single frame has no sound."""
+        return cls(params.width, params.height, params.num_frames, params.fps, audio and params.num_frames > 1)
+
+    @property
+    def size(self) -> str:
+        """Return `WIDTHxHEIGHT`."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def seconds(self) -> float:
+        """Return the length of the video."""
+        return self.frames / self.fps
+
+    @property
+    def pixels(self) -> int:
+        """Return the number of pixels in all frames."""
+        return self.width * self.height * self.frames
+
+    def percent(self, stage: str, step: int, total: int) -> float:
+        """Return the progress, 0 to 99, after `step` of `total` steps of a stage."""
+        weights = [STAGES[name] for name in self.stages]
+        at = self.stages.index(stage)
+        return 99 * (sum(weights[:at]) + weights[at] * step / total) / sum(weights)
 
 
 @attrs.frozen
 class Memory:
-    """What one output takes beside the weights that stay, estimated linearly, and what there is; all in bytes.
+    """A linear estimate of the memory of one output, beside the weights that stay loaded. All values are in bytes.
 
     Text encoder, denoiser and decoder run one after the other, so the largest of them counts.
     """
@@ -282,8 +311,45 @@ class Memory:
 
 
 @attrs.frozen
+class PictureRule:
+    """How many input pictures a model takes, and what it does with them."""
+
+    min: int = 0
+    max: int = 0
+    starts_denoising: bool = True  # denoising starts from the noised picture; else the picture is conditioning
+    sets_size: bool = True  # a request without a size takes the shape of its picture
+    may_enlarge: bool = True  # to the area of the default size; else that area is only the limit
+    shape_from: int = 0  # index of the picture that gives the shape
+    multiple: int | None = None  # sides are rounded to it; None: they are cut to the model's `size_multiple`
+
+    def size(self, picture: tuple[int, int], area: int, size_multiple: int) -> tuple[int, int]:
+        """Return the width and height of an output with the shape of a picture of that width and height.
+
+        `area` is the area of the size that holds otherwise, in pixels.
+        """
+        area = area if self.may_enlarge else min(area, math.prod(picture))
+        return near(area, picture, self.multiple) if self.multiple else _within(area, picture, size_multiple)
+
+
+def near(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return width and height of about that area with the picture's shape, each rounded to the multiple."""
+    ratio, longest = picture[0] / picture[1], MAX_SIDE // multiple
+    width = math.sqrt(area * ratio)
+    width, height = (min(longest, max(1, round(side / multiple))) * multiple for side in (width, width / ratio))
+    return width, height
+
+
+def _within(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return width and height of at most that area with the picture's shape, each at least one multiple."""
+    sides = (math.isqrt(area * a // b) for a, b in (picture, picture[::-1]))
+    width, height = (max(1, side // multiple) * multiple for side in sides)
+    longest = max(multiple, min(MAX_SIDE, area // min(width, height)) // multiple * multiple)
+    return min(width, longest), min(height, longest)
+
+
+@attrs.frozen
 class ModelInfo:
-    """What a model says of itself; rank 0 sends it once, as the answer to `Load`."""
+    """The description of a loaded model. Rank 0 sends it once, as the answer to `Load`."""
 
     name: str  # pipeline class, such as WanPipeline
     kind: str  # "video" or "image": what it makes by default
@@ -295,16 +361,10 @@ class ModelInfo:
     tasks: tuple[str, ...] = ()  # such as text-to-video and, from a video model that makes single frames, text-to-image
     max_tokens: int | None = None  # of a prompt, at most; None: as many as max_sequence_length takes
     memory: Memory | None = None
-    max_pictures: int = 0  # of `image_path`
-    min_pictures: int = 0
-    starts_from_picture: bool = True  # denoising begins in the middle, at the picture; else the model looks at it
-    takes_picture_size: bool = True  # a request without a size takes the picture's shape
-    enlarges_picture: bool = True  # to the area of the size that stands; else that is only the most
-    shape_from: int = 0  # which of several pictures gives the shape
-    picture_multiple: int | None = None  # the sides are the nearest multiples of it; None: cut to `size_multiple`
+    pictures: PictureRule = PictureRule()
     unguided: float = 1.0  # guidance_scale, or true_cfg_scale where it is given, up to which there is no guidance
     fixed_steps: int | None = None  # num_inference_steps, where no other number works
-    audio: bool = False  # its videos have sound
+    audio: bool = False  # videos have sound
     lora_targets: tuple[str, ...] = ()  # components that take LoRA adapters
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
     attention: dict[str, str] = attrs.field(factory=dict)  # kernels by use, such as transformer.self
@@ -312,7 +372,7 @@ class ModelInfo:
     backend: str = "sglang"  # what makes it: native code ("sglang"), or a pipeline of "diffusers"
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
-        """Bytes that one output takes at its peak, by the field to lower when they are too many."""
+        """Return the peak bytes of one output, by the field to lower when they are too many."""
         if (m := self.memory) is None:
             return {}
         area = params.height * params.width
@@ -334,9 +394,9 @@ class ModelInfo:
 
 
 def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str, target: str = "target") -> None:
-    """Raise `NotBuilt` or `BadRequest` for adapters that this model cannot take, before any of them is sought."""
+    """Refuse adapters that this model cannot take, before any of them is looked up. Raises NotBuilt, BadRequest."""
     if loras and not info.lora_targets:
-        reason = f": {told}" if (told := info.unsupported.get("loras")) else ""
+        reason = f": {why}" if (why := info.unsupported.get("loras")) else ""
         raise NotBuilt(f"{param}: this model takes no LoRA adapters{reason}", param)
     if len(loras) > MAX_LORAS:
         raise BadRequest(f"{param}: {len(loras)} adapters are too many; at most {MAX_LORAS} are allowed", param)
@@ -345,186 +405,14 @@ def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str, target: s
 
 
 def check_lora_target(target: str, info: ModelInfo, param: str = "target") -> None:
-    """Raise `BadRequest` for a part that this model has not."""
+    """Refuse a component that this model does not have. Raises BadRequest."""
     allowed = ("all", *info.lora_targets)
     if target not in allowed:
         raise BadRequest(f"{param}: {target!r}: this model has only {', '.join(allowed)}", param)
 
 
-def resolve(
-    given: Mapping[str, Any],
-    info: ModelInfo,
-    *,
-    base: Mapping[str, Any] | None = None,
-    picture: tuple[int, int] | None = None,
-) -> tuple[SamplingParams, list[str]]:
-    """The request's own values over the operator's (`base`) over the model's, structured once and fitted to the model.
-
-    `picture` is the first picture's width and height: without a size of its own a request takes its shape. The second
-    value are warnings for the user.
-
-    Raises:
-        BadRequest: a wrong type, range or size, or values that contradict each other.
-        NotBuilt: a field this model, or this version, has no use for.
-        TooLarge: more memory than there is.
-    """
-    own = {name: value for name, value in given.items() if value is not None}
-    asked = {**(base or {}), **own}
-    for name, reason in info.unsupported.items():
-        if name in asked and asked[name] != default_of(fields_of(SamplingParams)[name]):
-            raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
-    params = structure({**info.defaults, **asked}, SamplingParams)
-    refuse_unbuilt(params)
-    params.seeds()
-    check_loras(params.loras, info, "loras", "loras.target")
-    _check_steps(params, info)
-    if not info.starts_from_picture and info.backend == "sglang":  # a pipeline's call tells which of them it lacks
-        _refuse_start(asked)
-    params = _with_picture(params, own, info)
-    notes: list[str] = []
-    if picture is not None and info.takes_picture_size and not {"height", "width"} & own.keys():
-        params, notes = _shaped(params, picture, info)
-        asked |= {"height": params.height, "width": params.width}
-    params = _left_open(params, asked, info)
-    _check_size(params, info)
-    _check_tokens(params, info)
-    params, more = _fit_frames(params, info)
-    _check_memory(params, info)
-    return params, notes + more
-
-
-def _left_open(params: SamplingParams, asked: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
-    """What nobody settled is None among the arguments of the pipeline's call, which then settles it itself."""
-    if not (left := [name for name in info.left_open if name not in asked]):
-        return params
-    return attrs.evolve(params, diffusers_kwargs=dict.fromkeys(left) | (params.diffusers_kwargs or {}))
-
-
 def check_picture(given: Mapping[str, Any]) -> None:
-    """Raise `BadRequest` for what has no effect without a picture to start from."""
+    """Refuse fields that have no effect without an input picture. Raises BadRequest."""
     for name in ("strength", "mask_path"):
         if given.get(name) is not None and not given.get("image_path"):
             raise BadRequest(f"{name}: it needs a picture to start from", name)
-
-
-def _refuse_start(asked: Mapping[str, Any]) -> None:
-    """Raise `NotBuilt` for what only a model that starts from its picture can use."""
-    for name in ("strength", "mask_path"):
-        if name in asked:
-            reason = "it looks at pictures and begins with noise, not with one of them"
-            raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
-
-
-def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
-    """Its strength, where it is the start; none elsewhere. Raises for pictures that this model does not take."""
-    count, least, most = len(params.image_path or ()), info.min_pictures, info.max_pictures
-    if not least <= count <= most:
-        takes = f"takes {least} to {most}" if 0 < least < most else f"takes {most}"
-        takes = takes if most else "makes pictures from text alone and takes none"
-        raise BadRequest(f"image_path: {count or 'none'} given; this model {takes}", "image_path")
-    check_picture(own)
-    if not count or not info.starts_from_picture:
-        return attrs.evolve(params, strength=None, mask_path=params.mask_path if count else None)
-    params = attrs.evolve(params, strength=STRENGTH if params.strength is None else params.strength)
-    steps = params.num_inference_steps
-    if params.first_step == steps:
-        raise BadRequest(
-            f"strength: {params.strength} of {steps} steps is less than one step; give {_least(steps)} or more",
-            "strength",
-        )
-    return params
-
-
-def _least(steps: int) -> float:
-    """The lowest strength, to three places, that runs a step."""
-    return -(-1000 // steps) / 1000
-
-
-def _shaped(params: SamplingParams, picture: tuple[int, int], info: ModelInfo) -> tuple[SamplingParams, list[str]]:
-    """The picture's shape, in an area not above that of the size that stands, or near it."""
-    area, multiple = params.width * params.height, info.picture_multiple
-    area = area if info.enlarges_picture else min(area, math.prod(picture))
-    width, height = near(area, picture, multiple) if multiple else _within(area, picture, info.size_multiple)
-    if (width, height) == (params.width, params.height):
-        return params, []
-    shown = "x".join(map(str, picture))
-    note = f"size: {params.width}x{params.height} becomes {width}x{height}, after the picture's {shown} pixels"
-    return attrs.evolve(params, width=width, height=height), [note]
-
-
-def near(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Width and height of the picture's shape in about that area, each the nearest multiple."""
-    ratio, longest = picture[0] / picture[1], MAX_SIDE // multiple
-    width = math.sqrt(area * ratio)
-    width, height = (min(longest, max(1, round(side / multiple))) * multiple for side in (width, width / ratio))
-    return width, height
-
-
-def _within(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Width and height of the picture's shape in at most that area, cut to multiples, at least one of each."""
-    sides = (math.isqrt(area * a // b) for a, b in (picture, picture[::-1]))
-    width, height = (max(1, side // multiple) * multiple for side in sides)
-    longest = max(multiple, min(MAX_SIDE, area // min(width, height)) // multiple * multiple)
-    return min(width, longest), min(height, longest)
-
-
-def _check_steps(params: SamplingParams, info: ModelInfo) -> None:
-    if info.fixed_steps not in (None, params.num_inference_steps):
-        raise BadRequest(
-            f"num_inference_steps: {params.num_inference_steps}: this model takes {info.fixed_steps} steps and no "
-            "other number",
-            "num_inference_steps",
-        )
-
-
-def _check_tokens(params: SamplingParams, info: ModelInfo) -> None:
-    if info.max_tokens is not None and params.max_sequence_length > info.max_tokens:
-        raise BadRequest(
-            f"max_sequence_length: {params.max_sequence_length} is more than this model takes; "
-            f"allowed is 1 to {info.max_tokens}",
-            "max_sequence_length",
-        )
-
-
-def _check_memory(params: SamplingParams, info: ModelInfo) -> None:
-    for name, needed in info.memory_needs(params).items():
-        if info.memory is not None and needed > info.memory.free:
-            raise TooLarge(
-                f"{name}: {getattr(params, name)}: {params.num_frames} frames of {params.width}x{params.height} with "
-                f"max_sequence_length {params.max_sequence_length} need about {needed / 2**30:.1f} GiB of memory; "
-                f"there are {info.memory.free / 2**30:.1f} GiB; ask for less",
-                name,
-            )
-
-
-def _check_size(params: SamplingParams, info: ModelInfo) -> None:
-    multiple = info.size_multiple
-    if params.height % multiple or params.width % multiple:
-        name = "height" if params.height % multiple else "width"
-        longest = MAX_SIDE // multiple * multiple
-        width, height = (
-            min(longest, max(multiple, _nearest(side, multiple))) for side in (params.width, params.height)
-        )
-        raise BadRequest(
-            f"{name}: {getattr(params, name)} is not a multiple of {multiple}; the nearest valid size is "
-            f"{width}x{height} (width x height)",
-            name,
-        )
-
-
-def _nearest(value: int, multiple: int) -> int:
-    """The nearest multiple, upwards from the middle."""
-    return (value + multiple // 2) // multiple * multiple
-
-
-def _fit_frames(params: SamplingParams, info: ModelInfo) -> tuple[SamplingParams, list[str]]:
-    multiple, asked = info.frame_multiple, params.num_frames
-    if info.kind == "image" and asked != 1:
-        raise BadRequest(f"num_frames: {asked}: this model makes single pictures; allowed is 1", "num_frames")
-    fitted = 1 + ((asked - 1) // multiple * multiple if params.num_frames_round_down else _nearest(asked - 1, multiple))
-    if fitted == asked:
-        return params, []
-    rule = f"this model makes {multiple}k+1 frames"
-    if not params.adjust_frames:
-        raise BadRequest(f"num_frames: {asked} cannot be made: {rule}; the nearest is {fitted}", "num_frames")
-    return attrs.evolve(params, num_frames=fitted), [f"num_frames: {asked} becomes {fitted}: {rule}"]

@@ -15,12 +15,12 @@ from sgld.convert import (
     fields_of,
     knob,
     knob_of,
-    plain,
     refuse_unbuilt,
-    shown,
+    shorten,
     structure,
     type_name,
     unbuilt,
+    unstructure,
 )
 from sgld.errors import BadRequest, NotBuilt, UnknownField, nearest
 
@@ -153,7 +153,7 @@ def test_types_and_ranges_in_words(name: str, type_told: str, range_told: str) -
 
 def test_plain_values_survive_the_way_there_and_back() -> None:
     made = structure({"inner": {"side": 9}, "seed": [1], "extra": {"a": (1,)}}, Knobs)
-    assert structure(plain(made), Knobs) == attrs.evolve(made, extra={"a": [1]})
+    assert structure(unstructure(made), Knobs) == attrs.evolve(made, extra={"a": [1]})
 
 
 class Barely(list[Any]):
@@ -205,10 +205,10 @@ def test_only_short_names_get_a_hint() -> None:
 
 @pytest.mark.parametrize("value", [{"a": [1, None, "x"], "b": {}, "c": [[], True]}, [], (1, 2), 1.5, "it's"])
 def test_a_short_value_is_shown_as_it_is(value: Any) -> None:
-    assert shown(value) == repr(value)
+    assert shorten(value) == repr(value)
 
 
 @pytest.mark.parametrize("value", ["x" * 1000, Barely(["x"] * 1000), many(1000), [[["x" * 1000]]], {"x" * 1000: 1}])
 def test_a_shown_value_is_one_short_line(value: Any) -> None:
-    assert shown(value) == f"{repr(value)[:117]}..."
-    assert shown("a\nb") == "'a\\nb'"
+    assert shorten(value) == f"{repr(value)[:117]}..."
+    assert shorten("a\nb") == "'a\\nb'"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgld import media
+from tests import media_files
 from tools.judge import Scene, draw_prompts, judge_file
 
 DEMO = Path(__file__).parents[1] / "sgld" / "demo"
@@ -72,9 +72,9 @@ def test_a_file_can_be_made_again_from_what_it_says(tmp_path: Path) -> None:
     prompts = draw_prompts(1, held_out=True, images=False, seed=2)
     (_, first), (_, second) = (next(made(tmp_path, prompts, "--num-inference-steps", "4")) for _ in range(2))
     assert first != second
-    told = media.read_metadata(first)
+    told = media_files.read_metadata(first)
     assert (told["prompt"], told["seed"], told["model"]) == (prompts[0][0], 0, "sgld/demo")
-    assert (media.decode(first)[0] == media.decode(second)[0]).all()
+    assert (media_files.decode(first)[0] == media_files.decode(second)[0]).all()
 
 
 def test_two_workers_make_the_same_clip_as_one(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_two_workers_make_the_same_clip_as_one(tmp_path: Path) -> None:
     ((_, one),) = made(tmp_path, prompts, *flags)
     ((_, two),) = made(tmp_path, prompts, *flags, "--num-gpus", "2")
     ((_, other),) = made(tmp_path, prompts, *flags, "--num-gpus", "2", "--seed", "1")
-    frames = [media.decode(path)[0].astype(int) for path in (one, two, other)]
+    frames = [media_files.decode(path)[0].astype(int) for path in (one, two, other)]
     assert abs(frames[0] - frames[1]).max() <= 1
     assert abs(frames[0] - frames[2]).max() > 20, "the control: another seed is another clip"
 
@@ -113,4 +113,4 @@ def test_every_length_the_readme_names(tmp_path: Path, frames: int) -> None:
     prompts = draw_prompts(1, held_out=True, images=frames == 1, seed=3)
     flags = ("--num-frames", str(frames), "--num-inference-steps", "1")
     ((_, path),) = made(tmp_path, prompts, *flags)
-    assert len(media.decode(path)[0]) == frames
+    assert len(media_files.decode(path)[0]) == frames

@@ -13,7 +13,8 @@ import pytest
 from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.messages import Frames
-from sgld.params import LoraUse, resolve
+from sgld.params import LoraUse
+from sgld.resolve import resolve
 from tools.judge import Scene, caption, judge_frames
 from tools.judge_lora import gridness, hollowness
 
@@ -41,7 +42,7 @@ class Studio:
     async def make(self, scene: Scene, *loras: LoraUse, frames: int = 1) -> Frames:
         assert self.engine.info is not None
         found = await self.engine.adapters.resolve(loras, "loras", local=True)
-        params, _ = resolve({"prompt": caption(scene), "num_frames": frames, "loras": found}, self.engine.info)
+        params = resolve({"prompt": caption(scene), "num_frames": frames, "loras": found}, self.engine.info).params
         made = await self.engine.generate("demo", attrs.evolve(params, seed=3), lambda event: None)
         return made.frames.array.copy()
 

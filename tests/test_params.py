@@ -8,14 +8,17 @@ import attrs
 import pytest
 
 from sgld.errors import BadRequest, NotBuilt, TooLarge
-from sgld.params import MAX_PROMPT_CHARACTERS, MAX_SEED, Memory, ModelInfo, SamplingParams, resolve
+from sgld.params import MAX_PROMPT_CHARACTERS, MAX_SEED, Memory, ModelInfo, PictureRule
+from sgld.resolve import outputs_from, resolve, values_of
 
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "fps": 16, "guidance_scale": 3.0}
 INFO = ModelInfo("WanPipeline", "video", DEFAULTS, 16, 4, ("vae",), {"guidance_scale_2": "it has one expert"})
+LORA = attrs.evolve(INFO, lora_targets=("transformer",), unsupported={})
 
 
 def test_the_request_beats_the_model_and_null_is_the_models_own() -> None:
-    params, notes = resolve({"prompt": "a", "height": 16, "width": None}, INFO)
+    resolved = resolve({"prompt": "a", "height": 16, "width": None}, INFO)
+    params, notes = resolved.params, list(resolved.notes)
     assert (params.height, params.width, params.fps, params.guidance_scale) == (16, 832, 16, 3.0)
     assert notes == []
 
@@ -26,7 +29,8 @@ def test_the_request_beats_the_model_and_null_is_the_models_own() -> None:
      (80, True, 77), (84, True, 81), (81, True, 81)],
 )  # fmt: skip
 def test_frames_are_fitted_with_a_warning(asked: int, down: bool, made: int) -> None:
-    params, notes = resolve({"num_frames": asked, "num_frames_round_down": down}, INFO)
+    resolved = resolve({"num_frames": asked, "num_frames_round_down": down}, INFO)
+    params, notes = resolved.params, list(resolved.notes)
     assert params.num_frames == made
     expected = [f"num_frames: {asked} becomes {made}: this model makes 4k+1 frames"]
     assert notes == ([] if asked == made else expected)
@@ -102,7 +106,7 @@ SMALL = attrs.evolve(INFO, memory=MEMORY, max_tokens=4096)
 
 
 def test_memory_is_estimated_and_what_cannot_fit_is_refused() -> None:
-    params, _ = resolve({"num_frames": 5, "height": 160, "width": 160}, SMALL)
+    params = resolve({"num_frames": 5, "height": 160, "width": 160}, SMALL).params
     needs = SMALL.memory_needs(params)
     assert needs["num_frames"] == 1000 + 5 * 160 * 160 * 27 + 4 * 160 * 160 * 200
     with pytest.raises(TooLarge) as caught:
@@ -119,7 +123,7 @@ def test_memory_is_estimated_and_what_cannot_fit_is_refused() -> None:
 
 
 def test_small_outputs_pay_for_guidance_and_tiles_bound_the_decoder() -> None:
-    params, _ = resolve({"num_frames": 1, "height": 160, "width": 160}, INFO)
+    params = resolve({"num_frames": 1, "height": 160, "width": 160}, INFO).params
     only_tokens = Memory(free=0, token=100, paired_tokens=8192)
     assert attrs.evolve(INFO, memory=only_tokens).memory_needs(params)["height"] == 2 * 100 * 100
     tiles = Memory(free=0, chunk_pixel=10, tile_pixels=1024)
@@ -134,30 +138,56 @@ def test_more_tokens_than_the_model_takes_are_refused() -> None:
 
 
 def test_outputs_have_one_seed_each() -> None:
-    params = SamplingParams(seed=7, num_outputs_per_prompt=3)
-    assert [(one.seed, one.num_outputs_per_prompt) for one in params.outputs()] == [(7, 1), (8, 1), (9, 1)]
-    assert SamplingParams(seed=[3, 1], num_outputs_per_prompt=2).seeds() == [3, 1]
+    resolved = resolve({"seed": 7, "num_outputs_per_prompt": 3}, INFO)
+    assert resolved.seeds == [7, 8, 9]
+    assert {output.num_outputs_per_prompt for output in resolved.outputs} == {1}
+    assert resolve({"seed": [3, 1], "num_outputs_per_prompt": 2}, INFO).seeds == [3, 1]
     with pytest.raises(BadRequest, match="^seed: 2 seeds for 1 outputs per prompt"):
-        SamplingParams(seed=[3, 1]).seeds()
+        resolve({"seed": [3, 1]}, INFO)
+    with pytest.raises(BadRequest, match=f"^seed: {MAX_SEED + 1} is out of range"):
+        resolve({"seed": MAX_SEED, "num_outputs_per_prompt": 2}, INFO)
 
 
 def test_an_absent_seed_is_drawn_anew() -> None:
-    drawn = {SamplingParams().seeds()[0] for _ in range(8)}
+    drawn = {resolve({}, INFO).params.seed for _ in range(8)}
     assert len(drawn) == 8
     assert all(0 <= seed < 2**32 for seed in drawn)
 
 
-TAKES = attrs.evolve(INFO, max_pictures=1)
+def test_outputs_can_be_asked_for_again() -> None:
+    """As a remix does, and the journal: the same outputs, with seeds that nobody chose."""
+    asked = {"prompt": "a", "num_outputs_per_prompt": 2, "loras": [{"path": "a.safetensors"}]}
+    outputs = resolve(asked, LORA).outputs
+    assert resolve(values_of(outputs), LORA).outputs == outputs_from(values_of(outputs)) == outputs
+
+
+def test_the_shape_of_the_outputs() -> None:
+    silent, loud = (resolve({"num_frames": 33}, attrs.evolve(INFO, audio=audio)).spec for audio in (False, True))
+    assert (silent.size, silent.frames, silent.fps, silent.seconds) == ("832x480", 33, 16, 33 / 16)
+    assert (silent.audio, loud.audio) == (False, True)
+    assert not resolve({"num_frames": 1}, attrs.evolve(INFO, audio=True)).spec.audio, "a picture has no sound"
+
+
+def test_progress_follows_the_stages() -> None:
+    spec = resolve({}, INFO).spec
+    at = [("encode", 0, 1), ("encode", 1, 1), ("denoise", 5, 10), ("denoise", 10, 10), ("decode", 1, 1)]
+    assert [spec.percent(*step) for step in at] == [0, 5, 47.5, 90, 99]
+    assert attrs.evolve(spec, stages=("denoise", "decode")).percent("denoise", 1, 1) == pytest.approx(99 * 85 / 94)
+
+
+TAKES = attrs.evolve(INFO, pictures=PictureRule(max=1))
 
 
 def test_pictures_bring_their_strength() -> None:
-    params, _ = resolve({"image_path": ["a.png"]}, TAKES)
+    params = resolve({"image_path": ["a.png"]}, TAKES).params
     assert (params.strength, params.first_step) == (0.8, 10)
-    params, _ = resolve({"image_path": ["a.png"], "strength": 1, "num_inference_steps": 7}, TAKES)
+    params = resolve({"image_path": ["a.png"], "strength": 1, "num_inference_steps": 7}, TAKES).params
     assert (params.strength, params.first_step) == (1.0, 0)
-    assert resolve({}, TAKES)[0].strength is None
-    assert resolve({}, TAKES, base={"strength": 0.5})[0].first_step == 0, "the operator's own holds for pictures only"
-    assert resolve({"image_path": ["a.png"]}, TAKES, base={"strength": 0.5})[0].strength == 0.5
+    assert resolve({}, TAKES).params.strength is None
+    assert resolve({}, TAKES, base={"strength": 0.5}).params.first_step == 0, (
+        "the operator's own holds for pictures only"
+    )
+    assert resolve({"image_path": ["a.png"]}, TAKES, base={"strength": 0.5}).params.strength == 0.5
 
 
 @pytest.mark.parametrize(
@@ -183,7 +213,7 @@ def test_a_model_of_text_alone_takes_no_picture() -> None:
         resolve({"image_path": ["a.png"]}, INFO)
 
 
-LOOKS = attrs.evolve(INFO, max_pictures=3, min_pictures=1, starts_from_picture=False)
+LOOKS = attrs.evolve(INFO, pictures=PictureRule(min=1, max=3, starts_denoising=False))
 
 
 @pytest.mark.parametrize(
@@ -192,15 +222,15 @@ LOOKS = attrs.evolve(INFO, max_pictures=3, min_pictures=1, starts_from_picture=F
      (4, 1, 3, "4 given; this model takes 1 to 3"), (3, 0, 2, "3 given; this model takes 2")],
 )  # fmt: skip
 def test_how_many_pictures_a_model_takes(count: int, least: int, most: int, line: str) -> None:
-    info = attrs.evolve(LOOKS, min_pictures=least, max_pictures=most)
+    info = attrs.evolve(LOOKS, pictures=PictureRule(min=least, max=most))
     with pytest.raises(BadRequest, match=f"^image_path: {line}$"):
         resolve({"image_path": ["a.png"] * count} if count else {}, info)
     for right in {least or 1, most}:
-        assert resolve({"image_path": ["a.png"] * right}, info)[0].image_path == ["a.png"] * right
+        assert resolve({"image_path": ["a.png"] * right}, info).params.image_path == ["a.png"] * right
 
 
 def test_a_model_that_looks_at_pictures_begins_with_noise() -> None:
-    params, _ = resolve({"image_path": ["a.png"]}, LOOKS)
+    params = resolve({"image_path": ["a.png"]}, LOOKS).params
     assert (params.strength, params.first_step) == (None, 0)
     asked: dict[str, Any]
     for name, asked in (("strength", {"strength": 0.5}), ("mask_path", {"mask_path": "m.png"})):
@@ -217,7 +247,9 @@ def test_the_strength_that_is_advised_runs_a_step(steps: int) -> None:
         resolve({"image_path": ["a"], "strength": 0.001, "num_inference_steps": steps}, TAKES)
         raise BadRequest("strength: give 0.001 or more")
     least = float(str(caught.value).rpartition("give ")[2].split()[0])
-    assert resolve({"image_path": ["a"], "strength": least, "num_inference_steps": steps}, TAKES)[0].first_step < steps
+    assert (
+        resolve({"image_path": ["a"], "strength": least, "num_inference_steps": steps}, TAKES).params.first_step < steps
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,7 +258,8 @@ def test_the_strength_that_is_advised_runs_a_step(steps: int) -> None:
      ((4000, 10), (12624, 16)), ((1, 60000), (16, 16384)), ((832, 480), (832, 480))],
 )  # fmt: skip
 def test_the_size_follows_the_picture(picture: tuple[int, int], size: tuple[int, int]) -> None:
-    params, notes = resolve({"image_path": ["a.png"]}, TAKES, picture=picture)
+    resolved = resolve({"image_path": ["a.png"]}, TAKES, picture=picture)
+    params, notes = resolved.params, list(resolved.notes)
     assert (params.width, params.height) == size
     assert params.width * params.height <= 832 * 480
     told = "x".join(map(str, picture))
@@ -240,33 +273,35 @@ def test_the_size_follows_the_picture(picture: tuple[int, int], size: tuple[int,
 )
 def test_a_size_near_the_picture(picture: tuple[int, int], size: tuple[int, int]) -> None:
     """The nearest multiples of 32 in about a megapixel; explicit sizes may still be multiples of 16."""
-    info = attrs.evolve(TAKES, picture_multiple=32, defaults={"width": 1024, "height": 1024})
-    params, _ = resolve({"image_path": ["a.png"]}, info, picture=picture)
+    info = attrs.evolve(TAKES, pictures=PictureRule(max=1, multiple=32), defaults={"width": 1024, "height": 1024})
+    params = resolve({"image_path": ["a.png"]}, info, picture=picture).params
     assert (params.width, params.height) == size
-    assert resolve({"image_path": ["a.png"], "width": 48}, info, picture=picture)[0].width == 48
+    assert resolve({"image_path": ["a.png"], "width": 48}, info, picture=picture).params.width == 48
 
 
 @pytest.mark.parametrize("picture", [(1, 1), (20, 12), (64, 2)])
 def test_a_picture_smaller_than_a_multiple_is_the_model_s_to_refuse(picture: tuple[int, int]) -> None:
-    info = attrs.evolve(TAKES, enlarges_picture=False)
-    params, _ = resolve({"image_path": ["a.png"]}, info, picture=picture)
+    info = attrs.evolve(TAKES, pictures=PictureRule(max=1, may_enlarge=False))
+    params = resolve({"image_path": ["a.png"]}, info, picture=picture).params
     assert (params.width, params.height) == (16, 16)
 
 
 def test_a_size_that_is_given_stands() -> None:
-    params, notes = resolve({"image_path": ["a.png"], "height": 64}, TAKES, picture=(100, 100))
+    resolved = resolve({"image_path": ["a.png"], "height": 64}, TAKES, picture=(100, 100))
+    params, notes = resolved.params, list(resolved.notes)
     assert (params.width, params.height, notes) == (832, 64, [])
     base = {"width": 320, "height": 160}
-    params, _ = resolve({"image_path": ["a.png"]}, TAKES, base=base, picture=(100, 100))
+    params = resolve({"image_path": ["a.png"]}, TAKES, base=base, picture=(100, 100)).params
     assert (params.width, params.height) == (224, 224), "the operator's size is the area"
-    own_size = attrs.evolve(TAKES, takes_picture_size=False)
-    params, notes = resolve({"image_path": ["a.png"]}, own_size, picture=(100, 100))
+    own_size = attrs.evolve(TAKES, pictures=PictureRule(max=1, sets_size=False))
+    resolved = resolve({"image_path": ["a.png"]}, own_size, picture=(100, 100))
+    params, notes = resolved.params, list(resolved.notes)
     assert (params.width, params.height, notes) == (832, 480, []), "a model for which a picture's shape means nothing"
 
 
 def test_a_field_without_a_use_may_have_its_default() -> None:
     """As in a file's metadata, from which the file can be made again."""
     info = attrs.evolve(INFO, unsupported={"cfg_normalization": "it has none"})
-    assert resolve({"cfg_normalization": 0.0}, info)[0].cfg_normalization == 0.0
+    assert resolve({"cfg_normalization": 0.0}, info).params.cfg_normalization == 0.0
     with pytest.raises(NotBuilt, match="cfg_normalization: this model cannot use it: it has none"):
         resolve({"cfg_normalization": 0.5}, info)

@@ -30,16 +30,16 @@ from sgld.config import Settings, set_default_environment
 from sgld.engine.engine import Engine
 from sgld.hub.hub import resolve_model
 from sgld.messages import Event
-from sgld.params import ModelInfo, SamplingParams, resolve
+from sgld.params import ModelInfo, OutputParams
+from sgld.resolve import resolve
 
 PROMPT = "a red circle moving right on a blue background"
 Figures = dict[str, float]
 
 
-def asked(info: ModelInfo, seed: int, **given: Any) -> SamplingParams:
+def asked(info: ModelInfo, seed: int, **given: Any) -> OutputParams:
     """The benchmark's request."""
-    params, _ = resolve({"prompt": PROMPT, "seed": seed, **given}, info)
-    return params
+    return resolve({"prompt": PROMPT, "seed": seed, **given}, info).params
 
 
 def ignore(_: Event) -> None:
@@ -51,7 +51,7 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-async def timed(engine: Engine, params: SamplingParams) -> float:
+async def timed(engine: Engine, params: OutputParams) -> float:
     """Seconds of one request through the engine."""
     start = time.perf_counter()
     await engine.generate("bench", params, ignore)
@@ -117,7 +117,7 @@ class Silence:
         return None
 
 
-def same_process() -> Callable[[SamplingParams], float]:
+def same_process() -> Callable[[OutputParams], float]:
     """The family loaded here, and a function that times its sampling."""
     from sgld.models import load_family
     from sgld.nn.parallel import Mesh
@@ -130,7 +130,7 @@ def same_process() -> Callable[[SamplingParams], float]:
     mesh = Mesh.solo(machine.device(0))
     family = load_family(resolve_model(Settings()), mesh, machine, lambda done, total: None)
 
-    def run(params: SamplingParams) -> float:
+    def run(params: OutputParams) -> float:
         start = time.perf_counter()
         sample(family, params, RunContext("bench", mesh, Silence(), machine.synchronize))  # type: ignore[arg-type]
         return time.perf_counter() - start

@@ -22,7 +22,8 @@ import psutil
 from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.messages import Event, Progress
-from sgld.params import SamplingParams, resolve
+from sgld.params import OutputParams
+from sgld.resolve import resolve
 
 REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 5, "num_inference_steps": 8, "seed": 3}
 STAGES = ("idle", "encode", "denoise", "decode")
@@ -58,7 +59,7 @@ class Killer:
         self.killed_at = time.perf_counter()
 
 
-async def one_kill(engine: Engine, params: SamplingParams, stage: str, rank: int) -> tuple[float, bytes]:
+async def one_kill(engine: Engine, params: OutputParams, stage: str, rank: int) -> tuple[float, bytes]:
     """Seconds from the kill until the workers hold the model again, and the frames of the job that was hit."""
     killer, restarts = Killer(engine, stage, rank), engine.group.restarts
     hit = asyncio.create_task(engine.generate("hit", params, killer))
@@ -91,7 +92,7 @@ async def measure(kills: int, workers: int) -> dict[str, float]:
     """The figures of that many kills."""
     async with Engine(Settings(num_gpus=workers, worker_retries=1)) as engine:
         info = await engine.load(_ignore)
-        params, _ = resolve(REQUEST, info)
+        params = resolve(REQUEST, info).params
         _, expected = await one_kill(engine, params, "denoise", 0)
         gc.collect()
         before = left_behind()

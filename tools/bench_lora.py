@@ -44,8 +44,9 @@ from sgld.messages import SetLora, UnmergeLora
 from sgld.models import load_family
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
-from sgld.params import LoraUse, resolve
+from sgld.params import LoraUse
 from sgld.platform import choose_platform
+from sgld.resolve import resolve
 from sgld.worker.adapters import Adapters
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
@@ -114,7 +115,7 @@ class Ours:
         return self.layers.kept_bytes + sum(read_adapter(folder).nbytes for folder in adapters)
 
     def generate(self) -> None:
-        params, _ = resolve(CLIP, self._family.info)
+        params = resolve(CLIP, self._family.info).params
         sample(self._family, params, RunContext("bench", self._mesh, Silence()))  # type: ignore[arg-type]
 
 

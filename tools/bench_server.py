@@ -36,7 +36,7 @@ import numpy as np
 import psutil
 
 from sgld import __version__
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.server.app import JOURNAL
 from sgld.server.jobs.job import Artifact, Job
 from sgld.server.jobs.journal import Journal
@@ -342,10 +342,12 @@ async def bench_journal(folder: Path, scale: Scale) -> Figures:
 async def fill_journal(folder: Path, count: int) -> list[str]:
     """A journal of completed videos; their ids."""
     now = time.time()
-    params = SamplingParams(prompt=PROMPT, height=96, width=96, num_frames=17, fps=8, seed=[1])
+    params = OutputParams(prompt=PROMPT, height=96, width=96, num_frames=17, fps=8, seed=1)
     records = {}
     for number in range(count):
-        job = Job(f"video_{uuid.uuid4().hex}", "video", "", params, "mp4", 1.0, MODEL, created_at=now - count + number)
+        job = Job(
+            f"video_{uuid.uuid4().hex}", "video", "", (params,), "mp4", 1.0, MODEL, created_at=now - count + number
+        )
         job.artifacts = (Artifact(f"{job.id}.mp4", "video/mp4", 7000, 1, 17),)
         job.attempts, job.stage = 1, "decode"
         records[job.id] = job.record(**job.ending(None, 604_800))

@@ -28,7 +28,7 @@ from sgld.cli.screen import Screen, say
 from sgld.engine.engine import Engine
 from sgld.errors import Cancelled, SgldError
 from sgld.messages import Media
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.storage.local import LocalStorage
 
 GRACE_S = 3.0  # from a kill to leaving, whatever still runs
@@ -105,7 +105,7 @@ class Run:
         await self._saved()
         self._saving = asyncio.create_task(self._save(output, made))
 
-    async def _adapted(self, params: SamplingParams) -> SamplingParams:
+    async def _adapted(self, params: OutputParams) -> OutputParams:
         """With the files of its adapters, which are sought once."""
         return attrs.evolve(params, loras=await self.engine.adapters.resolve(params.loras, "loras", local=True))
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import attrs
 
-from sgld import __version__, inputs, media, params
+from sgld import __version__, inputs, media
 from sgld.cli.plan import Plan
-from sgld.convert import plain, structure
+from sgld.convert import structure, unstructure
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Media
-from sgld.params import ModelInfo, SamplingParams
+from sgld.params import ModelInfo, OutputParams, OutputSpec, SamplingParams
+from sgld.resolve import resolve
 from sgld.storage.local import LocalStorage, complete_name, default_name, indexed
 
 
@@ -26,15 +27,14 @@ from sgld.storage.local import LocalStorage, complete_name, default_name, indexe
 class Output:
     """One file to make."""
 
-    params: SamplingParams
+    params: OutputParams
     name: str
     format: str
     chosen: bool  # the user chose the name
 
     @property
     def seed(self) -> int:
-        """The noise's seed."""
-        assert isinstance(self.params.seed, int)
+        """Return the seed of the noise."""
         return self.params.seed
 
 
@@ -58,7 +58,7 @@ def check_early(plan: Plan, storage: LocalStorage) -> None:
     frames = plan.sampling[0].get("num_frames")
     format = plan.format or (plan.format_for(frames) if frames is not None else None)
     if format is not None:
-        check_format(plan, guess, format)
+        check_format(plan, guess, OutputSpec.of(guess), format)
     if plan.report is not None:
         _check_report(plan.report, plan.options.overwrite)
     name = plan.file_name
@@ -91,41 +91,29 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def check_format(plan: Plan, sampling: SamplingParams, format: str) -> None:
-    """Refuse what the format cannot hold."""
-    media.check_encodable(
-        format,
-        num_frames=sampling.num_frames,
-        height=sampling.height,
-        width=sampling.width,
-        fps=sampling.fps,
-        metadata=media.describe(sampling, plan.settings.model_path, plan.settings),
-    )
+def check_format(plan: Plan, sampling: SamplingParams, spec: OutputSpec, format: str) -> None:
+    """Refuse an output that the format cannot hold."""
+    media.check_encodable(format, spec, media.describe(sampling, plan.settings.model_path, plan.settings))
 
 
 def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
     """Every output of every prompt, with the name and format of its file; and warnings for the user. Blocks."""
-    sampling: list[SamplingParams] = []
-    notes: list[str] = []
+    found: list[tuple[OutputParams, OutputSpec]] = []
+    notes: dict[str, None] = {}
     for given in plan.sampling:
         pictures = given.get("image_path")
-        resolved, more = params.resolve(
-            given, info, picture=inputs.size_of(pictures[info.shape_from]) if pictures else None
-        )
-        sampling += resolved.outputs()
-        more = [
-            *more,
-            *_idle(plan, given, resolved),
-            *_silent(plan.format_for(resolved.num_frames), resolved, info),
-        ]
-        notes += [note for note in more if note not in notes]
+        picture = inputs.size_of(pictures[info.pictures.shape_from]) if pictures else None
+        resolved = resolve(given, info, picture=picture)
+        found += [(output, resolved.spec) for output in resolved.outputs]
+        format = plan.format_for(resolved.spec.frames)
+        notes |= dict.fromkeys([*resolved.notes, *_idle(plan, given, format), *_silent(format, resolved.spec)])
     now = datetime.now()
-    return [_output(plan, one, i, len(sampling), now) for i, one in enumerate(sampling)], notes
+    return [_output(plan, *one, i, len(found), now) for i, one in enumerate(found)], [*notes]
 
 
-def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams) -> list[str]:
+def _idle(plan: Plan, given: Mapping[str, Any], format: str) -> list[str]:
     """Warnings for what was asked for and changes nothing."""
-    format, reasons = plan.format_for(resolved.num_frames), {}
+    reasons = {}
     if format != "mp4" and given.get("x264_preset"):
         reasons["x264_preset"] = f"a {format} is no mp4"
     for name in ("output_quality", "output_compression"):
@@ -134,17 +122,16 @@ def _idle(plan: Plan, given: Mapping[str, Any], resolved: SamplingParams) -> lis
     return [f"{plan.spelled.spell(name)}: ignored; {reason}" for name, reason in reasons.items()]
 
 
-def _silent(format: str, resolved: SamplingParams, info: ModelInfo) -> list[str]:
-    """A warning for sound that the file cannot hold; a single frame has none."""
-    if not info.audio or resolved.num_frames == 1 or media.FORMATS[format].sound:
+def _silent(format: str, spec: OutputSpec) -> list[str]:
+    """Return a warning for sound that the file cannot hold."""
+    if not spec.audio or media.FORMATS[format].sound:
         return []
     return [f"the sound is left out: a {format} holds none; choose mp4 or webm"]
 
 
-def _output(plan: Plan, sampling: SamplingParams, i: int, n: int, now: datetime) -> Output:
-    assert isinstance(sampling.seed, int)
-    format = plan.format_for(sampling.num_frames)
-    check_format(plan, sampling, format)
+def _output(plan: Plan, sampling: OutputParams, spec: OutputSpec, i: int, n: int, now: datetime) -> Output:
+    format = plan.format_for(spec.frames)
+    check_format(plan, sampling, spec, format)
     if plan.file_name is not None:
         name = complete_name(plan.file_name, format)
     else:
@@ -231,5 +218,5 @@ def _performance(saved: Saved) -> dict[str, Any]:
         "stages_ms": saved.stages_ms,
         "steps_ms": timings.steps_ms,
         "peak_memory_bytes": timings.peak_memory_bytes,
-        "params": plain(saved.output.params),
+        "params": unstructure(saved.output.params),
     }

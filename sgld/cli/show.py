@@ -9,7 +9,7 @@ import yaml
 
 from sgld.cli.sources import Layer
 from sgld.config import Settings
-from sgld.convert import default_of, fields_of, knob_of, plain
+from sgld.convert import default_of, fields_of, knob_of, unstructure
 
 
 def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
@@ -22,8 +22,8 @@ def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
             if meta.secret:
                 secrets += [name] if layer.values.get(name) else []
             elif cls is Settings:
-                whole[name] = plain(getattr(settings, name))
+                whole[name] = unstructure(getattr(settings, name))
             else:
-                whole[name] = layer.values.get(name, None if meta.per_model else plain(default_of(field)))
+                whole[name] = layer.values.get(name, None if meta.per_model else unstructure(default_of(field)))
     notes = "".join(f"# {name} is set, and not shown\n" for name in secrets)
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True) + notes

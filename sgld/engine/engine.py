@@ -35,7 +35,7 @@ from sgld.messages import (
     SetLora,
     UnmergeLora,
 )
-from sgld.params import LoraUse, ModelInfo, SamplingParams, check_lora_target, check_loras
+from sgld.params import LoraUse, ModelInfo, OutputParams, check_lora_target, check_loras
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Engine:
         settings = self.settings
         await self.keep(LoraPlan(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
 
-    async def generate(self, job_id: str, params: SamplingParams, emit: Emit, previews: int = 0) -> Media:
+    async def generate(self, job_id: str, params: OutputParams, emit: Emit, previews: int = 0) -> Media:
         """Make one output. Jobs run in the order of their calls, one at a time.
 
         `emit` is called on the loop with every event; `Preview` is among them at most `previews` times, and at most

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 
 from sgld.nn.lora import LoraLayers
-from sgld.params import ModelInfo, SamplingParams
+from sgld.params import ModelInfo, OutputParams, SamplingParams
 
 
 @attrs.frozen
@@ -85,7 +85,7 @@ class OpaquePipeline(AnyModel):
     """A model that makes its output in one call, on one rank."""
 
     @abstractmethod
-    def make(self, params: SamplingParams, watch: Watch) -> tuple[Tensor, Sound | None]:
+    def make(self, params: OutputParams, watch: Watch) -> tuple[Tensor, Sound | None]:
         """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard."""
 
 
@@ -101,7 +101,7 @@ class DiffusionModel(AnyModel):
     ) -> tuple[Conditioning, list[str]]:
         """The prompt (and negative prompt, when guidance is on) as conditioning, and warnings for the user.
 
-        `pictures` are RGB and upright, as they are in their files; none where `info.starts_from_picture`.
+        `pictures` are RGB and upright, as they are in their files; none where `info.pictures.starts_denoising`.
         `raise_if_cancelled` is called between the parts of the work, by all ranks equally often.
         """
 
@@ -112,7 +112,7 @@ class DiffusionModel(AnyModel):
     def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Frames [N, 3, H, W] in [-1, 1] to latents like `noise`'s; called on rank 0 alone.
 
-        Only where `info.starts_from_picture`.
+        Only where `info.pictures.starts_denoising`.
         """
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 Grid = tuple[int, int]  # tokens in height and width
@@ -315,8 +315,7 @@ class Flux(NativeModel):
             defaults=self.parts.defaults(known),
             size_multiple=self._side,
             frame_multiple=1,
-            max_pictures=int(takes_pictures),
-            starts_from_picture=not self._edits,
+            pictures=PictureRule(max=int(takes_pictures), starts_denoising=not self._edits),
             unsupported=lacks,
             tasks=TASKS if takes_pictures else TASKS[:1],
             max_tokens=MAX_TOKENS,

@@ -33,7 +33,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -381,9 +381,7 @@ class Flux2(NativeModel):
             tasks=("text-to-image", "image-to-image")[: 1 + takes_pictures],
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
-            max_pictures=MAX_PICTURES * takes_pictures,
-            starts_from_picture=False,
-            enlarges_picture=False,
+            pictures=PictureRule(max=MAX_PICTURES * takes_pictures, starts_denoising=False, may_enlarge=False),
         )
 
     def _memory(self) -> Memory:

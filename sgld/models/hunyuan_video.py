@@ -33,7 +33,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json, require
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -443,7 +443,7 @@ class HunyuanVideo(NativeModel):
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,
             frame_multiple=self._vae.temporal,
-            max_pictures=pictures,
+            pictures=PictureRule(max=pictures),
             unsupported=lacks,
             tasks=TASKS[: 2 + 2 * pictures],
             memory=self._memory(),

@@ -26,7 +26,7 @@ from sgld.models.text import load_tokenizer
 from sgld.nn.lora_formats import Renames
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import require
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 NEEDS = (
@@ -352,8 +352,7 @@ class LTX2(NativeModel):
             tasks=TASKS + (PICTURE_TASKS if pictures else ()),
             max_tokens=TEXT_TOKENS,
             memory=self._memory(),
-            max_pictures=int(pictures),
-            starts_from_picture=False,
+            pictures=PictureRule(max=int(pictures), starts_denoising=False),
             audio=True,
         )
 

@@ -33,7 +33,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams, near
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams, near
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -410,11 +410,13 @@ class QwenImage(NativeModel):
             defaults=self._defaults,
             size_multiple=PATCH * self._vae.spatial,
             frame_multiple=1,
-            max_pictures=form.most or int(self._takes_pictures),
-            min_pictures=int(form.most > 0),
-            starts_from_picture=form.most == 0,
-            shape_from=-1,
-            picture_multiple=PICTURE_MULTIPLE if form.most else None,
+            pictures=PictureRule(
+                min=int(form.most > 0),
+                max=form.most or int(self._takes_pictures),
+                starts_denoising=form.most == 0,
+                shape_from=-1,
+                multiple=PICTURE_MULTIPLE if form.most else None,
+            ),
             unsupported=NO_NORMALIZATION,
             tasks=tuple(filter(None, (None if form.most else "text-to-image", edits))),
             max_tokens=MAX_TOKENS,

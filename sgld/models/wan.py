@@ -36,7 +36,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d, rotate
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json, require
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -552,9 +552,7 @@ class Wan(NativeModel):
             defaults=self._defaults,
             size_multiple=self._vae.spatial * math.lcm(ph, pw),
             frame_multiple=self._vae.temporal * pt,
-            max_pictures=most,
-            min_pictures=least,
-            starts_from_picture=not self._looks,
+            pictures=PictureRule(least, most, starts_denoising=not self._looks),
             fixed_steps=None if self._steps is None else len(self._steps),
             unsupported=NO_TRUE_CFG | NO_NORMALIZATION,
             tasks=(() if least else TEXT_TASKS) + (PICTURE_TASKS[: 1 if self._looks else 2] if most else ()),

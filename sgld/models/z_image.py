@@ -29,7 +29,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at, rotate
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import pick, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
 from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
@@ -409,7 +409,7 @@ class ZImage(NativeModel):
             size_multiple=self._vae.spatial * self._config.patch,
             frame_multiple=1,
             unguided=0.0,
-            max_pictures=int(self._takes_pictures),
+            pictures=PictureRule(max=int(self._takes_pictures)),
             unsupported=NO_TRUE_CFG,
             tasks=("text-to-image", *(["image-to-image"] if self._takes_pictures else [])),
             max_tokens=self._config.max_text,

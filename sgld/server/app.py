@@ -18,7 +18,7 @@ from sgld.engine.engine import Engine
 from sgld.engine.lora import LoraPlan
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Progress
-from sgld.params import resolve
+from sgld.resolve import resolve
 from sgld.server.http import metrics
 from sgld.server.http.auth import KEYS, Keys, authenticate, load_keys
 from sgld.server.http.errors import answer_errors, name_request
@@ -30,6 +30,7 @@ from sgld.server.jobs.results import Outputs
 from sgld.server.jobs.store import JobStore
 from sgld.server.jobs.webhooks import Webhooks
 from sgld.server.routes import images, info, lora, openapi, videos, webhooks
+from sgld.server.routes.openapi import DOCUMENT, DocumentCache
 from sgld.server.routes.webhooks import WEBHOOKS
 from sgld.server.service import SERVICE, Service
 
@@ -58,6 +59,7 @@ def make_app(
     results = outputs.root if _keeps_journal(settings) else None
     kept = uploads.folder(user_path(settings.input_save_path, "input_save_path"), results)
     jobs = JobStore(engine, outputs, kept, settings, app[METRICS], app[WEBHOOKS])
+    app[DOCUMENT] = DocumentCache()
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
@@ -128,11 +130,11 @@ async def load(service: Service) -> None:
     """Load the model, make one small output so that the first client does not wait for it, and begin with the jobs."""
     started = time.perf_counter()
     service.info = await service.engine.load(_log_progress)
-    if service.settings.warmup == "server" and service.info.min_pictures:
+    if service.settings.warmup == "server" and service.info.pictures.min:
         log.info("warmup: none, for %s makes nothing without a picture", service.model_id)
     elif service.settings.warmup == "server":
         small = {"prompt": WARMUP_PROMPT, "seed": 0, "num_inference_steps": 1, "num_frames": 1}
-        params, _ = resolve({**service.sampling, **small}, service.info)
+        params = resolve({**service.sampling, **small}, service.info).params
         try:
             await service.engine.generate("warmup", params, _log_progress)
         except WorkerDied as error:

@@ -14,7 +14,8 @@ from sgld.config import Settings
 from sgld.convert import default_of, fields_of, shorten
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
-from sgld.params import ModelInfo, SamplingParams, resolve
+from sgld.params import ModelInfo, SamplingParams
+from sgld.resolve import Resolved, resolve, values_of
 from sgld.server.http.auth import IDENTITY, OWNER
 from sgld.server.http.body import Body
 from sgld.server.http.fetch import Fetcher
@@ -52,15 +53,14 @@ class Service:
         """The folder of pictures that requests brought."""
         return self.jobs.uploads
 
-    def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> tuple[SamplingParams, list[str]]:
+    def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> Resolved:
         """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads.
 
         `picture` is the width and height of its first picture.
         """
-        params, notes = resolve(given, self.loaded(), base=self.sampling, picture=picture)
-        return attrs.evolve(params, seed=params.seeds()), notes
+        return resolve(given, self.loaded(), base=self.sampling, picture=picture)
 
-    def again(self, before: Job, prompt: str) -> tuple[SamplingParams, list[str]]:
+    def again(self, before: Job, prompt: str) -> Resolved:
         """A job's values, seeds included, with another prompt, fitted to the model as it stands now.
 
         Raises BadRequest for a job of another model, and what `resolve` raises.
@@ -70,7 +70,7 @@ class Service:
             raise BadRequest(
                 f"id: {before.id!r} was made by {before.model!r}, and this server runs {self.model_id!r}", "id"
             )
-        kept = {name: value for name, value in attrs.asdict(before.params).items() if name not in info.unsupported}
+        kept = {name: value for name, value in values_of(before.outputs).items() if name not in info.unsupported}
         return resolve({**kept, "prompt": prompt}, info)
 
     def loaded(self) -> ModelInfo:
@@ -84,12 +84,12 @@ class Service:
         own = self.info.defaults if self.info is not None else {}
         return {**own, **self.sampling}.get(name, default_of(fields_of(SamplingParams)[name]))
 
-    async def adapted(self, params: SamplingParams) -> SamplingParams:
+    async def adapted(self, resolved: Resolved) -> Resolved:
         """With the files of its adapters: named ones, or downloaded now. Raises BadRequest; local paths are none."""
-        if not params.loras:
-            return params
-        found = await self.engine.adapters.resolve(params.loras, "loras", local=False)
-        return attrs.evolve(params, loras=found)
+        if not resolved.params.loras:
+            return resolved
+        found = await self.engine.adapters.resolve(resolved.params.loras, "loras", local=False)
+        return resolved.evolve(loras=found)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not run."""
@@ -108,7 +108,7 @@ class Service:
         request: web.Request,
         kind: str,
         fields: CommonFields,
-        params: SamplingParams,
+        resolved: Resolved,
         body: Body,
         **own: Any,
     ) -> Job:
@@ -123,20 +123,14 @@ class Service:
             f"{kind}_{uuid.uuid4().hex}",
             kind,
             request[OWNER],
-            params,
-            cost=cost(params),
+            resolved.outputs,
+            cost=resolved.cost,
             model=self.model_id,
             priority=fields.priority,
             idempotency_key=key,
             digest=digest,
             **own,
         )
-
-
-def cost(params: SamplingParams) -> float:
-    """Pixels x frames x steps x outputs."""
-    each = params.height * params.width * params.num_frames * (params.num_inference_steps - params.first_step)
-    return float(each * params.num_outputs_per_prompt)
 
 
 SERVICE = web.AppKey("service", Service)

@@ -148,7 +148,6 @@ class Worker:
         if self.mesh.rank != 0:
             return None
         timings = Timings(context.stages_ms, context.steps_ms, self.platform.peak_memory())
-        assert isinstance(command.params.seed, int)
         heard = None if sound is None else Audio(sound.samples.float().cpu().numpy(), sound.rate)
         shared = SharedFrames.of(frames.numpy())
         return Media(shared, command.params.fps, command.params.seed, timings, context.tokens, heard)

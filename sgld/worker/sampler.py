@@ -10,16 +10,16 @@ from torch import Tensor
 
 from sgld.messages import Tokens
 from sgld.models.base import Conditioning, DiffusionModel, OpaquePipeline, Sound
-from sgld.params import SamplingParams
+from sgld.params import OutputParams, SamplingParams
 from sgld.worker.run_context import RunContext
 from sgld.worker.sdedit import SDEditStart, pictures_of
 from sgld.worker.solvers import Solver, make_solver
 
 
 def sample(
-    model: DiffusionModel | OpaquePipeline, params: SamplingParams, context: RunContext, previews: int = 0
+    model: DiffusionModel | OpaquePipeline, params: OutputParams, context: RunContext, previews: int = 0
 ) -> tuple[Tensor, Sound | None]:
-    """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard. `params` holds one seed.
+    """One output: frames u8 [N, H, W, 3] on the CPU, and what is heard.
 
     Raises:
         Stopped: all ranks agreed to stop, between two steps.
@@ -34,16 +34,15 @@ def sample(
 
 @torch.inference_mode()
 def _sample(
-    family: DiffusionModel, params: SamplingParams, context: RunContext, previews: int
+    family: DiffusionModel, params: OutputParams, context: RunContext, previews: int
 ) -> tuple[Tensor, Sound | None]:
-    assert isinstance(params.seed, int)
     with context.stage("encode"):
         generator = torch.Generator("cpu").manual_seed(params.seed)
-        pictures = [] if family.info.starts_from_picture else pictures_of(params, context)
+        pictures = [] if family.info.pictures.starts_denoising else pictures_of(params, context)
         condition, warnings = family.encode(params, pictures, context.raise_if_cancelled_on_all_ranks)
         context.tokens = Tokens(condition.prompt_tokens, condition.latent_tokens)
         x = family.noise(params, generator)
-        sdedit = SDEditStart.prepare(family, params, context, x) if family.info.starts_from_picture else None
+        sdedit = SDEditStart.prepare(family, params, context, x) if family.info.pictures.starts_denoising else None
     for warning in warnings:
         context.note(warning)
     schedule = family.schedule(params, x)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from sgld import media
+from tests import media_files
 from tests.cli.command import QUICK, sgld, start
 
 DEMO = Path(media.__file__).parent / "demo"
@@ -47,7 +48,7 @@ def test_a_video_can_be_made_again_from_its_own_metadata(tmp_path: Path) -> None
     assert first.returncode == 0
     assert first.stdout == "o/A b.mp4\n"
     assert files(tmp_path) == ["o/A b.mp4"]
-    told = media.read_metadata(tmp_path / "o/A b.mp4")
+    told = media_files.read_metadata(tmp_path / "o/A b.mp4")
     assert f"seed {told['seed']}\n" in first.stderr
     assert (told["prompt"], told["model"]) == ("Ein Waschbär 🦝", "sgld/demo")
     assert [line.split(":")[0] for line in first.stderr.splitlines() if re.match("[a-z]+: ", line)] == [
@@ -82,7 +83,7 @@ def test_several_prompts_are_one_load_and_an_image_is_one_frame(tmp_path: Path) 
         ("one_0.png", "one", 5, 1), ("one_1.png", "two", 5, 1)
     ]  # fmt: skip
     assert files(tmp_path) == ["one_0.png", "one_1.png", "prompts.txt"]
-    frames, _ = media.decode(tmp_path / "one_1.png")
+    frames, _ = media_files.decode(tmp_path / "one_1.png")
     assert frames.shape == (1, 96, 96, 3)
 
 
@@ -99,7 +100,7 @@ def test_adapters_of_one_output(tmp_path: Path) -> None:
     for name, words in loras.items():
         done = generate(tmp_path, *image, *words, "--output-file-path", f"{name}.png", HOME=str(tmp_path))
         assert done.returncode == 0, done.stderr
-    plain, worn, off, own = (media.decode(tmp_path / f"{name}.png")[0].astype(int) for name in loras)
+    plain, worn, off, own = (media_files.decode(tmp_path / f"{name}.png")[0].astype(int) for name in loras)
     assert (off == plain).all() and (own == worn).all() and abs(worn - plain).mean() > 0.5
     missing = generate(tmp_path, *image, "--loras", "path=no/thing", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
     assert missing.returncode == 2 and "--loras: 'no/thing' is no local folder" in one_error_line(missing)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sgld import media
 from sgld.cli.plan import plan_of
 from sgld.cli.sources import Layer
 from sgld.errors import BadRequest
+from tests import media_files
 from tests.cli.command import sgld
 
 QUICK = ("--num-inference-steps", "4", "--num-frames", "1")
@@ -36,9 +36,9 @@ def test_relative_paths_home_and_the_pictures_shape(folder: Path) -> None:
         HOME=str(folder / "in"),
     )  # fmt: skip
     assert home.returncode == 0, home.stderr
-    one, two = (media.decode(folder / "o" / name)[0] for name in ("a.png", "b.png"))
+    one, two = (media_files.decode(folder / "o" / name)[0] for name in ("a.png", "b.png"))
     assert (one == two).all() and one.shape[1] < one.shape[2], "wider than high, as the picture is"
-    told = media.read_metadata(folder / "o" / "a.png")
+    told = media_files.read_metadata(folder / "o" / "a.png")
     assert (told["image_path"], told["strength"]) == (["cat.png"], 0.5)
 
 

@@ -19,8 +19,9 @@ from sgld.cli.plan import Plan, ignored, plan_of, refuse_early
 from sgld.cli.sources import Layer, gather
 from sgld.errors import BadRequest, NotBuilt, OutputError
 from sgld.messages import Audio, Media, SharedFrames, Timings
-from sgld.params import ModelInfo
+from sgld.params import ModelInfo, PictureRule
 from sgld.storage.local import LocalStorage
+from tests import media_files
 
 INFO = ModelInfo("Wan", "video", {"height": 64, "width": 64, "num_frames": 9, "fps": 8}, 8, 4, ())
 
@@ -301,7 +302,7 @@ def test_sound_reaches_the_file(tmp_path: Path, name: str) -> None:
     result = attrs.evolve(made_of(output), audio=Audio(np.stack([tone, tone]), 24000))
     path = save(made, LocalStorage(tmp_path), output, result, []).path
     assert path is not None
-    heard = None if name == "x.gif" else media.decode_sound(path)
+    heard = None if name == "x.gif" else media_files.decode_sound(path)
     assert (heard is not None) == (name != "x.gif")
     assert heard is None or np.abs(heard.samples).max() > 0.5
 
@@ -382,7 +383,7 @@ def test_the_shape_comes_from_the_picture_that_the_model_says(tmp_path: Path) ->
     for name, size in (("wide.png", (64, 32)), ("tall.png", (32, 64))):
         Image.new("RGB", size).save(tmp_path / name)
     words = ["--prompt", "a", "--image-path", str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
-    info = attrs.evolve(INFO, max_pictures=2, starts_from_picture=False)
-    first, last = (outputs_of(plan(*words), attrs.evolve(info, shape_from=i))[0][0].params for i in (0, -1))
+    rules = (PictureRule(max=2, starts_denoising=False, shape_from=i) for i in (0, -1))
+    first, last = (outputs_of(plan(*words), attrs.evolve(INFO, pictures=rule))[0][0].params for rule in rules)
     assert first.width > first.height
     assert last.width < last.height

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sgld.media import decode, decode_sound, read_metadata
 from tests.hub.repositories import contents, publish
+from tests.media_files import decode, decode_sound, read_metadata
 from tools import tiny
 
 SEEDS = Path(__file__).parent / "seeds"

@@ -20,13 +20,13 @@ from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Progress
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from tests.engine.ranks import INFO, run_faulty
 from tests.engine.test_group import PATIENCE, STEPS
 
 
-def asked(steps: int = STEPS, **fault: Any) -> SamplingParams:
-    return SamplingParams(prompt=json.dumps(fault), seed=1, num_inference_steps=steps, fps=8)
+def asked(steps: int = STEPS, **fault: Any) -> OutputParams:
+    return OutputParams(prompt=json.dumps(fault), seed=1, num_inference_steps=steps, fps=8)
 
 
 def ignore(_: Event) -> None:

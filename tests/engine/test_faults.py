@@ -19,15 +19,16 @@ from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import WorkerDied
 from sgld.messages import Event, Frames, Preview, Progress
-from sgld.params import SamplingParams, resolve
+from sgld.params import OutputParams
+from sgld.resolve import resolve
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 1, "num_inference_steps": 4, "seed": 3}
 
 
-def asked(engine: Engine) -> SamplingParams:
+def asked(engine: Engine) -> OutputParams:
     assert engine.info is not None
-    return resolve(REQUEST, engine.info)[0]
+    return resolve(REQUEST, engine.info).params
 
 
 def ignore(_: Event) -> None:
@@ -93,7 +94,7 @@ async def test_nothing_is_left_of_the_killed(engine: Engine, tmp_path: Path, mon
 async def test_a_cancel_while_both_decode(engine: Engine) -> None:
     """Which they share; a long clip, so that it comes in time."""
     assert engine.info is not None
-    clip = resolve(REQUEST | {"num_frames": 33, "num_inference_steps": 1}, engine.info)[0]
+    clip = resolve(REQUEST | {"num_frames": 33, "num_inference_steps": 1}, engine.info).params
     ended: list[float] = []
 
     def cancel(event: Event) -> None:

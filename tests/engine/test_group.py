@@ -23,7 +23,7 @@ from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Patience, WorkerGroup
 from sgld.errors import Cancelled, ModelError, OutOfMemory, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Load, Media, Preview, Progress
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.worker.run_context import PROGRESS_S
 from tests.engine.ranks import INFO, run_faulty
 
@@ -32,7 +32,7 @@ STEPS = 4
 
 
 def job(name: str = "job", steps: int = STEPS, **fault: Any) -> Generate:
-    params = SamplingParams(prompt=json.dumps(fault), seed=1, num_frames=5, num_inference_steps=steps, fps=8)
+    params = OutputParams(prompt=json.dumps(fault), seed=1, num_frames=5, num_inference_steps=steps, fps=8)
     return Generate(name, params)
 
 

@@ -25,7 +25,8 @@ from sgld.engine.engine import Engine
 from sgld.engine.lora import AdapterNames, LoraPlan, NamedAdapter, at_start, resolve_adapter
 from sgld.errors import BadRequest, NotReady, SgldError
 from sgld.messages import Frames, LoraPart, LoraState, Note
-from sgld.params import LoraUse, resolve
+from sgld.params import LoraUse
+from sgld.resolve import resolve
 from tests.adapters import write_adapter
 from tools import tiny
 
@@ -60,7 +61,7 @@ class Studio:
         assert self.engine.info is not None
         found = await self.engine.adapters.resolve(loras, "loras", local=True)
         given = {"prompt": PROMPT, "num_frames": 1, "num_inference_steps": 3, "loras": found}
-        params, _ = resolve(given, self.engine.info)
+        params = resolve(given, self.engine.info).params
         return (await self.engine.generate("picture", attrs.evolve(params, seed=3), self._hear)).frames.array.copy()
 
     def _hear(self, event: Any) -> None:

@@ -15,8 +15,8 @@ from sgld.messages import Load
 from sgld.models import load_family
 from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
 from tools import tiny
@@ -56,7 +56,7 @@ def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> DiffusionMo
 
 def generate(family: DiffusionModel, mesh: Mesh | None = None, **changes: Any) -> Tensor:
     """Frames u8 [N, H, W, 3] of `REQUEST` with changes."""
-    params, _ = resolve(REQUEST | changes, family.info)
+    params = resolve(REQUEST | changes, family.info).params
     ours, theirs = Pipe()
     try:
         return sample(family, params, RunContext("job", mesh or Mesh.solo(), theirs))[0]

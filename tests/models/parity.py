@@ -24,8 +24,8 @@ from sgld.nn.lora import WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import read_json
-from sgld.params import resolve
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
 from tests.nn.ranks import in_fresh_process, on_ranks
@@ -46,7 +46,7 @@ def make(
     family: DiffusionModel | OpaquePipeline, request: Request, mesh: Mesh | None = None, previews: int = 0
 ) -> tuple[Tensor, Sound | None]:
     """Frames u8 [N, H, W, 3], and what is heard."""
-    params, _ = resolve(request, family.info)
+    params = resolve(request, family.info).params
     ours, theirs = Pipe()
     try:
         return sample(family, params, RunContext("job", mesh or Mesh.solo(), theirs), previews)
@@ -62,7 +62,7 @@ def picture(family: DiffusionModel | OpaquePipeline, request: Request, mesh: Mes
 
 def shown(family: DiffusionModel, request: Request, previews: int) -> tuple[Tensor, list[Tensor]]:
     """Frames u8 [N, H, W, 3], and the previews [1, H, W, 3] that came before them."""
-    params, _ = resolve(request, family.info)
+    params = resolve(request, family.info).params
     found: list[Tensor] = []
     ours, theirs = Pipe()
     with ours, theirs:
@@ -181,7 +181,7 @@ def _memory(mesh: Mesh, folder: Path, warm: Request, request: Request) -> tuple[
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = Cpu().peak_memory()
     picture(family, request, mesh)
-    params, _ = resolve(request, family.info)
+    params = resolve(request, family.info).params
     return max(family.info.memory_needs(params).values()), Cpu().peak_memory() - before
 
 

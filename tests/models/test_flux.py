@@ -22,7 +22,7 @@ from sgld.nn.lora_formats import fit, read_adapter
 from sgld.nn.mmdit import DualBlock, SingleBlock, TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.usp import SequenceAttention
-from sgld.params import resolve
+from sgld.resolve import resolve
 from tests.models.parity import (
     activate,
     apart,
@@ -457,7 +457,7 @@ def test_info(twins: Path, dev: Flux) -> None:
     assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("FluxPipeline", "image", 16, 1)
     assert (info.defaults["guidance_scale"], info.defaults["num_inference_steps"]) == (3.5, 50)
     assert (info.defaults["width"], info.defaults["height"]) == (1024, 1024)
-    assert (info.max_pictures, info.starts_from_picture) == (1, True)
+    assert (info.pictures.max, info.pictures.starts_denoising) == (1, True)
     assert info.tasks == ("text-to-image", "image-to-image")
     assert set(info.unsupported) == {"cfg_normalization", "guidance_scale_2", "boundary_ratio", "diffusers_kwargs"}
     info = load(twins / "flux1-schnell").info
@@ -465,7 +465,7 @@ def test_info(twins: Path, dev: Flux) -> None:
     with pytest.raises(NotBuilt, match="guidance_scale: this model cannot use it: .*trained without"):
         resolve(REQUEST | {"guidance_scale": 3.5}, info)
     info = load(twins / "flux1-kontext").info
-    assert (info.name, info.max_pictures, info.starts_from_picture) == ("FluxKontextPipeline", 1, False)
+    assert (info.name, info.pictures.max, info.pictures.starts_denoising) == ("FluxKontextPipeline", 1, False)
     assert info.defaults["guidance_scale"] == 2.5
 
 
@@ -486,7 +486,7 @@ def test_attention_that_it_has_not(twins: Path) -> None:
 
 def notes(family: Flux, **changes: Any) -> list[str]:
     with torch.inference_mode():
-        return family.encode(resolve(REQUEST | changes, family.info)[0], [])[1]
+        return family.encode(resolve(REQUEST | changes, family.info).params, [])[1]
 
 
 def test_warnings(dev: Flux) -> None:
@@ -502,7 +502,7 @@ def test_warnings(dev: Flux) -> None:
 
 
 def test_tokens_are_counted(dev: Flux) -> None:
-    params, _ = resolve(REQUEST, dev.info)
+    params = resolve(REQUEST, dev.info).params
     with torch.inference_mode():
         condition, _ = dev.encode(params, [])
     assert (condition.prompt_tokens, condition.latent_tokens) == (8, 6)

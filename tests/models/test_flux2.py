@@ -38,8 +38,8 @@ from sgld.nn.mmdit import TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import Uninitialized, read_json
-from sgld.params import resolve
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from tests.models import parity
 from tests.models.parity import (
     activate,
@@ -267,10 +267,11 @@ def test_pictures_are_cut_as_the_pipeline_does(size: tuple[int, int]) -> None:
 def test_the_picture_gives_the_size(twins: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     """Its own, cut to multiples; only what is larger than a megapixel is made smaller."""
     info = load(twins / KLEIN).info
-    params, notes = resolve({"image_path": ["x.png"]}, info, picture=size)
+    resolved = resolve({"image_path": ["x.png"]}, info, picture=size)
+    params = resolved.params
     assert (params.width, params.height) == expected == tuple(reference(Image.new("RGB", size), 16).shape[:1:-1])
-    assert all(f"after the picture's {size[0]}x{size[1]} pixels" in note for note in notes)
-    params, _ = resolve({"image_path": ["x.png"], "width": 64, "height": 32}, info, picture=size)
+    assert all(f"after the picture's {size[0]}x{size[1]} pixels" in note for note in resolved.notes)
+    params = resolve({"image_path": ["x.png"], "width": 64, "height": 32}, info, picture=size).params
     assert (params.width, params.height) == (64, 32)
 
 
@@ -563,19 +564,19 @@ def test_info(twins: Path) -> None:
     common = {"negative_prompt": "", "max_sequence_length": 512, "width": 1024, "height": 1024}
     assert dev.defaults == common | {"num_inference_steps": 50, "guidance_scale": 4.0} == base.defaults
     assert klein.defaults == common | {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert (dev.min_pictures, dev.max_pictures, dev.starts_from_picture) == (0, 10, False)
+    assert (dev.pictures.min, dev.pictures.max, dev.pictures.starts_denoising) == (0, 10, False)
     assert dev.lora_targets == ("transformer",)
     assert set(dev.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization", "diffusers_kwargs"}
     assert set(klein.unsupported) == {*dev.unsupported, "true_cfg_scale"}
     without = load(twins / DEV, vae_config=VaeConfig(load_encoder=False)).info
-    assert (without.tasks, without.max_pictures) == (("text-to-image",), 0)
+    assert (without.tasks, without.pictures.max) == (("text-to-image",), 0)
 
 
 def test_the_published_size_is_estimated_linearly(twins: Path) -> None:
     info = load(twins / DEV).info
     assert info.memory is not None
     small, large = (
-        max(info.memory_needs(resolve({"height": side, "width": side}, info)[0]).values()) - info.memory.base
+        max(info.memory_needs(resolve({"height": side, "width": side}, info).params).values()) - info.memory.base
         for side in (512, 1024)
     )
     assert large == 4 * small > 0
@@ -614,13 +615,13 @@ def test_a_negative_prompt_without_true_guidance_is_told(twins: Path) -> None:
     told = ["negative_prompt: it has no effect without a true_cfg_scale above 1"]
     dev, base = load(twins / DEV), load(twins / BASE)
     for family, changes, expected in ((dev, {}, told), (dev, {"true_cfg_scale": 2.0}, []), (base, {}, [])):
-        params, _ = resolve(REQUEST | {"negative_prompt": "blue"} | changes, family.info)
+        params = resolve(REQUEST | {"negative_prompt": "blue"} | changes, family.info).params
         assert family.encode(params, [])[1] == expected
 
 
 def test_guidance_of_a_distilled_model(twins: Path) -> None:
     family = load(twins / KLEIN)
-    params, _ = resolve(REQUEST | {"guidance_scale": 2.0}, family.info)
+    params = resolve(REQUEST | {"guidance_scale": 2.0}, family.info).params
     condition, notes = family.encode(params, [])
     assert condition.negative is not None
     assert notes == ["guidance_scale: 2.0: this checkpoint was distilled to need none above 1"]
@@ -630,7 +631,7 @@ def test_guidance_of_a_distilled_model(twins: Path) -> None:
 
 def test_tokens_and_cut_prompts_are_told(twins: Path, photos: list[str]) -> None:
     family = load(twins / DEV)
-    params, _ = resolve(REQUEST | {"prompt": "cat " * 99, "true_cfg_scale": 2.0}, family.info)
+    params = resolve(REQUEST | {"prompt": "cat " * 99, "true_cfg_scale": 2.0}, family.info).params
     condition, notes = family.encode(params, [Image.open(file) for file in photos])
     assert condition.latent_tokens == 2 * 3 + 5 * 4 + 4 * 6
     assert condition.prompt_tokens == len(flux2(twins / DEV)._text.tokenizer.tokenize(params.prompt))

@@ -28,7 +28,7 @@ from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import fit, read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
-from sgld.params import resolve
+from sgld.resolve import resolve
 from tests.models.parity import (
     activate,
     apart,
@@ -402,26 +402,27 @@ def test_info(family: HunyuanVideo) -> None:
     assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("HunyuanVideoPipeline", "video", 16, 4)
     assert info.tasks == ("text-to-video", "text-to-image", "image-to-video", "image-to-image")
     assert set(info.unsupported) == {"cfg_normalization", "guidance_scale_2", "boundary_ratio", "diffusers_kwargs"}
-    params, notes = resolve({"prompt": "a cat"}, attrs.evolve(info, memory=None))
+    resolved = resolve({"prompt": "a cat"}, attrs.evolve(info, memory=None))
+    params = resolved.params
     assert (params.width, params.height, params.num_frames, params.fps) == (1280, 720, 125, 24)
     assert (params.num_inference_steps, params.guidance_scale, params.true_cfg_scale) == (50, 6.0, 1.0)
-    assert (params.flow_shift, params.max_sequence_length, notes) == (None, 256, [])
+    assert (params.flow_shift, params.max_sequence_length, resolved.notes) == (None, 256, ())
     with pytest.raises(NotBuilt, match="guidance_scale_2: this model cannot use it: it has no second expert"):
         resolve({"guidance_scale_2": 2.0}, info)
     with pytest.raises(BadRequest, match="height: 40 is not a multiple of 16"):
         resolve({"height": 40}, info)
-    assert resolve({**REQUEST, "num_frames": 12}, info)[0].num_frames == 13
+    assert resolve({**REQUEST, "num_frames": 12}, info).params.num_frames == 13
 
 
 def test_without_the_autoencoders_encoder_it_takes_no_picture(twin: Path) -> None:
     info = load(twin, vae_config={"load_encoder": False}).info
-    assert (info.max_pictures, info.tasks) == (0, ("text-to-video", "text-to-image"))
+    assert (info.pictures.max, info.tasks) == (0, ("text-to-video", "text-to-image"))
 
 
 def test_fasthunyuan_takes_six_steps_of_another_schedule(tmp_path: Path) -> None:
-    params, _ = resolve(
+    params = resolve(
         REQUEST | {"num_inference_steps": None}, load(twins.make_fasthunyuan(tmp_path / "FastHunyuan")).info
-    )
+    ).params
     assert (params.num_inference_steps, params.flow_shift, params.guidance_scale) == (6, 17.0, 6.0)
 
 
@@ -441,7 +442,7 @@ def test_generation_config_gives_the_defaults(copy: Path) -> None:
 
 def warnings(family: HunyuanVideo, **changes: Any) -> list[str]:
     with torch.inference_mode():
-        return family.encode(resolve(REQUEST | changes, family.info)[0], [])[1]
+        return family.encode(resolve(REQUEST | changes, family.info).params, [])[1]
 
 
 def test_warnings(family: HunyuanVideo) -> None:
@@ -461,7 +462,7 @@ def test_warnings(family: HunyuanVideo) -> None:
 def test_tokens(family: HunyuanVideo) -> None:
     """Of the prompt and the template's end; the words before it are the 95 that are cut off."""
     with torch.inference_mode():
-        condition, _ = family.encode(resolve(REQUEST | {"prompt": "a red cat"}, family.info)[0], [])
+        condition, _ = family.encode(resolve(REQUEST | {"prompt": "a red cat"}, family.info).params, [])
     assert (condition.prompt_tokens, condition.latent_tokens) == (4, 3 * 2 * 3)
     assert condition.positive.text.shape == (1, 4, 32)
     assert condition.positive.guidance.tolist() == [6000]

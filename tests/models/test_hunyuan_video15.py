@@ -17,7 +17,7 @@ from sgld.models.hunyuan_video15 import SYSTEM_TOKENS, TEMPLATE, HunyuanVideo15,
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
-from sgld.params import resolve
+from sgld.resolve import resolve
 from tests.models.parity import (
     activate,
     apart,
@@ -263,10 +263,11 @@ def test_info(family: HunyuanVideo15) -> None:
         "HunyuanVideo15Pipeline", "video", 16, 4,
     )  # fmt: skip
     assert info.tasks == ("text-to-video", "text-to-image")
-    params, notes = resolve({"prompt": "a cat"}, attrs.evolve(info, memory=None))
+    resolved = resolve({"prompt": "a cat"}, attrs.evolve(info, memory=None))
+    params = resolved.params
     assert (params.width, params.height, params.num_frames, params.fps) == (848, 480, 121, 24)
     assert (params.num_inference_steps, params.guidance_scale, params.max_sequence_length) == (50, 6.0, 1000)
-    assert notes == []
+    assert resolved.notes == ()
     with pytest.raises(NotBuilt, match="true_cfg_scale: this model cannot use it"):
         resolve({"true_cfg_scale": 2.0}, info)
 
@@ -282,7 +283,7 @@ def test_prompts(family: HunyuanVideo15) -> None:
     """The words before the prompt are the 108 tokens that are cut off; after it come five."""
     assert len(family._prompts.tokenizer(TEMPLATE.partition("{}")[0]).input_ids) == SYSTEM_TOKENS
     with torch.inference_mode():
-        condition, notes = family.encode(resolve(REQUEST | {"prompt": 'a "red cat"'}, family.info)[0], [])
+        condition, notes = family.encode(resolve(REQUEST | {"prompt": 'a "red cat"'}, family.info).params, [])
     count = family._prompts.tokenizer
     assert condition.prompt_tokens == len(count('a "red cat"').input_ids) + 5
     assert condition.positive.glyphs.shape == (1, len('Text "red cat". ') + 1, 24)
@@ -291,7 +292,7 @@ def test_prompts(family: HunyuanVideo15) -> None:
     with torch.inference_mode():
         long = f'a "{"ball " * 80}"'
         changes = {"prompt": long, "max_sequence_length": 60}
-        condition, notes = family.encode(resolve(REQUEST | changes, family.info)[0], [])
+        condition, notes = family.encode(resolve(REQUEST | changes, family.info).params, [])
     assert notes == [
         f"prompt cut from {len(count(long).input_ids) + 5} to 60 tokens, the most this request allows",
         "prompt: its texts in quotation marks are cut from 410 to 256 bytes",

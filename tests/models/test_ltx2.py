@@ -24,7 +24,7 @@ from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
-from sgld.params import resolve
+from sgld.resolve import resolve
 from tests.models.parity import (
     activate,
     apart,
@@ -381,7 +381,7 @@ def test_an_adapter_of_the_connectors_is_refused(twins: Path, tmp_path: Path) ->
 def test_info(twins: Path) -> None:
     info = load(twins / "ltx2").info
     assert (info.name, info.kind, info.size_multiple, info.frame_multiple) == ("LTX2Pipeline", "video", 32, 8)
-    assert (info.audio, info.max_pictures, info.min_pictures, info.starts_from_picture) == (True, 1, 0, False)
+    assert (info.audio, info.pictures.max, info.pictures.min, info.pictures.starts_denoising) == (True, 1, 0, False)
     assert info.tasks == ("text-to-video", "text-to-image", "image-to-video")
     assert info.memory is not None
     wanted = {
@@ -395,7 +395,7 @@ def test_info(twins: Path) -> None:
     assert wanted.items() <= info.defaults.items()
     newer = load(twins / "ltx23", vae_config={"load_encoder": False}).info
     assert {"num_inference_steps": 30, "guidance_scale": 3.0}.items() <= newer.defaults.items()
-    assert (newer.max_pictures, newer.tasks) == (0, ("text-to-video", "text-to-image"))
+    assert (newer.pictures.max, newer.tasks) == (0, ("text-to-video", "text-to-image"))
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_picture_too_small_to_be_seen(twins: Path, tmp_path: Path) -> None:
 
 def test_a_long_prompt_is_cut(twins: Path) -> None:
     family = load(twins / "ltx2")
-    params, _ = resolve(REQUEST | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info)
+    params = resolve(REQUEST | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info).params
     condition, notes = family.encode(params, [])
     assert notes == ["prompt cut from 100 to 8 tokens, the most this request allows"]
     assert condition.prompt_tokens == 8

@@ -9,8 +9,8 @@ import torch
 import sgld
 from sgld.errors import TooLarge
 from sgld.nn.parallel import Axis, Mesh
-from sgld.params import resolve
 from sgld.platform import Cpu, available_memory, room_in_groups
+from sgld.resolve import resolve
 from tests.models.conftest import REQUEST, load
 from tests.models.parity import estimate_is_near_the_peak
 

@@ -20,8 +20,8 @@ from sgld.models.wan import Wan
 from sgld.nn.lora import Mode, WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
 from sgld.platform import Cpu, Prefetcher
+from sgld.resolve import resolve
 from tests.adapters import write_adapter
 from tests.models.conftest import REQUEST, generate, levels_apart, load
 from tests.nn.ranks import in_fresh_process, on_ranks
@@ -178,7 +178,7 @@ def _peak(mesh: Mesh, folder: Path, warm: Path, settings: dict[str, Any]) -> tup
     before = Cpu().peak_memory()
     family = load(folder, mesh, **settings)
     generate(family, mesh, num_frames=1, num_inference_steps=2)
-    params, _ = resolve(REQUEST | {"num_frames": 1}, family.info)
+    params = resolve(REQUEST | {"num_frames": 1}, family.info).params
     return (Cpu().peak_memory() - before) // MIB, max(family.info.memory_needs(params).values()) // MIB
 
 

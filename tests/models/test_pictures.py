@@ -16,7 +16,7 @@ from sgld import inputs
 from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
+from sgld.resolve import resolve
 from sgld.worker import sampler
 from tests.models.conftest import REQUEST, generate, levels_apart, load
 from tests.nn.ranks import on_ranks
@@ -176,14 +176,14 @@ def test_the_encoder_is_loaded_with_the_first_picture(twins: Path, picture: Path
 
 
 def test_a_model_without_an_encoder_takes_no_picture(twins: Path, picture: Path, tmp_path: Path) -> None:
-    assert load(twins / "wan21").info.max_pictures == 1
-    assert load(twins / "wan21", vae_config=VaeConfig(load_encoder=False)).info.max_pictures == 0
+    assert load(twins / "wan21").info.pictures.max == 1
+    assert load(twins / "wan21", vae_config=VaeConfig(load_encoder=False)).info.pictures.max == 0
     copy = Path(shutil.copytree(twins / "wan21", tmp_path / "model"))
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(("enc", "quant"))}
     save_file(weights, file)
     info = load(copy).info
-    assert info.max_pictures == 0
+    assert info.pictures.max == 0
     with pytest.raises(BadRequest, match=r"image_path: 1 given; this model makes pictures from text alone"):
         resolve(REQUEST | {"image_path": [str(picture)]}, info)
 

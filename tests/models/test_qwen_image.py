@@ -23,8 +23,9 @@ from sgld.nn.attention import TORCH
 from sgld.nn.mmdit import finite
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import read_json
-from sgld.params import near, resolve
+from sgld.params import near
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from sgld.worker.solvers import make_solver
 from tests.models import parity
 from tests.models.parity import (
@@ -202,7 +203,7 @@ def test_without_dynamic_shift(models: Path, tmp_path: Path) -> None:
 def test_a_single_step_goes_all_the_way(models: Path) -> None:
     """The schedule's one level, 1, cannot be stretched to another; diffusers divides 0 by 0 there."""
     family = load(models / "qwen-image")
-    params, _ = resolve(REQUEST | {"num_inference_steps": 1}, family.info)
+    params = resolve(REQUEST | {"num_inference_steps": 1}, family.info).params
     solver = make_solver(family.scheduler, 1, family.schedule(params, torch.zeros(1, 4, 1, 4, 6)))
     assert solver.sigmas.tolist() == [1, 0]
     assert picture(family, REQUEST | {"num_inference_steps": 1}).float().std() > 10
@@ -405,11 +406,11 @@ def test_info(models: Path) -> None:
         "max_sequence_length": 512,
     }  # fmt: skip
     assert info.tasks == ("text-to-image", "image-to-image")
-    assert (info.max_pictures, info.min_pictures, info.starts_from_picture) == (1, 0, True)
+    assert (info.pictures.max, info.pictures.min, info.pictures.starts_denoising) == (1, 0, True)
     assert (info.max_tokens, info.lora_targets) == (1024, ("transformer",))
     assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio", "cfg_normalization", "diffusers_kwargs"}
     edits = [load(models / name).info for name in ("qwen-image-edit", "qwen-image-edit-2509")]
-    assert [(info.min_pictures, info.max_pictures, info.starts_from_picture) for info in edits] == [
+    assert [(info.pictures.min, info.pictures.max, info.pictures.starts_denoising) for info in edits] == [
         (1, 1, False), (1, 16, False)
     ]  # fmt: skip
     assert [info.tasks for info in edits] == [("image-to-image",)] * 2
@@ -418,7 +419,7 @@ def test_info(models: Path) -> None:
 
 def test_an_edit_takes_the_shape_of_its_picture(models: Path) -> None:
     info = load(models / "qwen-image-edit").info
-    params, _ = resolve({"image_path": ["a.png"]}, info, picture=(1600, 900))
+    params = resolve({"image_path": ["a.png"]}, info, picture=(1600, 900)).params
     assert (params.width, params.height) == (1376, 768)
     with pytest.raises(BadRequest, match="none given; this model takes 1"):
         resolve({}, info)
@@ -450,7 +451,7 @@ def test_warnings_and_errors_of_a_request(models: Path, tmp_path: Path) -> None:
     family = load(models / "qwen-image-edit-2509")
     files = [str(models / "0.png")] * 4
     changes = {"image_path": files, "max_sequence_length": 8, "negative_prompt": " blurred"}
-    params, _ = resolve(request(models, "qwen-image-edit-2509", **changes), family.info)
+    params = resolve(request(models, "qwen-image-edit-2509", **changes), family.info).params
     pictures = [inputs.upright(file) for file in files]
     condition, notes = family.encode(params, pictures)
     assert notes == [
@@ -459,7 +460,7 @@ def test_warnings_and_errors_of_a_request(models: Path, tmp_path: Path) -> None:
     ]
     assert condition.prompt_tokens == 8
     assert condition.positive.text.shape[1] == condition.negative.text.shape[1] + 2  # 8 words against 6
-    marked, _ = resolve(request(models, "qwen-image-edit-2509", prompt="<|image_pad|>"), family.info)
+    marked = resolve(request(models, "qwen-image-edit-2509", prompt="<|image_pad|>"), family.info).params
     with pytest.raises(BadRequest, match="prompt: it holds <|image_pad|>") as caught:
         family.encode(marked, pictures[:1])
     assert caught.value.param == "prompt"
@@ -539,7 +540,7 @@ def test_without_the_encoder(models: Path) -> None:
     with pytest.raises(BadRequest, match=r"vae_config\.load_encoder"):
         load(models / "qwen-image-edit", **settings)
     info = load(models / "qwen-image", **settings).info
-    assert (info.max_pictures, info.tasks) == (0, ("text-to-image",))
+    assert (info.pictures.max, info.tasks) == (0, ("text-to-image",))
 
 
 def test_components_that_do_not_fit_each_other(models: Path, tmp_path: Path) -> None:

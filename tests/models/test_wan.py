@@ -20,8 +20,9 @@ from sgld.models.wan import Wan, WanTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import load_module
-from sgld.params import resolve
+from sgld.params import PictureRule
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from tests.models.conftest import generate, levels_apart, load
 from tests.models.parity import edit
 
@@ -119,7 +120,7 @@ def test_info(twins: Path) -> None:
     assert info.defaults["guidance_scale"] == 3.0
     of_others = {"true_cfg_scale", "cfg_normalization", "diffusers_kwargs"}
     assert set(info.unsupported) == {"guidance_scale_2", "boundary_ratio"} | of_others
-    assert (info.starts_from_picture, info.min_pictures, info.max_pictures, info.fixed_steps) == (True, 0, 1, None)
+    assert (info.pictures, info.fixed_steps) == (PictureRule(max=1), None)
     info = load(twins / "wan22-a14b").info
     assert set(info.unsupported) == of_others
     assert (info.defaults["guidance_scale_2"], info.defaults["boundary_ratio"]) == (3.0, 0.875)
@@ -136,7 +137,7 @@ def test_a_negative_prompt_without_guidance_is_told(twins: Path) -> None:
     family, given = load(twins / "wan21"), {"prompt": "a cat", "negative_prompt": "blue"}
     own = {"negative_prompt": family.info.defaults["negative_prompt"]}
     for changes, expected in (({"guidance_scale": 1.0}, told), ({}, []), (own | {"guidance_scale": 1.0}, [])):
-        params, _ = resolve(given | changes, family.info)
+        params = resolve(given | changes, family.info).params
         assert family.encode(params, [])[1] == expected
 
 

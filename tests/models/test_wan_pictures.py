@@ -26,8 +26,9 @@ from sgld.models.wan import WAN_ORIGINAL, Wan, WanConfig, WanTransformer
 from sgld.models.wan_defaults import FAST, NEGATIVE, TURBO, TURBO_PICTURE, few_steps, levels_of
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
-from sgld.params import SamplingParams, resolve
+from sgld.params import SamplingParams
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext, Stopped
 from sgld.worker.sampler import sample
 from tests.models.parity import (
@@ -165,7 +166,7 @@ def test_a_cancel_is_heard_while_a_picture_is_encoded(
     folders: Folders, pictures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = wan(folders("wan22-i2v-a14b"))
-    params, _ = resolve(EXPERTS | {"image_path": pictures[:1]}, family.info)
+    params = resolve(EXPERTS | {"image_path": pictures[:1]}, family.info).params
     ours, theirs = Pipe()
     whole = VaeEncoder.encode
 
@@ -189,7 +190,7 @@ def test_the_last_frame_may_be_given_too(folders: Folders, pictures: list[str]) 
 def test_two_pictures_for_an_encoder_that_tells_them_apart(tmp_path: Path, pictures: list[str]) -> None:
     folder = twins.make_i2v(tmp_path / "flf2v", pos_embed_seq_len=2 * 17)
     family = wan(folder)
-    assert (family.info.min_pictures, family.info.max_pictures) == (2, 2)
+    assert (family.info.pictures.min, family.info.pictures.max) == (2, 2)
     check(family, REQUEST | {"image_path": pictures})
 
 
@@ -252,7 +253,7 @@ def test_another_number_of_steps_is_refused(folders: Folders) -> None:
     info = load(folders("fastwan21")).info
     with pytest.raises(BadRequest, match="^num_inference_steps: 50: this model takes 3 steps and no other number$"):
         resolve({"num_inference_steps": 50}, info)
-    assert resolve({}, info)[0].num_inference_steps == 3
+    assert resolve({}, info).params.num_inference_steps == 3
     assert load(folders("fastwan21"), dmd_denoising_steps=[900, 100]).info.fixed_steps == 2
 
 
@@ -424,14 +425,14 @@ def test_the_estimate_of_memory_grows(folders: Folders) -> None:
 
 def test_what_the_models_say_of_themselves(folders: Folders) -> None:
     info = load(folders("wan21-i2v-480p")).info
-    assert (info.starts_from_picture, info.min_pictures, info.max_pictures) == (False, 1, 1)
+    assert (info.pictures.starts_denoising, info.pictures.min, info.pictures.max) == (False, 1, 1)
     assert (info.name, info.tasks, info.fixed_steps) == ("WanImageToVideoPipeline", ("image-to-video",), None)
     info = load(folders("wan22-ti2v-5b")).info
-    assert (info.starts_from_picture, info.min_pictures, info.max_pictures) == (False, 0, 1)
+    assert (info.pictures.starts_denoising, info.pictures.min, info.pictures.max) == (False, 0, 1)
     assert (info.size_multiple, info.frame_multiple) == (32, 4)
     assert info.tasks == ("text-to-video", "text-to-image", "image-to-video")
     info = load(folders("fastwan21")).info
-    assert (info.name, info.fixed_steps, info.starts_from_picture) == ("WanDMDPipeline", 3, True)
+    assert (info.name, info.fixed_steps, info.pictures.starts_denoising) == ("WanDMDPipeline", 3, True)
 
 
 DEFAULTS = {  # steps, guidance, width, height, frames, fps, shift
@@ -448,7 +449,7 @@ DEFAULTS = {  # steps, guidance, width, height, frames, fps, shift
 def test_the_defaults_of_a_known_name(folders: Folders, tmp_path: Path, name: str) -> None:
     link = tmp_path / twins.REAL_NAMES[name].replace("/", "--")
     link.symlink_to(folders(name.replace("720p", "480p")))
-    params, _ = resolve({"image_path": ["a.png"]} if "i2v-" in name else {}, load(link).info)
+    params = resolve({"image_path": ["a.png"]} if "i2v-" in name else {}, load(link).info).params
     names = "num_inference_steps", "guidance_scale", "width", "height", "num_frames", "fps", "flow_shift"
     assert tuple(getattr(params, field) for field in names) == DEFAULTS[name]
     assert params.negative_prompt == ("" if name.startswith("fast") else NEGATIVE)
@@ -458,7 +459,7 @@ def test_the_defaults_of_a_known_name(folders: Folders, tmp_path: Path, name: st
 
 def test_a_picture_gives_the_size(folders: Folders, pictures: list[str]) -> None:
     info = load(folders("wan21-i2v-480p")).info
-    params, _ = resolve({"image_path": pictures[:1]}, info, picture=(90, 50))
+    params = resolve({"image_path": pictures[:1]}, info, picture=(90, 50)).params
     assert (params.width, params.height) == (832, 464)
 
 
@@ -529,7 +530,7 @@ def test_a_preview_is_not_the_picture_that_was_given(folders: Folders, pictures:
 def test_models_that_lack_what_they_need(folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"vae: this model cannot work without the VAE's encoder"):
         load(folders("wan21-i2v-480p"), vae_config=VaeConfig(load_encoder=False))
-    assert load(folders("wan22-ti2v-5b"), vae_config=VaeConfig(load_encoder=False)).info.max_pictures == 0
+    assert load(folders("wan22-ti2v-5b"), vae_config=VaeConfig(load_encoder=False)).info.pictures.max == 0
     folder = Path(shutil.copytree(folders("wan21-i2v-480p"), tmp_path / "model"))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"image_encoder": [None, None]}))

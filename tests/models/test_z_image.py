@@ -22,7 +22,7 @@ from sgld.nn.lora import WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized
-from sgld.params import resolve
+from sgld.resolve import resolve
 from tests.models import parity
 from tests.models.parity import (
     activate,
@@ -222,7 +222,7 @@ def test_the_published_size_is_estimated_linearly(twins: Path) -> None:
     info = load(twins / "z-image").info
     assert info.memory is not None
     small, large = (
-        max(info.memory_needs(resolve({"height": side, "width": side}, info)[0]).values()) - info.memory.base
+        max(info.memory_needs(resolve({"height": side, "width": side}, info).params).values()) - info.memory.base
         for side in (512, 1024)
     )
     assert large == 4 * small > 0
@@ -362,7 +362,7 @@ def test_info(twins: Path) -> None:
     assert base.lora_targets == ("transformer",)
     assert base.max_tokens == 544
     without = load(twins / "z-image", vae_config=VaeConfig(load_encoder=False)).info
-    assert (without.tasks, without.max_pictures) == (("text-to-image",), 0)
+    assert (without.tasks, without.pictures.max) == (("text-to-image",), 0)
 
 
 @pytest.mark.parametrize("name", ["true_cfg_scale", "guidance_scale_2", "boundary_ratio"])
@@ -386,7 +386,7 @@ def test_requests_that_cannot_be_made(twins: Path, changes: dict[str, Any], says
 
 
 def test_a_prompt_that_is_cut_is_told(twins: Path) -> None:
-    params, _ = resolve(REQUEST | {"prompt": "cat " * 30, "max_sequence_length": 20}, load(twins / "z-image").info)
+    params = resolve(REQUEST | {"prompt": "cat " * 30, "max_sequence_length": 20}, load(twins / "z-image").info).params
     condition, notes = load(twins / "z-image").encode(params, [])
     assert condition.prompt_tokens == 20
     assert notes[0].startswith("prompt cut from ")

@@ -14,7 +14,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sgld import media
 from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import Emit, WorkerGroup
@@ -22,6 +21,7 @@ from sgld.errors import SgldError
 from sgld.params import ModelInfo
 from sgld.server.app import load, make_app
 from sgld.server.service import SERVICE
+from tests import media_files
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
 
@@ -118,7 +118,7 @@ async def test_failures_are_typed_and_the_next_job_is_correct(client: Client, tm
             await asyncio.sleep(0.02)
             _, video = await client.get(f"/v1/videos/{video['id']}")
     assert video["seeds"] == [5, 6]
-    frames, fps = await asyncio.to_thread(media.decode, tmp_path / "out" / f"{video['id']}_1.mp4")
+    frames, fps = await asyncio.to_thread(media_files.decode, tmp_path / "out" / f"{video['id']}_1.mp4")
     assert frames.shape == (5, 16, 16, 3) and fps == 5
 
 

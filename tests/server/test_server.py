@@ -23,7 +23,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from sgld import media
+from tests import media_files
 
 STEPS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # the client's word on its own server
@@ -141,7 +141,7 @@ def test_an_image_says_how_it_was_made(server: Server, tmp_path: Path) -> None:
     assert made.data is not None and made.data[0].b64_json is not None
     path = tmp_path / "made.png"
     path.write_bytes(base64.b64decode(made.data[0].b64_json))
-    told = media.read_metadata(path)
+    told = media_files.read_metadata(path)
     assert told["prompt"] == "a green star on a white background"
     assert told["seed"] == made.seeds[0]  # type: ignore[attr-defined]
     assert told["model"] == "sgld/demo"
@@ -163,10 +163,10 @@ def test_a_video_from_the_stock_client(server: Server, tmp_path: Path) -> None:
     assert all(value < 100 for value in percent[:-1])
     path = tmp_path / "clip.mp4"
     videos.download_content(video.id).write_to_file(path)
-    frames, fps = media.decode(path)
+    frames, fps = media_files.decode(path)
     assert len(frames) == 5
     assert fps == video.fps  # type: ignore[attr-defined]
-    assert media.read_metadata(path)["prompt"].startswith("a yellow square")
+    assert media_files.read_metadata(path)["prompt"].startswith("a yellow square")
 
 
 def test_bad_requests_say_what_is_wrong(server: Server) -> None:

@@ -11,7 +11,7 @@ import sgld
 from sgld.messages import Frames, Preview
 from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
+from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import preview_steps, sample
 from tests.models.conftest import load
@@ -26,7 +26,7 @@ def demo() -> DiffusionModel:
 
 def made(family: DiffusionModel, seed: int, previews: int = 0, **changes: object) -> tuple[Tensor, list[Preview]]:
     """An image of `PROMPT`, or what the changes ask for, and what was sent on the way."""
-    params, _ = resolve({"prompt": PROMPT, "seed": seed, "num_frames": 1} | changes, family.info)
+    params = resolve({"prompt": PROMPT, "seed": seed, "num_frames": 1} | changes, family.info).params
     ours, theirs = Pipe()
     with ours, theirs:
         frames, _ = sample(family, params, RunContext("job", Mesh.solo(), theirs), previews)

@@ -14,7 +14,7 @@ from torch import nn
 from sgld.errors import ModelError
 from sgld.models.components import folder_defaults
 from sgld.models.diffusers.call import FRAME_RATES, REQUEST_FIELDS, CallSignature
-from sgld.params import ModelInfo
+from sgld.params import ModelInfo, PictureRule
 
 FALLBACKS = {"num_inference_steps": 30, "guidance_scale": 7.5, "height": 1024, "width": 1024, "num_frames": 1}
 NEVER_NONE = (*FALLBACKS, "max_sequence_length")  # fields of a request that always have a value
@@ -59,10 +59,7 @@ class Introspection:
             components=tuple(name for name, part in self.pipeline.components.items() if part is not None),
             unsupported=unsupported,
             tasks=tuple(f"{source}-to-{kind}" for source in sources),
-            min_pictures=fewest,
-            max_pictures=most,
-            starts_from_picture="strength" in arguments,
-            takes_picture_size=self.takes_size,
+            pictures=PictureRule(fewest, most, starts_denoising="strength" in arguments, sets_size=self.takes_size),
             audio="audio_latents" in arguments,
             lora_targets=tuple(lora_targets),
             backend="diffusers",

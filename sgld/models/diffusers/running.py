@@ -20,7 +20,7 @@ from sgld.models.diffusers.introspection import Introspection, config_value
 from sgld.models.diffusers.loading import DENOISERS, check_settings, load_pipeline, place, set_kernel, set_vae_modes
 from sgld.nn.lora import LoraLayers
 from sgld.nn.parallel import Mesh
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.platform import Platform
 
 CALL_ERRORS = (
@@ -50,7 +50,6 @@ class DiffusersPipeline(OpaquePipeline):
         set_vae_modes(getattr(self.pipeline, "vae", None), load.settings)
         self.lora = {} if offload else {n: LoraLayers(m, (), n) for n, m in self._denoisers.items() if n != "unet"}
         introspection = Introspection(self.pipeline, self.call, self._denoisers)
-        self._takes_size = introspection.takes_size
         self.info = introspection.describe(load.folder, tuple(self.lora), offload)
 
     def after_output(self) -> None:
@@ -58,14 +57,13 @@ class DiffusersPipeline(OpaquePipeline):
         self.pipeline.maybe_free_model_hooks()
 
     @torch.no_grad()
-    def make(self, params: SamplingParams, context: Watch) -> tuple[Tensor, Sound | None]:
+    def make(self, params: OutputParams, context: Watch) -> tuple[Tensor, Sound | None]:
         """Make one output. A cancel is noticed at each call of the denoiser and at the end of each step.
 
         Raises:
             BadRequest: arguments that the call does not take, or that it rejects before it denoises.
             ModelError: an output that is no picture or clip.
         """
-        assert isinstance(params.seed, int)
         arguments = self._arguments(params, context)
         torch.manual_seed(params.seed)  # for pipelines that draw noise without the generator
         generator = torch.Generator("cpu").manual_seed(params.seed)
@@ -83,7 +81,7 @@ class DiffusersPipeline(OpaquePipeline):
             context.note(f"the safety checker of {self.call.name} {reason}")
         return frames, self._sound(output)
 
-    def _step_count(self, params: SamplingParams) -> Callable[[], int] | None:
+    def _step_count(self, params: OutputParams) -> Callable[[], int] | None:
         """Return a function that counts the steps of a call which denoises; None where no callback reports steps."""
         if not {"callback_on_step_end", "callback"} & self.call.arguments.keys():
             return None
@@ -98,7 +96,7 @@ class DiffusersPipeline(OpaquePipeline):
             own["callback"] = progress.after_step
         return {name: value for name, value in own.items() if name in self.call.arguments}
 
-    def _raise_bad_request(self, error: Exception, progress: CallProgress, params: SamplingParams) -> None:
+    def _raise_bad_request(self, error: Exception, progress: CallProgress, params: OutputParams) -> None:
         """Raise `BadRequest` where the arguments are at fault. `diffusers_kwargs` may be at any time."""
         if self._platform.is_out_of_memory(error):
             return
@@ -108,7 +106,7 @@ class DiffusersPipeline(OpaquePipeline):
         if isinstance(error, ValueError | TypeError) and not progress.denoises:
             raise BadRequest(f"{self.call.name} refuses the request: {first_line(error)}") from error
 
-    def _arguments(self, params: SamplingParams, context: Watch) -> dict[str, Any]:
+    def _arguments(self, params: OutputParams, context: Watch) -> dict[str, Any]:
         """Return the arguments that the request fills, `diffusers_kwargs` included."""
         values: dict[str, Any] = {name: getattr(params, name) for name in REQUEST_FIELDS}
         values |= dict.fromkeys(FRAME_RATES, params.fps) | {"prompt": params.prompt} | self._pictures(params)
@@ -120,16 +118,16 @@ class DiffusersPipeline(OpaquePipeline):
         values = {n: v for n, v in values.items() if n in taken and n not in left_open and v is not None}
         return values | self.call.extra_arguments(extra, context)
 
-    def _extra(self, params: SamplingParams) -> dict[str, Any]:
+    def _extra(self, params: OutputParams) -> dict[str, Any]:
         """Return `diffusers_kwargs` without the fields that are left to the call: they are None there."""
         given = params.diffusers_kwargs or {}
         return {name: value for name, value in given.items() if name not in self.info.left_open or value is not None}
 
-    def _pictures(self, params: SamplingParams) -> dict[str, Any]:
+    def _pictures(self, params: OutputParams) -> dict[str, Any]:
         """Read `image` and `mask_image`, cut to the output's size where the output starts from the picture."""
         if not params.image_path:
             return {}
-        if self.info.starts_from_picture and self._takes_size:
+        if self.info.pictures.starts_denoising and self.info.pictures.sets_size:
             source = inputs.read(params.image_path[0], params.mask_path, params.width, params.height)
             mask = None if source.mask is None else fromarray(source.mask)
             return {"image": fromarray(source.picture), "mask_image": mask}
@@ -138,13 +136,13 @@ class DiffusersPipeline(OpaquePipeline):
         mask = None if params.mask_path is None else inputs.read_mask(params.mask_path, whole[0].size)
         return {"image": image, "mask_image": mask}
 
-    def _compare(self, params: SamplingParams, frames: Tensor, context: Watch) -> None:
+    def _compare(self, params: OutputParams, frames: Tensor, context: Watch) -> None:
         """Warn of an output that differs from the request. Raise `ModelError` for several pictures."""
         count, height, width = frames.shape[:3]
         name = self.call.name
         if self.info.kind == "image" and count != 1:
             raise ModelError(f"{name} made {count} pictures; one is needed")
-        if self._takes_size and (width, height) != (params.width, params.height):
+        if self.info.pictures.sets_size and (width, height) != (params.width, params.height):
             context.note(f"size: {name} made {width}x{height}, not {params.width}x{params.height}")
         if count != params.num_frames:
             context.note(f"num_frames: {name} made {count}, not {params.num_frames}")

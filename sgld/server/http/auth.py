@@ -78,7 +78,7 @@ class Keys:
 
     def identify(self, key: str) -> Identity | None:
         """Whose key it is. Takes the same time for every key of one length: all are compared, by their digests."""
-        digest = _digest(key)
+        digest = digest_of(key)
         found = None
         for known in self.known:
             if hmac.compare_digest(digest, known.digest):
@@ -228,7 +228,7 @@ def _single(key: str) -> Key:
         raise BadRequest("api_key: it is empty or has characters other than visible ASCII", "api_key")
     if len(key) < MIN_KEY_LENGTH:
         log.warning("api_key: it is shorter than %d characters and may be guessed", MIN_KEY_LENGTH)
-    return Key(Identity(DEFAULT_NAME, admin=True), _digest(key))
+    return Key(Identity(DEFAULT_NAME, admin=True), digest_of(key))
 
 
 def _read_file(path: str, others: list[Key]) -> list[Key]:
@@ -263,10 +263,10 @@ def _key(fields: dict[str, str]) -> Key:
         raise ValueError(f"name: {_quoted(name)} is not 1 to 64 letters, digits, '.', '_' or '-'")
     if tier not in TIERS:
         raise ValueError(f"tier: {'missing; it' if tier is None else _quoted(tier)} is not one of {', '.join(TIERS)}")
-    return Key(Identity(name, admin=tier == "admin"), _digest_of(fields))
+    return Key(Identity(name, admin=tier == "admin"), _read_digest(fields))
 
 
-def _digest_of(fields: dict[str, str]) -> bytes:
+def _read_digest(fields: dict[str, str]) -> bytes:
     key, digest = fields.get("key"), fields.get("key_sha256")
     if (key is None) == (digest is None):
         raise ValueError("it needs either key or key_sha256")
@@ -279,10 +279,10 @@ def _digest_of(fields: dict[str, str]) -> bytes:
         raise ValueError(f"key: {len(key)} characters are too few; it needs at least {MIN_KEY_LENGTH}")
     if not _KEY.fullmatch(key):
         raise ValueError("key: it has characters other than visible ASCII")
-    return _digest(key)
+    return digest_of(key)
 
 
-def _digest(key: str) -> bytes:
+def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 

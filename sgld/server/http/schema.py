@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import attrs
 
-from sgld.convert import knob
+from sgld.convert import knob, unstructure
 from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, PRIORITIES
 
 SIZE_HELP = "WIDTHxHEIGHT; empty or auto is the model's own"
@@ -457,5 +457,6 @@ class Error:
 
 
 def body(answer: Any) -> dict[str, Any]:
-    """An answer as JSON values."""
-    return attrs.asdict(answer)
+    """Turn an answer into plain JSON values."""
+    values: dict[str, Any] = unstructure(answer)
+    return values

@@ -1,12 +1,12 @@
-"""Absolute URLs of this server, as its clients see it, through proxies too.
+"""Absolute URLs of this server, as its clients name it, through proxies too.
 
-A proxy tells how it was called by `Forwarded` (RFC 7239: `host`, `proto`) or by `X-Forwarded-Host`, `-Proto`, `-Port`
-and `-Prefix`. Of a list the first value counts, which the proxy next to the client gave; prefixes are joined. Where
-both name the host or the protocol, `Forwarded` wins. The port of `X-Forwarded-Port` is used where the host names none.
+A proxy says how it was called by `Forwarded` (RFC 7239: `host`, `proto`) or by `X-Forwarded-Host`, `-Proto`, `-Port`
+and `-Prefix`. Of a list the first value counts, which the proxy next to the client gave. Prefixes are joined. Where
+both name the host or the protocol, `Forwarded` wins. `X-Forwarded-Port` counts where the host names no port.
 
-Anybody can send these headers, and so choose the URLs of their own answers, and of no others. When one that would be
-used is not well-formed none is believed, and a warning is logged: the URL is made of the request's own `Host`, and
-when that is not a host either, of the address that the request came in on.
+Anybody can send these headers, and so choose the URLs of their own answers, and of no others. If one of them is not
+well-formed, all are ignored with a warning, and the URL is made from the request's own `Host`. If that is not a host
+either, the URL is made from the address of the connection.
 """
 
 from __future__ import annotations
@@ -25,18 +25,15 @@ log = logging.getLogger(__name__)
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?", re.IGNORECASE)
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
-_PORT = re.compile(r"[0-9]{1,5}")
 _PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~!$&'()*+;=:@-]+)*/?")
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_PAIR = rf'({_TOKEN})=("(?:[^"\\]|\\.)*"|[^\s;,"]+)'
-_ELEMENT = re.compile(rf"[ \t]*{_PAIR}(?:[ \t]*;[ \t]*{_PAIR})*[ \t]*;?[ \t]*(?:,|\Z)")
+_UNQUOTED_PORT = re.compile(r"\bhost=[^\",;]*:", re.IGNORECASE)
 _PROTOCOLS = ("http", "https")
 _MAX_HOST_LENGTH = 253
 
 
 @attrs.frozen
 class Origin:
-    """How a client names this server; `port` None is the default of the scheme, and the prefix ends without slash."""
+    """The base URL of this server for a client. `port` None is the scheme's own; `prefix` ends without a slash."""
 
     scheme: str
     host: str
@@ -44,84 +41,61 @@ class Origin:
     prefix: str = ""
 
     def url(self, path: str) -> str:
-        """`path`, which begins with a slash and may have a query, as an absolute URL."""
+        """Return the absolute URL of `path`, which begins with a slash and may have a query."""
         assert path.startswith("/") and not path.startswith("//")
         root = URL.build(scheme=self.scheme, host=self.host, port=self.port)
         return str(root.join(URL(self.prefix + path)))
 
 
 def absolute(request: web.Request, path: str) -> str:
-    """The URL under which the sender of this request finds `path` (`/v1/...`, not encoded, maybe with a query)."""
+    """Return the URL by which the sender of this request finds `path` (`/v1/...`, not encoded, maybe with a query)."""
     return origin(request).url(path)
 
 
 def origin(request: web.Request) -> Origin:
-    """How the sender of this request names this server."""
+    """Find the base URL by which the sender of this request names this server."""
     try:
         return _forwarded(request)
     except ValueError as error:
         log.warning("a request's headers do not tell how this server is named: %s", error)
     try:
-        return Origin(request.scheme, *_host(hdrs.HOST, request.headers.get(hdrs.HOST, "")))
+        return Origin(request.scheme, *_split_host(hdrs.HOST, request.headers.get(hdrs.HOST, "")))
     except ValueError:
         return _local(request)
 
 
 def _forwarded(request: web.Request) -> Origin:
-    """What the proxies say, over the request's own `Host`. Raises ValueError for the first wrong header."""
-    standard = _standard(request)
-    proto = standard.get("proto", _first(request, "X-Forwarded-Proto", request.scheme)).lower()
+    """Read the headers of proxies over the request's own `Host`. Raises ValueError for the first wrong header."""
+    if _UNQUOTED_PORT.search(",".join(request.headers.getall(hdrs.FORWARDED, ()))):  # aiohttp would cut it to 4 digits
+        raise ValueError("Forwarded: a host with a port needs quotes")
+    standard = next(iter(request.forwarded), {})
+    proto = (standard.get("proto") or _first(request, "X-Forwarded-Proto") or request.scheme).lower()
     if proto not in _PROTOCOLS:
         raise ValueError(f"the protocol {shorten(proto)} is not one of {', '.join(_PROTOCOLS)}")
-    host, port = _host("the host", standard.get("host", _first(request, "X-Forwarded-Host", _own_host(request))))
-    if "X-Forwarded-Port" in request.headers:
-        forwarded_port = _port("X-Forwarded-Port", _first(request, "X-Forwarded-Port", ""))
-        port = port or forwarded_port
-    return Origin(proto, host, port, _prefix(request))
-
-
-def _own_host(request: web.Request) -> str:
-    """The `Host` header; without one the address the request came in on."""
-    return request.headers[hdrs.HOST] if hdrs.HOST in request.headers else URL(_local(request).url("/")).authority
+    own = _local(request)
+    host, port = own.host, own.port
+    text = standard.get("host") or _first(request, "X-Forwarded-Host") or request.headers.get(hdrs.HOST)
+    if text:
+        host, port = _split_host("the host", text)
+    text = _first(request, "X-Forwarded-Port")
+    behind = _port("X-Forwarded-Port", text) if text else None
+    return Origin(proto, host, port or behind, _prefix(request))
 
 
 def _local(request: web.Request) -> Origin:
-    """The address the request came in on; a client that has gone has none, and reads no answer."""
+    """Return the address of the connection; a client that has gone has none, and reads no answer."""
     address = request.get_extra_info("sockname")
     host, port = address[:2] if address is not None else ("localhost", None)
     return Origin(request.scheme, host, port)
 
 
-def _standard(request: web.Request) -> dict[str, str]:
-    """The first element of `Forwarded`, names in lower case; empty without that header."""
-    text = _list(request, hdrs.FORWARDED)
-    if text is None:
-        return {}
-    element = _ELEMENT.match(text)
-    pairs = re.findall(_PAIR, element[0]) if element is not None else []
-    found = {name.lower(): _unquoted(value) for name, value in pairs}
-    if not found or len(found) < len(pairs):
-        raise ValueError(f"Forwarded: {shorten(text)} is not in the form of RFC 7239")
-    return found
+def _first(request: web.Request, name: str) -> str:
+    """Return the first value of a header that is a list; empty without the header."""
+    return ",".join(request.headers.getall(name, ())).partition(",")[0].strip()
 
 
-def _unquoted(value: str) -> str:
-    return re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value
-
-
-def _first(request: web.Request, name: str, otherwise: str) -> str:
-    """The first value of a header that is a list."""
-    text = _list(request, name)
-    return otherwise if text is None else text.partition(",")[0].strip()
-
-
-def _list(request: web.Request, name: str) -> str | None:
-    lines = request.headers.getall(name, [])
-    return ",".join(lines) if lines else None
-
-
-def _host(name: str, text: str) -> tuple[str, int | None]:
-    """`example.com`, `example.com:8443`, `127.0.0.1` or `[::1]:80` as host and port."""
+def _split_host(name: str, text: str) -> tuple[str, int | None]:
+    """Split `example.com`, `example.com:8443`, `127.0.0.1` or `[::1]:80` into host and port."""
     match = _HOST.fullmatch(text)
     if match is None or not _is_host(match[1]):
         raise ValueError(f"{name}: {shorten(text)} is not a host, nor a host and a port")
@@ -139,16 +113,15 @@ def _is_host(text: str) -> bool:
 
 
 def _port(name: str, text: str) -> int:
-    if not _PORT.fullmatch(text) or not 1 <= int(text) <= 65535:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
         raise ValueError(f"{name}: {shorten(text)} is not a port, 1 to 65535")
     return int(text)
 
 
 def _prefix(request: web.Request) -> str:
-    """The prefixes of all proxies, from the client's on, each without the slash at its end."""
-    text = _list(request, "X-Forwarded-Prefix")
-    prefixes = [] if text is None else [prefix.strip() for prefix in text.split(",")]
+    """Join the prefixes of all proxies, from the client's on, each without the slash at its end."""
+    prefixes = ",".join(request.headers.getall("X-Forwarded-Prefix", ())).split(",")
     for prefix in prefixes:
-        if not _PREFIX.fullmatch(prefix):
+        if not _PREFIX.fullmatch(prefix.strip()):
             raise ValueError(f"X-Forwarded-Prefix: {shorten(prefix)} is not a plain path")
-    return "".join(prefix.rstrip("/") for prefix in prefixes)
+    return "".join(prefix.strip().rstrip("/") for prefix in prefixes)

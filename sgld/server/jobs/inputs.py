@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -158,14 +159,14 @@ def without_paths(error: SgldError, params: SamplingParams) -> SgldError:
     return error
 
 
-async def copy(params: SamplingParams, root: Path) -> tuple[SamplingParams, list[str]]:
-    """The same values with copies of their pictures, and the names of those. Raises NotFound where one is gone."""
+async def copy(params: SamplingParams, root: Path) -> tuple[dict[str, Any], list[str]]:
+    """Copy the pictures of a request: the sampling fields that name the copies, and their names. Raises NotFound."""
     old = [*(params.image_path or []), *([params.mask_path] if params.mask_path is not None else [])]
     new = await anyio.to_thread.run_sync(_copy, [Path(path).name for path in old], root)
     paths = [str(root / name) for name in new]
     count = len(params.image_path or [])
     mask = paths[count] if paths[count:] else None
-    return attrs.evolve(params, image_path=paths[:count] or None, mask_path=mask), new
+    return {"image_path": paths[:count] or None, "mask_path": mask}, new
 
 
 def _copy(names: list[str], root: Path) -> list[str]:

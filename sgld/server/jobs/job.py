@@ -14,7 +14,8 @@ import attrs
 
 from sgld.errors import SgldError, from_code
 from sgld.messages import Progress
-from sgld.params import LoraUse, SamplingParams
+from sgld.params import OutputParams, OutputSpec
+from sgld.resolve import outputs_from, values_of
 from sgld.storage.local import indexed
 
 ENDED = ("completed", "failed", "deleted")
@@ -59,7 +60,7 @@ class Job:
     id: str
     kind: str  # image or video
     owner: str  # the name of the key that asked; "" where there are no keys
-    params: SamplingParams  # one seed for each output
+    outputs: tuple[OutputParams, ...]
     output_format: str
     cost: float  # pixels x frames x steps x outputs: what queue and estimates reckon with
     model: str = ""
@@ -115,8 +116,17 @@ class Job:
 
     @property
     def seeds(self) -> list[int]:
-        assert isinstance(self.params.seed, list)
-        return self.params.seed
+        return [output.seed for output in self.outputs]
+
+    @property
+    def params(self) -> OutputParams:
+        """Return the parameters of the first output. The others differ in the seed alone."""
+        return self.outputs[0]
+
+    @property
+    def spec(self) -> OutputSpec:
+        """Return the shape of each output."""
+        return OutputSpec.of(self.params)
 
     def settle(self) -> bool:
         """Decide its end: true for the first who asks, who then must end it."""
@@ -207,7 +217,7 @@ class Job:
         record = {name: getattr(self, name) for name in names} | changes
         error = record["error"]
         return record | {
-            "params": attrs.asdict(record["params"]),
+            "params": values_of(record.pop("outputs")),
             "artifacts": [attrs.asdict(artifact) for artifact in record["artifacts"]],
             "error": [error.code, error.message, error.param] if error is not None else None,
         }
@@ -220,30 +230,23 @@ class Job:
             SgldError: it has fields of another version, or no seeds.
             KeyError, TypeError: it lacks a field, or one has another type.
         """
-        for cls_, given in ((cls, record), (SamplingParams, record["params"])):
-            if unknown := sorted(given.keys() - attrs.fields_dict(cls_).keys()):
-                raise SgldError(f"it has {unknown[0]!r}, as another version of sgld writes it")
-        with attrs.validators.disabled():  # they were valid when they were written
-            loras = [LoraUse(**lora) for lora in record["params"].get("loras", [])]
-            params = SamplingParams(**{**record["params"], "loras": loras})
-        if not isinstance(params.seed, list):
-            raise SgldError("it has no seeds")
+        known = attrs.fields_dict(cls).keys() - {"outputs"} | {"params"}
+        if unknown := sorted(record.keys() - known):
+            raise SgldError(f"it has {unknown[0]!r}, as another version of sgld writes it")
         own = {
-            "params": params,
+            "outputs": outputs_from(record["params"]),
             "artifacts": [Artifact(**artifact) for artifact in record["artifacts"]],
             "error": from_code(*record["error"]) if record["error"] else None,
         }
         # its events' numbers are higher than any that a process before this one gave out
-        return cls(**{**record, **own}, settled=record["status"] in ENDED, number=int(1000 * time.time()))
+        values = {name: value for name, value in record.items() if name != "params"} | own
+        return cls(**values, settled=record["status"] in ENDED, number=int(1000 * time.time()))
 
     # What a rank says
 
-    SHARE: ClassVar = {"encode": (0, 5), "denoise": (5, 85), "decode": (90, 9)}  # of 100 percent: start, width
-
     def advance(self, event: Progress, index: int) -> None:
         """Take a stage's step for output `index`."""
-        start, width = self.SHARE[event.stage]
-        percent = start + width * event.step / event.total
+        percent = self.spec.percent(event.stage, event.step, event.total)
         self.progress = max(self.progress, min(int((100 * index + percent) / len(self.seeds)), 99))
         self.stage, self.step, self.total = event.stage, event.step, event.total
 

@@ -348,7 +348,7 @@ class JobStore:
         self, job: Job, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
     ) -> None:
         started, names = time.monotonic(), job.file_names()
-        for index, params in enumerate(job.params.outputs()):
+        for index, params in enumerate(job.outputs):
 
             def emit(event: Event, index: int = index) -> None:
                 self._hear(job, event, index, previews)
@@ -369,7 +369,7 @@ class JobStore:
     async def _save(self, job: Job, index: int, name: str, result: Media) -> Artifact:
         try:
             began = time.monotonic()
-            artifact = await self.outputs.save(job.params.outputs()[index], result, name, job.output_format)
+            artifact = await self.outputs.save(job.outputs[index], result, name, job.output_format)
             self._metrics.saved("local", time.monotonic() - began)
             return artifact
         finally:
@@ -386,7 +386,7 @@ class JobStore:
                 job.notes = (*job.notes, event.text)
         elif isinstance(event, Preview):
             previews.append(self._spawn(self._show(job, event, index, previews[-1:])))
-        elif isinstance(event, Progress) and event.stage in job.SHARE:
+        elif isinstance(event, Progress) and event.stage in job.spec.stages:
             job.advance(event, index)
             job.publish("progress", self.state(job))
 

@@ -156,27 +156,24 @@ async def _submit(request: web.Request, cls: type[ImageFields], prompted: bool) 
         raise BadRequest("image: a picture is needed: a file, or an http(s) or data: URL in url", "image")
     service.check_model(fields.model)
     _check(fields, sampling)
-    pictures.check(sources, service.loaded().max_pictures, service.model_id)
-    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().shape_from) as kept:
+    pictures.check(sources, service.loaded().pictures.max, service.model_id)
+    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().pictures.shape_from) as kept:
         with as_sent(content.values):
-            params, more = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
+            resolved = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
             media.check_encodable(
                 fields.output_format,
-                num_frames=1,
-                height=params.height,
-                width=params.width,
-                fps=params.fps,
-                metadata=service.jobs.outputs.describe(params),
+                resolved.spec,
+                metadata=service.jobs.outputs.describe(resolved.params),
             )
         job = await service.new_job(
             request,
             "image",
             fields,
-            await service.adapted(params),
+            await service.adapted(resolved),
             content,
             output_format=fields.output_format,
             previews=fields.partial_images if fields.stream else 0,
-            notes=notes + _without_effect(fields, sampling) + more,
+            notes=notes + _without_effect(fields, sampling) + [*resolved.notes],
             inputs=kept.names,
         )
         job = await service.submit(job)
@@ -213,7 +210,7 @@ async def _answer(request: web.Request, job: Job, fields: ImageFields) -> web.Re
         background="opaque",
         output_format=fields.output_format,
         quality="high",
-        size=f"{job.params.width}x{job.params.height}",
+        size=job.spec.size,
         seeds=job.seeds,
         usage=usage(job),
         warnings=list(job.notes),
@@ -264,7 +261,7 @@ async def _tell(service: Service, stream: EventSourceResponse, job: Job, fields:
         "created_at": int(job.created_at),
         "output_format": fields.output_format,
         "quality": "high",
-        "size": f"{job.params.width}x{job.params.height}",
+        "size": job.spec.size,
     }
 
     async def send(name: str, **own: Any) -> None:

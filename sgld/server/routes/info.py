@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from sgld import __version__, inputs
-from sgld.convert import fields_of, plain
+from sgld.convert import fields_of, unstructure
 from sgld.params import MAX_PROMPT_CHARACTERS, ModelInfo, SamplingParams
 from sgld.server.http import fetch
 from sgld.server.http.describe import Described
@@ -20,7 +20,7 @@ from sgld.server.http.schema import (
     ServerInfo,
     body,
 )
-from sgld.server.routes.openapi import refused_fields, request_fields
+from sgld.server.routes.json_schema import refused_fields, request_fields
 from sgld.server.service import SERVICE, Service
 
 routes = web.RouteTableDef()
@@ -127,8 +127,8 @@ async def capabilities(request: web.Request) -> web.Response:
         frame_multiple=info.frame_multiple,
         components=list(info.components),
         lora_targets=list(info.lora_targets),
-        defaults={name: plain(service.default(name)) for name in fields_of(SamplingParams) if name not in hidden},
-        sampling=plain(service.sampling),
+        defaults={name: unstructure(service.default(name)) for name in fields_of(SamplingParams) if name not in hidden},
+        sampling=unstructure(service.sampling),
         fields=request_fields(SamplingParams, service),
         unsupported=refused,
         limits=_limits(service, info),
@@ -149,7 +149,7 @@ def _limits(service: Service, info: ModelInfo) -> Limits:
         max_prompt_characters=MAX_PROMPT_CHARACTERS,
         max_prompt_tokens=info.max_tokens,
         max_output_memory_bytes=info.memory.free if info.memory is not None else None,
-        max_pictures=info.max_pictures,
+        max_pictures=info.pictures.max,
         max_picture_pixels=inputs.MAX_PIXELS,
         max_fetched_bytes=fetch.MAX_BYTES,
         job_ttl_seconds=service.settings.job_ttl or None,

@@ -12,7 +12,7 @@ from aiohttp_sse import sse_response
 from sgld import media
 from sgld.convert import knob, structure
 from sgld.errors import BadRequest
-from sgld.params import SamplingParams
+from sgld.resolve import Resolved
 from sgld.server.http.auth import IDENTITY
 from sgld.server.http.body import as_sent, read_body, read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
@@ -81,15 +81,16 @@ async def create(request: web.Request) -> web.Response:
     service.check_model(fields.model)
     if service.loaded().kind == "image":
         raise BadRequest(f"model: {service.model_id!r} makes pictures; POST /v1/images/generations", "model")
-    pictures.check(sources, service.loaded().max_pictures, service.model_id)
-    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().shape_from) as kept:
+    pictures.check(sources, service.loaded().pictures.max, service.model_id)
+    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().pictures.shape_from) as kept:
         asked = {**sampling, **_length(fields, sampling, service), **kept.sampling}
         with as_sent(content.values):
-            params, more = service.params(asked, kept.size)
-            _check_file(params, service)
-        own = {"output_format": FORMAT, "previews": fields.previews, "notes": notes + more, "inputs": kept.names}
-        params = await service.adapted(params)
-        job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
+            resolved = service.params(asked, kept.size)
+            _check_file(resolved, service)
+        own = {"output_format": FORMAT, "previews": fields.previews, "inputs": kept.names}
+        own["notes"] = [*notes, *resolved.notes]
+        resolved = await service.adapted(resolved)
+        job = await service.submit(await service.new_job(request, "video", fields, resolved, content, **own))
     return _answer(request, job)
 
 
@@ -111,14 +112,15 @@ async def remix(request: web.Request) -> web.Response:
     content = await read_body(request, Remix)
     wanted = structure(content.values, Remix)
     require_prompt({"prompt": wanted.prompt})
-    params, notes = service.again(before, wanted.prompt)
-    _check_file(params, service)
+    resolved = service.again(before, wanted.prompt)
+    _check_file(resolved, service)
     fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
-    params, names = await uploads.copy(params, service.uploads)  # the other job may be deleted before this one
+    files, names = await uploads.copy(resolved.params, service.uploads)  # the other job may be deleted before this one
+    resolved = resolved.evolve(**files)
     own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id, "inputs": names}
-    own["notes"] = notes
+    own["notes"] = resolved.notes
     try:
-        job = await service.submit(await service.new_job(request, "video", fields, params, content, **own))
+        job = await service.submit(await service.new_job(request, "video", fields, resolved, content, **own))
     except BaseException:
         await uploads.remove(names, service.uploads)
         raise
@@ -219,16 +221,9 @@ def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> 
     return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # a wrong fps is told by params
 
 
-def _check_file(params: SamplingParams, service: Service) -> None:
+def _check_file(resolved: Resolved, service: Service) -> None:
     """Refuse now what the encoder would refuse after minutes."""
-    media.check_encodable(
-        FORMAT,
-        num_frames=params.num_frames,
-        height=params.height,
-        width=params.width,
-        fps=params.fps,
-        metadata=service.jobs.outputs.describe(params),
-    )
+    media.check_encodable(FORMAT, resolved.spec, metadata=service.jobs.outputs.describe(resolved.params))
 
 
 def _answer(request: web.Request, job: Job) -> web.Response:
@@ -252,11 +247,11 @@ def _video(request: web.Request, job: Job) -> Video:
         completed_at=int(job.completed_at) if job.status == "completed" and job.completed_at else None,
         expires_at=int(job.expires_at) if job.expires_at else None,
         prompt=params.prompt,
-        size=f"{params.width}x{params.height}",
-        seconds=f"{params.num_frames / params.fps:g}",
+        size=job.spec.size,
+        seconds=f"{job.spec.seconds:g}",
         fps=params.fps,
         num_frames=params.num_frames,
-        num_outputs=params.num_outputs_per_prompt,
+        num_outputs=len(job.outputs),
         seeds=job.seeds,
         stage=job.stage,
         step=job.step,

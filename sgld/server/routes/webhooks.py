@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import attrs
 from aiohttp import web
 
-from sgld.convert import knob, plain, structure
+from sgld.convert import knob, structure, unstructure
 from sgld.errors import BadRequest
 from sgld.server.http.auth import OWNER
 from sgld.server.http.body import read_body, read_query
@@ -124,7 +124,8 @@ def _view(endpoint: Endpoint) -> WebhookEndpoint:
     return WebhookEndpoint(**_visible(endpoint))
 
 
-def _view_with_secret(endpoint: Endpoint) -> WebhookEndpointWithSecret:
+def view_with_secret(endpoint: Endpoint) -> WebhookEndpointWithSecret:
+    """Show an endpoint to its owner, with the secret."""
     return WebhookEndpointWithSecret(**_visible(endpoint), signing_secret=endpoint.secret)
 
 
@@ -148,7 +149,7 @@ async def create(request: web.Request) -> web.Response:
         if value is None:
             raise BadRequest(f"{name}: is missing; a webhook endpoint needs name, url and event_types", name)
     endpoint = await request.app[WEBHOOKS].create(request[OWNER], **attrs.asdict(fields))
-    return web.json_response(plain(_view_with_secret(endpoint)))
+    return web.json_response(unstructure(view_with_secret(endpoint)))
 
 
 @routes.get("/v1/webhook_endpoints")
@@ -158,7 +159,7 @@ async def list_all(request: web.Request) -> web.Response:
     endpoints, more = request.app[WEBHOOKS].page(request[OWNER], **attrs.asdict(read_query(request, ListFields)))
     data = [_view(endpoint) for endpoint in endpoints]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return web.json_response(plain(WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=more)))
+    return web.json_response(unstructure(WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=more)))
 
 
 @routes.get("/v1/webhook_event_types")
@@ -173,7 +174,7 @@ async def event_types(request: web.Request) -> web.Response:
 async def retrieve(request: web.Request) -> web.Response:
     """One endpoint."""
     endpoint = request.app[WEBHOOKS].get(request[OWNER], request.match_info["id"])
-    return web.json_response(plain(_view(endpoint)))
+    return web.json_response(unstructure(_view(endpoint)))
 
 
 @routes.post("/v1/webhook_endpoints/{id}")
@@ -182,7 +183,7 @@ async def update(request: web.Request) -> web.Response:
     """Change its name, URL or events."""
     fields = await _fields(request, EndpointFields)
     endpoint = await request.app[WEBHOOKS].update(request[OWNER], request.match_info["id"], **attrs.asdict(fields))
-    return web.json_response(plain(_view(endpoint)))
+    return web.json_response(unstructure(_view(endpoint)))
 
 
 @routes.delete("/v1/webhook_endpoints/{id}")
@@ -190,7 +191,7 @@ async def update(request: web.Request) -> web.Response:
 async def delete(request: web.Request) -> web.Response:
     """Remove an endpoint."""
     await request.app[WEBHOOKS].delete(request[OWNER], request.match_info["id"])
-    return web.json_response(plain(DeletedWebhookEndpoint(request.match_info["id"])))
+    return web.json_response(unstructure(DeletedWebhookEndpoint(request.match_info["id"])))
 
 
 @routes.post("/v1/webhook_endpoints/{id}/rotate_secret")
@@ -206,7 +207,7 @@ async def rotate_secret(request: web.Request) -> web.Response:
     fields = await _fields(request, RotateFields)
     keep_old = fields.keep_old_secret_active_for_24_hours
     endpoint = await request.app[WEBHOOKS].rotate(request[OWNER], request.match_info["id"], keep_old)
-    return web.json_response(plain(_view_with_secret(endpoint)))
+    return web.json_response(unstructure(view_with_secret(endpoint)))
 
 
 @routes.post("/v1/webhook_endpoints/{id}/test")
@@ -222,4 +223,4 @@ async def test(request: web.Request) -> web.Response:
     type = (await _fields(request, SampleFields)).event_type
     id = request.match_info["id"]
     status = await request.app[WEBHOOKS].test(request[OWNER], id, type)
-    return web.json_response(plain(WebhookTestResult(id, type, status)))
+    return web.json_response(unstructure(WebhookTestResult(id, type, status)))

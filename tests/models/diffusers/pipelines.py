@@ -18,8 +18,8 @@ from sgld.models import load_family
 from sgld.models.base import DiffusionModel, OpaquePipeline
 from sgld.models.diffusers.running import DiffusersPipeline
 from sgld.nn.parallel import Mesh
-from sgld.params import resolve
 from sgld.platform import Cpu
+from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext, Stopped
 from sgld.worker.sampler import sample
 from tests.models.parity import Request, picture
@@ -55,7 +55,7 @@ class Heard:
 
 def heard(model: DiffusersPipeline, request: Request, cancel_in: str | None = None) -> Heard:
     """Make one output as a worker does; a cancel comes once its hook has told of that stage."""
-    params, _ = resolve(request, model.info)
+    params = resolve(request, model.info).params
     ours, theirs = Pipe()
     with ours, theirs:
         context = RunContext("job", Mesh.solo(), theirs)

@@ -18,7 +18,7 @@ import torch
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.models.diffusers.call import ENGINE_ARGUMENTS, REQUEST_FIELDS, CallSignature
 from sgld.models.diffusers.running import DiffusersPipeline
-from sgld.params import resolve
+from sgld.resolve import resolve
 from tests.models.diffusers.pipelines import CLIP, REQUEST, heard, pipeline, refusal, set_class
 from tests.models.parity import photo, picture
 
@@ -153,16 +153,16 @@ def test_the_operator_s_and_the_folder_s_values_are_given_ones(twin: Callable[[s
     folder = shutil.copytree(twin("ovis-image"), tmp_path / "model")
     info = pipeline(folder).info
     assert info.left_open == ("height", "width")
-    assert resolve({}, info)[0].diffusers_kwargs == {"height": None, "width": None}
-    assert resolve({"height": 64}, info)[0].diffusers_kwargs == {"width": None}
-    assert resolve({"height": 64}, info, base={"width": 64})[0].diffusers_kwargs is None
+    assert resolve({}, info).params.diffusers_kwargs == {"height": None, "width": None}
+    assert resolve({"height": 64}, info).params.diffusers_kwargs == {"width": None}
+    assert resolve({"height": 64}, info, base={"width": 64}).params.diffusers_kwargs is None
     (folder / "generation_config.json").write_text('{"height": 64, "width": 32}')
     assert pipeline(folder).info.left_open == ()
 
 
 def test_a_picture_s_shape_is_a_size_that_is_given(ovis: DiffusersPipeline) -> None:
-    info = attrs.evolve(ovis.info, max_pictures=1)
-    params, _ = resolve({"image_path": ["a.png"]}, info, picture=(64, 32))
+    info = attrs.evolve(ovis.info, pictures=attrs.evolve(ovis.info.pictures, max=1))
+    params = resolve({"image_path": ["a.png"]}, info, picture=(64, 32)).params
     assert (params.width, params.height, params.diffusers_kwargs) == (1440, 720, None)
 
 

@@ -43,7 +43,7 @@ def test_what_it_says_of_itself(ovis: DiffusersPipeline) -> None:
         "num_inference_steps": 50, "guidance_scale": 5.0, "height": 1024, "width": 1024, "negative_prompt": "",
         "max_sequence_length": 256,
     }  # fmt: skip
-    assert (info.size_multiple, info.max_pictures, info.memory) == (16, 0, None)
+    assert (info.size_multiple, info.pictures.max, info.memory) == (16, 0, None)
     assert set(info.components) == {"vae", "text_encoder", "tokenizer", "transformer", "scheduler"}
 
 
@@ -80,7 +80,7 @@ def test_several_pictures_are_looked_at(twin: Callable[[str], Path], tmp_path: P
     expected = theirs(reference, request | {"image": pictures})
     assert apart(picture(model, request | {"image_path": files}), expected) == 0
     assert apart(picture(model, request), expected) > 20
-    assert (model.info.min_pictures, model.info.tasks) == (0, ("text-to-image", "image-to-image"))
+    assert (model.info.pictures.min, model.info.tasks) == (0, ("text-to-image", "image-to-image"))
     assert "guidance_scale" not in model.info.unsupported and "strength" in model.info.unsupported
 
 
@@ -113,7 +113,7 @@ def test_a_picture_to_start_from(tmp_path: Path) -> None:
 
     folder = stable_diffusion.make(tmp_path / "model", "StableDiffusionImg2ImgPipeline")
     model, file = pipeline(folder), str(photo(tmp_path / "a.png", 48, 32))
-    assert (model.info.min_pictures, model.info.max_pictures, model.info.tasks) == (1, 1, ("image-to-image",))
+    assert (model.info.pictures.min, model.info.pictures.max, model.info.tasks) == (1, 1, ("image-to-image",))
     request = {name: value for name, value in REQUEST.items() if name not in ("height", "width")}
     request |= {"num_inference_steps": 4, "strength": 0.75}
     reference = quiet(StableDiffusionImg2ImgPipeline.from_pretrained(folder))

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.server.jobs import index as catalogs
 from sgld.server.jobs.index import EVERYBODY, JobIndex
 from sgld.server.jobs.job import Job
 
 KINDS, OWNERS = ("image", "video"), ("alice", "bob")
 jobs = st.builds(
-    lambda number, kind, owner: Job(str(number), kind, owner, SamplingParams(seed=[1]), "mp4", 1.0),
+    lambda number, kind, owner: Job(str(number), kind, owner, (OutputParams(seed=1),), "mp4", 1.0),
     st.uuids(),
     st.sampled_from(KINDS),
     st.sampled_from(OWNERS),
@@ -63,7 +63,7 @@ def test_a_page_behind_a_removed_job_goes_on(made: list[Job], data: st.DataObjec
 def test_ids_that_are_not_known_are_followed_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogs, "REMEMBERED", 1)
     catalog = JobIndex()
-    made = [Job(f"video_{i}", "video", OWNERS[i % 2], SamplingParams(seed=[1]), "mp4", 1.0) for i in range(6)]
+    made = [Job(f"video_{i}", "video", OWNERS[i % 2], (OutputParams(seed=1),), "mp4", 1.0) for i in range(6)]
     for job in made:
         catalog.add(job)
     for job in made[:3]:

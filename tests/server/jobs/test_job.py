@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.server.jobs.job import Job
 
 
 def make() -> Job:
-    return Job("video_1", "video", "", SamplingParams(seed=[1]), "mp4", 1.0)
+    return Job("video_1", "video", "", (OutputParams(seed=1),), "mp4", 1.0)
 
 
 async def test_a_slow_reader_misses_nothing() -> None:

@@ -20,7 +20,7 @@ from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.server.app import load, make_app
-from sgld.server.http.auth import Identity, Key, Keys, _digest
+from sgld.server.http.auth import Identity, Key, Keys, digest_of
 from sgld.server.jobs import results as outputs
 from sgld.server.service import SERVICE
 from tests.engine.ranks import run_faulty
@@ -30,7 +30,7 @@ from tests.server.jobs.test_journal import full_disk
 SLOW = {"step_s": 0.1}  # 0.4 s a job
 ALICE, BOB, ROOT = "alice-0123456789abcdef", "bob-0123456789abcdef", "root-0123456789abcdef"
 KEYS = Keys(
-    tuple(Key(Identity(key.split("-")[0], admin=key is ROOT), _digest(key)) for key in (ALICE, BOB, ROOT)),
+    tuple(Key(Identity(key.split("-")[0], admin=key is ROOT), digest_of(key)) for key in (ALICE, BOB, ROOT)),
 )
 
 

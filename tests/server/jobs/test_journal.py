@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sgld.errors import OutputError, SgldError
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.server.jobs.job import Job
 from sgld.server.jobs.journal import Journal
 
@@ -266,7 +266,7 @@ async def test_a_folder_in_the_place_of_the_journal(path: Path) -> None:
     ],
 )
 async def test_a_job_that_cannot_be_read_is_named(journal: Journal, change: str, told: str) -> None:
-    made = Job("video_1", "video", "", SamplingParams(seed=[1]), "mp4", 1.0)
+    made = Job("video_1", "video", "", (OutputParams(seed=1),), "mp4", 1.0)
     await journal.put("job", made.id, made.record())
     assert [job.record() for job in await journal.restore("job", Job.restore)] == [made.record()], "the control"
     edit(journal.path, f"UPDATE document SET body = {change}")

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import numpy as np
 
-from sgld import media
 from sgld.config import Settings
 from sgld.messages import Audio, Media, SharedFrames, Timings
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.server.jobs.results import Outputs
+from tests import media_files
 
 
 async def test_sound_reaches_the_file(tmp_path: Path) -> None:
     tone = np.sin(np.arange(27000) / 10, dtype=np.float32)[None]
     frames = SharedFrames.of(np.zeros((9, 32, 32, 3), np.uint8))
     made = Media(frames, 8, 7, Timings({}, [], 0), audio=Audio(tone, 24000))
-    outputs, params = Outputs(tmp_path, "some/model", Settings()), SamplingParams(seed=7, num_frames=9, fps=8)
+    outputs, params = Outputs(tmp_path, "some/model", Settings()), OutputParams(seed=7, num_frames=9, fps=8)
     await outputs.save(params, made, "a.mp4", "mp4")
-    heard = media.decode_sound(tmp_path / "a.mp4")
+    heard = media_files.decode_sound(tmp_path / "a.mp4")
     assert heard is not None
     assert np.abs(heard.samples[0, 2000:20000] - tone[0, 2000:20000]).max() < 0.2
     assert np.abs(heard.samples[0, 2000:20000] + tone[0, 2000:20000]).max() > 1

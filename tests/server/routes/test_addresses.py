@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sgld import media
+from tests import media_files
 from tests.server.routes.test_pictures import FILE, PROMPT, RED, call, extra, first, picture
 from tests.server.test_server import Server
 
@@ -88,8 +88,8 @@ def test_videos_by_address(server: Server, address: str, tmp_path: Path) -> None
     for id in (uploaded.id, *(answer["id"] for _, answer in made)):
         assert videos.poll(id).status == "completed"
         (tmp_path / "clip.mp4").write_bytes(videos.download_content(id).read())
-        clips.append(media.decode(tmp_path / "clip.mp4")[0])
+        clips.append(media_files.decode(tmp_path / "clip.mp4")[0])
     assert all((clip == clips[0]).all() for clip in clips)
     plain = videos.create_and_poll(prompt=PROMPT, extra_body={"num_inference_steps": 5, "num_frames": 5, "seed": 1})
     (tmp_path / "clip.mp4").write_bytes(videos.download_content(plain.id).read())
-    assert (media.decode(tmp_path / "clip.mp4")[0] != clips[0]).any(), "the control: without the picture"
+    assert (media_files.decode(tmp_path / "clip.mp4")[0] != clips[0]).any(), "the control: without the picture"

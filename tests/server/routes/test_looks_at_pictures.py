@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgld import media
+from tests import media_files
 from tests.cli.command import sgld
 from tests.models.parity import photo
 from tests.server.routes.test_pictures import first
@@ -66,8 +66,8 @@ def test_several_pictures(serve: Serve, photos: list[Path], tmp_path: Path) -> N
         "--output-file-name", "a.png", folder=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (media.decode(tmp_path / "made" / "a.png")[0][0] == made).all()
-    assert media.read_metadata(tmp_path / "made" / "a.png")["image_path"] == ["0.png", "1.png"]
+    assert (media_files.decode(tmp_path / "made" / "a.png")[0][0] == made).all()
+    assert media_files.read_metadata(tmp_path / "made" / "a.png")["image_path"] == ["0.png", "1.png"]
 
 
 def test_a_video_of_a_picture(serve: Serve, photos: list[Path], tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_video_of_a_picture(serve: Serve, photos: list[Path], tmp_path: Path) 
         )
         assert video.status == "completed", video.error
         (tmp_path / "clip.mp4").write_bytes(videos.download_content(video.id).read())
-        return media.decode(tmp_path / "clip.mp4")[0]
+        return media_files.decode(tmp_path / "clip.mp4")[0]
 
     made = clip(photos[0])
     assert made.shape == (5, 32, 64, 3)

@@ -8,12 +8,16 @@ import hashlib
 import io
 import json
 import re
+import shlex
+import shutil
+import subprocess
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import attrs
 import jsonschema
 import pytest
 import requests
@@ -25,23 +29,25 @@ from PIL import Image
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import positive_data_acceptance
 
+from sgld import __version__
 from sgld.config import Settings
 from sgld.convert import fields_of, structure
 from sgld.errors import BadRequest
 from sgld.params import ModelInfo, SamplingParams
 from sgld.server.app import make_app
-from sgld.server.http.auth import Identity, Key, Keys, _digest
+from sgld.server.http.auth import Identity, Key, Keys, digest_of
 from sgld.server.http.body import split
 from sgld.server.http.describe import DESCRIBED
 from sgld.server.http.schema import ImageFields
 from sgld.server.routes import openapi
 from sgld.server.routes.info import LEGACY_TASKS
-from sgld.server.routes.openapi import curl, document, limits_text, page, refused_fields, request_fields, type_text
+from sgld.server.routes.json_schema import refused_fields, request_fields
+from sgld.server.routes.openapi import document
 from sgld.server.service import SERVICE
 from tests.server.http.test_auth import Connect
 from tests.server.test_server import Server
 
-KEYS = Keys((Key(Identity("alice", admin=False), _digest("alice-0123456789abcdef")),))
+KEYS = Keys((Key(Identity("alice", admin=False), digest_of("alice-0123456789abcdef")),))
 INFO = ModelInfo(
     name="Made",
     kind="video",
@@ -149,58 +155,95 @@ def test_a_form_names_its_lists() -> None:
 # The page
 
 
-class Tags(HTMLParser):
-    """Names, ids and links of a page, and whether every tag that opens closes."""
+@attrs.frozen
+class Shown:
+    """An element that the page has made: its own text, and that of its children, in order."""
 
-    VOID = ("meta", "br")
+    tag: str
+    attributes: dict[str, str]
+    children: list[Shown | str]
 
-    def __init__(self, text: str):
-        super().__init__()
-        self.names: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
+    @classmethod
+    def read(cls, node: dict[str, Any]) -> Shown:
+        children = [child if isinstance(child, str) else cls.read(child) for child in node["children"]]
+        return cls(node["tag"], node["attributes"], children)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.append(tag)
-        own = dict(attrs)
-        assert not [name for name in own if name.startswith("on") or name == "style"]
-        self.ids += [own["id"] or ""] if "id" in own else []
-        self.links += [own["href"] or ""] if "href" in own else []
-        if tag not in self.VOID:
-            self._open.append(tag)
+    @property
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
+    def walk(self) -> Iterator[Shown]:
+        yield self
+        for child in self.children:
+            if isinstance(child, Shown):
+                yield from child.walk()
+
+    def find(self, tag: str) -> list[Shown]:
+        return [each for each in self.walk() if each.tag == tag]
+
+    def by_id(self, name: str) -> Shown:
+        [found] = [each for each in self.walk() if each.attributes.get("id") == name]
+        return found
 
 
-def test_the_page_is_whole_and_escaped() -> None:
+@pytest.fixture
+def show(tmp_path: Path) -> Callable[[dict[str, Any]], Shown]:
+    """Run the script of the page on a document, in Node with a small DOM of our own."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node runs the script of the page; it is not installed here")
+
+    def run(written: dict[str, Any]) -> Shown:
+        (tmp_path / "openapi.json").write_text(json.dumps(written))
+        script = str(Path(__file__).with_name("page.js"))
+        command = [node, script, str(openapi.PAGE), str(tmp_path / "openapi.json")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        made = json.loads(done.stdout)
+        assert made["title"] == f"sgld {__version__}"
+        return Shown.read(made["body"])
+
+    return run
+
+
+def test_the_page_shows_the_whole_document(show: Callable[[dict[str, Any]], Shown]) -> None:
     app = make({"negative_prompt": "</code><script>alert(1)</script>", "x264_preset": "fast"}, KEYS)
-    written = document(app, "http://x/<script>")
-    text = page(written)[0].decode()
-    tags = Tags(text)
-    assert not {"script", "img", "link", "iframe", "object"} & set(tags.names), "nothing is loaded from anywhere"
-    assert "Make <code>n</code> pictures" in text and "`" not in text
-    assert len(tags.ids) == len(set(tags.ids))
-    missing = [link for link in tags.links if link != "openapi.json" and link.removeprefix("#") not in tags.ids]
-    assert missing == []
+    written = document(app, "http://x")
+    page = show(written)
+    ids = [each.attributes["id"] for each in page.walk() if "id" in each.attributes]
+    assert len(ids) == len(set(ids))
+    links = {each.attributes["href"] for each in page.find("a")}
+    assert links - {f"#{name}" for name in ids} == {"openapi.json"}
+    assert set(ids) >= written["components"]["schemas"].keys()
     for methods in written["paths"].values():
-        for operation in methods.values():
-            assert operation["operationId"] in tags.ids
-    assert "alert(1)" in text
+        assert set(ids) >= {operation["operationId"] for operation in methods.values()}
+    summary = written["paths"]["/v1/images/generations"]["post"]["summary"]
+    assert "`n`" in summary and "`" not in page.text
+    shown = page.by_id("images_generate").find("p")[0]
+    assert shown.text.startswith(summary.replace("`", "")) and shown.find("code")[0].text == "n"
+    assert "alert(1)" in page.text and "script" not in {each.tag for each in page.walk()}, "text stays text"
+    assert "No key is needed." in page.by_id("info_health").text
+    assert "No key is needed." not in page.by_id("info_models").text
+    answer = next(each.text for each in page.by_id("images_generate").find("li") if each.text.startswith("200 OK"))
+    assert ", event image_generation.completed: CompletedImage" in answer
+    assert answer.endswith(", at last data: [DONE]")
 
 
-def test_an_example_is_a_shell_command() -> None:
+def test_an_example_is_a_shell_command(show: Callable[[dict[str, Any]], Shown]) -> None:
     written = document(make(keys=KEYS), "http://x")
-    path = "/v1/images/generations"
-    example = written["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
-    command = curl(written, path, "post")
-    assert command.startswith(f"curl http://x{path} -X POST -H 'Authorization: Bearer YOUR_KEY'")
-    assert command.endswith(f"-d '{json.dumps(example)}'")
-    assert "image=@picture.png" in curl(written, "/v1/images/edits", "post")
-    assert curl(written, "/health", "get") == "curl http://x/health"
+    page, path = show(written), "/v1/images/generations"
+
+    def command(operation: str) -> str:
+        return page.by_id(operation).find("pre")[0].text
+
+    body = written["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    key = ["-H", "Authorization: Bearer YOUR_KEY"]
+    sent = ["-H", "Content-Type: application/json", "-d", json.dumps(body["example"], separators=(",", ":"))]
+    assert shlex.split(command("images_generate")) == ["curl", f"http://x{path}", "-X", "POST", *key, *sent]
+    assert " -F image=@picture.png" in command("images_edit")
+    assert command("videos_content").endswith(" -o file")
+    assert command("info_health") == "curl http://x/health"
+    body["example"] = {"prompt": "it's"}
+    assert shlex.split(show(written).by_id("images_generate").find("pre")[0].text)[-1] == '{"prompt":"it\'s"}'
 
 
 @pytest.mark.parametrize(
@@ -210,7 +253,7 @@ def test_an_example_is_a_shell_command() -> None:
         ({"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}, "list of number", "more than 0"),
         ({"enum": ["a", "b", None]}, "string", "one of a, b"),
         ({"anyOf": [{"$ref": "#/components/schemas/Problem"}, {"type": "null"}]}, "Problem or null", ""),
-        ({"const": 1}, "any", "1"),
+        ({"const": 1}, "number", "1"),
         ({"const": "jpg"}, "string", '"jpg"'),
         ({"type": "string", "format": "binary"}, "file", ""),
         ({"type": "integer", "minimum": 0}, "integer", "at least 0"),
@@ -219,8 +262,24 @@ def test_an_example_is_a_shell_command() -> None:
         ({"type": "string", "maxLength": 3}, "string", "at most 3 characters"),
     ],
 )
-def test_a_schema_in_words(schema: dict[str, Any], kind: str, limits: str) -> None:
-    assert (type_text(schema), limits_text(schema)) == (kind, limits)
+def test_a_schema_in_words(
+    schema: dict[str, Any], kind: str, limits: str, show: Callable[[dict[str, Any]], Shown]
+) -> None:
+    written = document(make(), "http://x")
+    written["components"]["schemas"]["Problem"]["properties"]["code"] = schema
+    row = show(written).by_id("Problem").find("tr")[1]
+    assert [cell.text for cell in row.find("td")][1:3] == [kind, limits]
+
+
+def test_the_page_may_load_nothing_but_the_document() -> None:
+    text, policy = openapi.page()
+    inline = re.findall(r"<(style|script)>(.*?)</", text, re.DOTALL)
+    assert [name for name, _ in inline] == ["style", "script"]
+    for name, content in inline:
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none'") and "connect-src 'self'" in policy
+    assert not re.search(r"https?://|innerHTML|\bon\w+=", text)
 
 
 # What many may ask for at the same time
@@ -249,35 +308,34 @@ async def test_it_is_written_once_for_all_who_ask(
 
         monkeypatch.setattr(openapi, name, counted)
 
-    for name in ("document", "page"):
-        count(name)
-    monkeypatch.setattr(openapi, "_PRESS", openapi._Press())
+    count("document")
+    count("encode")
     client = await aiohttp_client(loading)
 
-    async def read(path: str, host: str = "first.example") -> str:
-        answer = await client.get(path, headers={"X-Forwarded-Host": host})
-        assert answer.status == 200
-        return await answer.text()
+    async def read(host: str = "first.example") -> Any:
+        answer = await client.get("/openapi.json", headers={"X-Forwarded-Host": host})
+        assert answer.status == 200 and answer.headers["Content-Type"] == "application/json; charset=utf-8"
+        return await answer.json()
 
-    texts = await asyncio.gather(*[read("/docs") for _ in range(32)])
-    assert builds == {"document": 1, "page": 1}
-    assert len(set(texts)) == 1 and "http://first.example/v1/videos" in texts[0]
-    before = json.loads(await read("/openapi.json"))
-    other = await read("/docs", "second.example")
-    assert "http://second.example/v1/videos" in other and "first.example" not in other
-    assert builds == {"document": 1, "page": 2}
+    first, *others = await asyncio.gather(*[read() for _ in range(32)])
+    assert builds == {"document": 1, "encode": 1}
+    assert all(other == first for other in others) and first["servers"] == [{"url": "http://first.example"}]
+    assert await read("second.example") == {**first, "servers": [{"url": "http://second.example"}]}
+    assert builds == {"document": 1, "encode": 2}
 
     loading[SERVICE].info = INFO
-    after = [json.loads(text) for text in await asyncio.gather(*[read("/openapi.json") for _ in range(32)])]
-    assert builds == {"document": 2, "page": 2}
-    assert "flow_shift" not in before["x-refused-fields"] and after[-1]["x-refused-fields"]["flow_shift"] == "fixed"
+    after = await asyncio.gather(*[read() for _ in range(32)])
+    assert builds == {"document": 2, "encode": 3}
+    assert "flow_shift" not in first["x-refused-fields"] and after[-1]["x-refused-fields"]["flow_shift"] == "fixed"
     assert after[-1] == document(loading, "http://first.example")
-    assert await read("/docs") != texts[0]
-    assert builds["page"] == 3
 
-    for number in range(openapi.ANSWERS_KEPT + 2):
-        await read("/openapi.json", f"{number}.example.org")
-    assert len(openapi._PRESS._answers) == openapi.ANSWERS_KEPT
+    for number in range(openapi.MAX_URLS):
+        await read(f"{number}.example.org")
+    before = builds["encode"]
+    await read(f"{number}.example.org")
+    assert builds["encode"] == before
+    await read()
+    assert builds["encode"] == before + 1, "the oldest URL has been forgotten"
 
 
 # The real server
@@ -302,11 +360,9 @@ def schema(server: Server) -> schemathesis.BaseSchema:
 
 def test_the_page_of_the_real_server(server: Server) -> None:
     with urllib.request.urlopen(f"{server.url}/docs", timeout=30) as answer:
-        text, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
-    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
-    assert style is not None
-    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
-    assert f"style-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+        text, headers = answer.read().decode(), answer.headers
+    assert (text, headers["Content-Security-Policy"]) == openapi.page()
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
 
 
 def test_capabilities(server: Server) -> None:

@@ -18,7 +18,7 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
-from sgld import media
+from tests import media_files
 from tests.server.jobs.test_jobs import Start, start
 from tests.server.test_server import Server, picture
 from tests.test_inputs import png_header
@@ -148,7 +148,7 @@ def test_a_video_from_a_picture(server: Server, uploads: Path, tmp_path: Path) -
     clips = []
     for one in (video, again):
         (tmp_path / "clip.mp4").write_bytes(videos.download_content(one.id).read())
-        clips.append(media.decode(tmp_path / "clip.mp4")[0])
+        clips.append(media_files.decode(tmp_path / "clip.mp4")[0])
     assert (clips[0] == clips[1]).all(), "a file and a data: URL are the same"
     assert len(stored(uploads) - before) == 2
     remixed = videos.remix(video.id, prompt="a green square on a blue background")
