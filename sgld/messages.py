@@ -1,7 +1,7 @@
-"""What crosses between the loop, the executor thread and the ranks: commands, events, frames.
+"""Messages between the loop, the executor thread and the ranks: commands, events, frames.
 
-Commands go down (executor -> every rank), events come up (rank -> executor -> loop). Every command is answered by
-exactly one terminal event (`Done`, `Failed` or `Cancelled`) from every rank.
+Commands go down (executor -> every rank), events come up (rank 0 -> executor -> loop). Every rank answers every command
+with exactly one terminal event: `Done`, `Failed` or `Cancelled`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgld.config import Settings
+from sgld.errors import SgldError
 from sgld.params import LoraUse, OutputParams
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
@@ -27,10 +28,10 @@ MergeMode = Literal["auto", "merge", "dynamic"]
 
 @attrs.frozen
 class RankAssignment:
-    """A rank's place in its group: what it is told when it is spawned.
+    """A rank's place in its group, passed to the process at its start.
 
-    Ranks of one machine meet through a file, so that no port is ever chosen; those of several at a host and port, where
-    rank 0 has the socket that listens.
+    Ranks of one machine meet through a file, so no port is ever chosen. Ranks of several machines meet at a host and
+    port, where rank 0 has the listening socket.
     """
 
     rank: int
@@ -42,18 +43,18 @@ class RankAssignment:
 
     @property
     def local_world(self) -> int:
-        """How many ranks each machine has."""
+        """Return the number of ranks on each machine."""
         return self.world // self.nnodes
 
     @property
     def local_rank(self) -> int:
-        """This rank's number among those of its machine, which is its device's."""
+        """Return this rank's number on its machine, which is also its device's."""
         return self.rank % self.local_world
 
 
 @attrs.frozen
 class Refused:
-    """What another node hears instead of its ranks' seats when it does not fit into the group."""
+    """The answer to a node that does not fit into the group, in place of its ranks' assignments."""
 
     reason: str
 
@@ -68,17 +69,30 @@ class Load:
 
 
 @attrs.frozen
+class Item:
+    """One output of a job: `params` has one prompt and one integer seed. Events carry the item's `index`."""
+
+    index: int
+    params: OutputParams
+
+
+def batch_key(params: OutputParams) -> OutputParams:
+    """Return a value that is equal for items which differ in their seed alone: they share their encoding."""
+    return attrs.evolve(params, seed=0)
+
+
+@attrs.frozen
 class Generate:
-    """Make one output: At most `previews` pictures are sent on the way."""
+    """Make the items in turn, and send each as `OutputReady`. At most `previews` pictures precede each of them."""
 
     job_id: str
-    params: OutputParams
+    items: tuple[Item, ...]
     previews: int = 0
 
 
 @attrs.frozen
 class Cancel:
-    """Stop that job at its next step; stale when it has ended."""
+    """Stop the job at its next step. A job that has ended ignores it."""
 
     job_id: str
 
@@ -90,10 +104,7 @@ class Stop:
 
 @attrs.frozen
 class SetLora:
-    """Let these adapters hold from now on, in every component that they are for, in place of those that held there.
-
-    Their paths are files or folders of this machine.
-    """
+    """Replace the adapters of every component that `loras` name. Their paths are local files or folders."""
 
     loras: tuple[LoraUse, ...]
     merge_mode: MergeMode = "auto"
@@ -101,7 +112,7 @@ class SetLora:
 
 @attrs.frozen
 class MergeLora:
-    """Let the adapters that were last set for `target` hold again, each with this strength."""
+    """Apply the adapters last set for `target` again, each with this strength."""
 
     target: str = "all"
     strength: float = 1.0
@@ -109,14 +120,14 @@ class MergeLora:
 
 @attrs.frozen
 class UnmergeLora:
-    """Take the adapters of `target` away; they are still known to `MergeLora`."""
+    """Remove the adapters of `target`. `MergeLora` can apply them again."""
 
     target: str = "all"
 
 
 @attrs.frozen
 class ListLoras:
-    """Tell what holds."""
+    """Return the adapters that are set."""
 
 
 LoraCommand = SetLora | MergeLora | UnmergeLora | ListLoras
@@ -125,15 +136,15 @@ Command = Load | Generate | LoraCommand
 
 @attrs.frozen
 class LoraPart:
-    """The adapters that were last set for one component, which is their target."""
+    """The adapters last set for one component."""
 
     loras: tuple[LoraUse, ...]
-    merge_mode: MergeMode  # as it was asked for
-    applied: MergeMode | None  # merge or dynamic; None: they were taken away
+    merge_mode: MergeMode  # as requested
+    applied: MergeMode | None  # merge or dynamic; None: removed
     skipped: int = 0  # keys that fit no layer
 
     def commands(self) -> list[LoraCommand]:
-        """What brings ranks that have just loaded the model to this."""
+        """Return the commands that bring a freshly loaded model to this state."""
         found: list[LoraCommand] = [SetLora(self.loras, self.merge_mode)]
         if self.applied is None:
             found.append(UnmergeLora(self.loras[0].target))
@@ -142,22 +153,23 @@ class LoraPart:
 
 @attrs.frozen
 class LoraState:
-    """What holds for requests without adapters of their own; the answer to every LoRA command."""
+    """The adapters of requests that bring none; the answer to every LoRA command."""
 
     parts: dict[str, LoraPart] = attrs.field(factory=dict)  # by component
 
 
 @attrs.frozen
 class Progress:
-    """Rank 0 finished `step` of `total` in `stage` (load, encode, denoise or decode).
+    """Rank 0 finished `step` of `total` in `stage` (load, encode, denoise or decode) of an item.
 
-    A stage's first (0) and last are always sent, others at most ten a second.
+    A stage's first step (0) and last are always sent, others at most ten a second.
     """
 
     job_id: str
     stage: str
     step: int
     total: int
+    item: int = 0
 
 
 @attrs.frozen
@@ -166,33 +178,42 @@ class Note:
 
     job_id: str
     text: str
+    item: int = 0
 
 
 @attrs.frozen
 class Preview:
-    """Preview `index` (from 0) of an output: what the clean latents were thought to be after `step` of `total`."""
+    """Preview `index` (from 0) of an item: the estimate of its clean latents after `step` of `total`."""
 
     job_id: str
     index: int
     step: int
     total: int
     frames: SharedFrames  # [1, H, W, 3]
+    item: int = 0
+
+
+@attrs.frozen
+class OutputReady:
+    """An item is finished. `Done` follows after the last one."""
+
+    job_id: str
+    item: int
+    media: Media
 
 
 @attrs.frozen
 class Done:
-    """The command succeeded; rank 0 carries its value."""
+    """The command succeeded. Rank 0 carries the value of a load or of a LoRA command."""
 
     value: Any = None
 
 
 @attrs.frozen
 class Failed:
-    """The command failed with a typed error (see `errors.from_code`)."""
+    """The command failed with an error; `trace` is its traceback on the rank."""
 
-    code: str
-    message: str
-    param: str | None = None
+    error: SgldError
     trace: str = ""
 
 
@@ -203,7 +224,7 @@ class Cancelled:
     where: str
 
 
-Event = Progress | Note | Preview
+Event = Progress | Note | Preview | OutputReady
 Terminal = Done | Failed | Cancelled
 
 
@@ -218,7 +239,7 @@ class Timings:
 
 @attrs.frozen
 class Tokens:
-    """What one output cost in tokens: those of its prompt, and those of the latents that were denoised."""
+    """Tokens of one output: of its prompt, and of its latents."""
 
     prompt: int = 0
     latent: int = 0
@@ -226,7 +247,7 @@ class Tokens:
 
 @attrs.frozen(eq=False)
 class Audio:
-    """Sound as it leaves rank 0; seconds of it are small enough to be pickled."""
+    """Sound as it leaves rank 0, small enough to be pickled."""
 
     samples: npt.NDArray[np.float32]  # [channels, samples] in [-1, 1]
     rate: int  # samples a second
@@ -247,8 +268,8 @@ class Media:
 class SharedFrames:
     """Frames u8 [N, H, W, 3] in an anonymous memory file.
 
-    Pickled it is a shape alone; its descriptor follows over the same pipe (`send`, `receive`), never its pixels, so
-    Docker's small /dev/shm does not bound them.
+    Its pickle holds the shape alone. The file's descriptor follows over the same pipe (`send`, `receive`) in place of
+    the pixels, so Docker's small /dev/shm sets no limit.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -257,7 +278,7 @@ class SharedFrames:
 
     @classmethod
     def of(cls, frames: Frames) -> SharedFrames:
-        """A shared copy of `frames`."""
+        """Return a shared copy of `frames`."""
         shared = cls(frames.shape)
         descriptor = os.memfd_create("sgld-frames")
         os.ftruncate(descriptor, frames.nbytes)
@@ -266,12 +287,12 @@ class SharedFrames:
         return shared
 
     def send(self, connection: Connection) -> None:
-        """Pass the descriptor on; call it right after the message that holds these frames was sent."""
+        """Send the descriptor, right after the message that holds these frames."""
         assert self._fd is not None
         send_handle(connection, self._fd, os.getppid())
 
     def receive(self, connection: Connection) -> None:
-        """Take the descriptor that follows the message. Raises OSError or EOFError when the sender has gone."""
+        """Receive the descriptor that follows the message. Raises OSError or EOFError when the sender has gone."""
         self._map(recv_handle(connection))
 
     def _map(self, descriptor: int) -> None:
@@ -288,14 +309,14 @@ class SharedFrames:
 
 
 def frames_of(message: object) -> SharedFrames | None:
-    """The frames whose descriptor follows that message."""
+    """Return the frames whose descriptor follows `message`, if any."""
     if isinstance(message, Preview):
         return message.frames
-    return message.value.frames if isinstance(message, Done) and isinstance(message.value, Media) else None
+    return message.media.frames if isinstance(message, OutputReady) else None
 
 
 def send(connection: Connection, message: Event | Terminal) -> None:
-    """Send a message, and the descriptor of its frames where it has any. Raises OSError when the parent has gone."""
+    """Send a message, then the descriptor of its frames, if any. Raises OSError when the parent has gone."""
     connection.send(message)
     if (frames := frames_of(message)) is not None:
         frames.send(connection)

@@ -15,6 +15,7 @@ from sgld.engine.engine import Engine
 from sgld.messages import Frames
 from sgld.params import LoraUse
 from sgld.resolve import resolve
+from tests.engine.outputs import generate_one
 from tools.judge import Scene, caption, judge_frames
 from tools.judge_lora import gridness, hollowness
 
@@ -43,7 +44,7 @@ class Studio:
         assert self.engine.info is not None
         found = await self.engine.adapters.resolve(loras, "loras", local=True)
         params = resolve({"prompt": caption(scene), "num_frames": frames, "loras": found}, self.engine.info).params
-        made = await self.engine.generate("demo", attrs.evolve(params, seed=3), lambda event: None)
+        made = await generate_one(self.engine, "demo", attrs.evolve(params, seed=3))
         return made.frames.array.copy()
 
     async def score(self, *loras: LoraUse, frames: int = 1) -> tuple[float, float]:

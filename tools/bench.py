@@ -54,7 +54,7 @@ def percentile(values: list[float], share: float) -> float:
 async def timed(engine: Engine, params: OutputParams) -> float:
     """Seconds of one request through the engine."""
     start = time.perf_counter()
-    await engine.generate("bench", params, ignore)
+    await engine.generate("bench", [params], ignore)
     return time.perf_counter() - start
 
 

@@ -21,7 +21,7 @@ import psutil
 
 from sgld.config import Settings
 from sgld.engine.engine import Engine
-from sgld.messages import Event, Progress
+from sgld.messages import Event, OutputReady, Progress
 from sgld.params import OutputParams
 from sgld.resolve import resolve
 
@@ -62,8 +62,8 @@ class Killer:
 async def one_kill(engine: Engine, params: OutputParams, stage: str, rank: int) -> tuple[float, bytes]:
     """Seconds from the kill until the workers hold the model again, and the frames of the job that was hit."""
     killer, restarts = Killer(engine, stage, rank), engine.group.restarts
-    hit = asyncio.create_task(engine.generate("hit", params, killer))
-    behind = asyncio.create_task(engine.generate("behind", params, _ignore))
+    hit = asyncio.create_task(frames_of(engine, "hit", params, killer))
+    behind = asyncio.create_task(frames_of(engine, "behind", params, _ignore))
     if stage == "idle":
         await asyncio.gather(hit, behind)
         killer.kill()
@@ -73,9 +73,22 @@ async def one_kill(engine: Engine, params: OutputParams, stage: str, rank: int) 
     await until(lambda: engine.group.restarts > restarts and engine.state == "ready" and len(engine.group.pids) > 0)
     assert killer.killed_at is not None
     seconds = time.perf_counter() - killer.killed_at
-    frames = (await hit).frames.array.tobytes()
-    assert (await behind).frames.array.tobytes() == frames
+    frames = await hit
+    assert await behind == frames
     return seconds, frames
+
+
+async def frames_of(engine: Engine, name: str, params: OutputParams, follow: Callable[[Event], None]) -> bytes:
+    """Make one output and return its frames."""
+    made: list[bytes] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, OutputReady):
+            made.append(event.media.frames.array.tobytes())
+        follow(event)
+
+    await engine.generate(name, [params], emit)
+    return made[0]
 
 
 async def until(condition: Callable[[], bool]) -> None:

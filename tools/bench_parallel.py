@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from sgld.messages import RankAssignment
-from sgld.models.wan import TextKeys, WanConfig, WanTransformer
+from sgld.models.wan_transformer import TextKeys, WanConfig, WanTransformer
 from sgld.nn import parallel
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Axis, Degrees, Mesh
@@ -97,7 +97,7 @@ def measure(mesh: Mesh, way: str, repeat: int) -> dict[int, dict[str, float]]:
     split = mesh.split(WAYS[way])
     shared = WanTransformer(CONFIG, split, TORCH).eval().requires_grad_(False)
     shared.load_state_dict(alone.state_dict(), assign=True)
-    keys = alone.read(torch.randn(2, TEXT_TOKENS, CONFIG.text_dim, generator=torch.Generator().manual_seed(1)))
+    keys = alone.text_keys(torch.randn(2, TEXT_TOKENS, CONFIG.text_dim, generator=torch.Generator().manual_seed(1)))
     exchanges = Exchanges()
     return {tokens: _turns(mesh, way, split, alone, shared, keys, tokens, repeat, exchanges) for tokens in LENGTHS}
 

@@ -67,12 +67,12 @@ class Parsed:
 
 
 def flag_of(name: str) -> str:
-    """`num_gpus` -> `--num-gpus`."""
+    """Spell the flag of a knob: `num_gpus` -> `--num-gpus`."""
     return "--" + name.replace("_", "-")
 
 
 def parser_for(command: str, description: str, sections: Iterable[type]) -> _Parser:
-    """A parser with the knobs of `sections` as flags, in their groups."""
+    """Build a parser with the knobs of `sections` as flags, in their groups."""
     parser = _Parser(
         prog=f"sgld {command}",
         description=description,
@@ -136,7 +136,7 @@ def _add(group: Any, name: str, field: attrs.Attribute[Any]) -> None:
 
 
 def _add_component(group: Any, component: str) -> None:
-    """`--vae-path`, and `--component-paths.vae` for the same."""
+    """Add `--vae-path`, and its other spelling `--component-paths.vae`."""
     dest = f"component_paths.{component}"
     text = f"another {component} (folder or Hugging Face id; default: the model's own)"
     group.add_argument(flag_of(f"{component}_path"), dest=dest, action=_Keep, metavar="TEXT", help=text, **_ABSENT)
@@ -160,7 +160,7 @@ def _metavar(kinds: Sequence[Any], meta: Knob) -> str:
 
 
 def help_of(field: attrs.Attribute[Any]) -> str:
-    """What a knob does, what it takes and what it is without."""
+    """Write the help of a flag: purpose, allowed values, default."""
     meta = knob_of(field)
     allowed = ", ".join(meta.choices) if meta.choices else type_name(field.type)
     if meta.min is not None or meta.max is not None or meta.above is not None:
@@ -184,7 +184,7 @@ def _shown_default(field: attrs.Attribute[Any], meta: Knob) -> str:
 
 
 def parse(parser: _Parser, words: Iterable[str]) -> Parsed:
-    """The flags as plain values under the knobs' names.
+    """Parse the flags to plain values under the knobs' names.
 
     Raises:
         UnknownField: no such flag, with the nearest one.
@@ -221,7 +221,7 @@ def _check_once(head: str, old: Any, new: Any, spelled: Mapping[str, str]) -> No
 
 
 def _dash_hint(message: str, words: Sequence[str], known: Container[str]) -> str:
-    """How to write a value that was taken for a flag."""
+    """Suggest how to write a value that was taken for a flag."""
     flags = message.partition(":")[0].split("/")
     for flag, value in pairwise(words):
         if flag in flags and value.startswith("-") and value.partition("=")[0] not in known:
@@ -256,7 +256,7 @@ def _with_resolution(layer: Layer, chosen: list[str]) -> Layer:
 
 
 def _value(name: str, text: Any, flag: str) -> Any:
-    """A flag's words as a plain value of its field's type."""
+    """Convert the words of a flag to a plain value of its field's type."""
     head, _, rest = name.partition(".")
     field = fields_of(config.SECTION_OF[head])[head]
     if rest and head == "vae_config":
@@ -281,7 +281,7 @@ def _item(kinds: Sequence[Any]) -> Any:
 
 
 def _map(text: str, flag: str, numbers: bool) -> Any:
-    """A map from JSON text, from a JSON or YAML file, or from `key=value,key=value`."""
+    """Read a map from JSON text, from a JSON or YAML file, or from `key=value,key=value`."""
     if text.lstrip().startswith("{"):
         return _json(text, flag)
     pairs = [pair.partition("=") for pair in text.split(",")]
@@ -289,17 +289,17 @@ def _map(text: str, flag: str, numbers: bool) -> Any:
         try:
             return once([(key.strip(), _json_or_text(value) if numbers else value) for key, _, value in pairs])
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"{flag}: {shorten(text)}: {error}", flag) from None
+            raise BadRequest(f"{shorten(text)}: {error}", field=flag) from None
     if text.lower().endswith(MAP_SUFFIXES):
         return read_map(text, flag)
-    raise BadRequest(f"{flag}: {text!r} is neither JSON, nor a file, nor key=value,key=value", flag)
+    raise BadRequest(f"{text!r} is neither JSON, nor a file, nor key=value,key=value", field=flag)
 
 
 def _json(text: str, flag: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{flag}: {shorten(text)} is not valid JSON: {error}", flag) from None
+        raise BadRequest(f"{shorten(text)} is not valid JSON: {error}", field=flag) from None
 
 
 def _json_or_text(text: str) -> Any:

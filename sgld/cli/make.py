@@ -1,4 +1,4 @@
-"""Make the outputs of a plan: one engine, one load, one generation after the other. A file is encoded meanwhile."""
+"""Make the outputs of a plan: one engine, one load, one prompt after the other. Files are encoded meanwhile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import attrs
@@ -27,7 +29,7 @@ from sgld.cli.process import heeded
 from sgld.cli.screen import Screen, say
 from sgld.engine.engine import Engine
 from sgld.errors import Cancelled, SgldError
-from sgld.messages import Media
+from sgld.messages import Event, Media, OutputReady, batch_key
 from sgld.params import OutputParams
 from sgld.storage.local import LocalStorage
 
@@ -77,8 +79,9 @@ class Run:
             outputs = await self._load()
             load_ms = 1e3 * (time.perf_counter() - started)
             try:
-                for i, output in enumerate(outputs):
-                    await self._generate(i, output, f"[{i + 1}/{len(outputs)}]" if len(outputs) > 1 else "")
+                titles = [f"[{i}/{len(outputs)}]" if len(outputs) > 1 else "" for i in range(1, len(outputs) + 1)]
+                for _, group in groupby(zip(outputs, titles, strict=True), lambda each: batch_key(each[0].params)):
+                    await self._generate(list(group))
             finally:
                 await self._saved()
                 if self._plan.report is not None:
@@ -98,19 +101,37 @@ class Run:
             await asyncio.to_thread(self._storage.check, chosen, self._plan.options.overwrite)
         return outputs
 
-    async def _generate(self, i: int, output: Output, title: str) -> None:
-        self._screen.line(f"{title} seed {output.seed}".strip())
-        params = await self._adapted(output.params)
-        made = await self.engine.generate(f"generate-{i}", params, self._screen.follow(title))
-        await self._saved()
-        self._saving = asyncio.create_task(self._save(output, made))
+    async def _generate(self, group: list[tuple[Output, str]]) -> None:
+        """Make outputs that differ in their seed alone. A file that cannot be written stops those after it."""
+        items = [await self._adapted(output.params) for output, _ in group]
+        waiting = iter(group)
+
+        def announce() -> Callable[[Event], None]:
+            output, title = next(waiting)
+            self._screen.line(f"{title} seed {output.seed}".strip())
+            return self._screen.follow(title)
+
+        follow = announce()
+
+        def emit(event: Event) -> None:
+            nonlocal follow
+            if not isinstance(event, OutputReady):
+                follow(event)
+                return
+            self._saving = asyncio.create_task(self._save(group[event.item][0], event.media, self._saving))
+            self._saving.add_done_callback(lambda saving: saving.exception() and making.cancel())
+            if event.item + 1 < len(group):
+                follow = announce()
+
+        making = asyncio.create_task(self.engine.generate(f"generate-{group[0][0].name}", items, emit))
+        await making
 
     async def _adapted(self, params: OutputParams) -> OutputParams:
         """With the files of its adapters, which are sought once."""
         return attrs.evolve(params, loras=await self.engine.adapters.resolve(params.loras, "loras", local=True))
 
     async def _saved(self) -> None:
-        """The file of the output before is written, and told of, even when ^C comes meanwhile."""
+        """Wait until all files are written and reported, even when ^C comes meanwhile."""
         if self._saving is None:
             return
         try:
@@ -119,7 +140,9 @@ class Run:
             await asyncio.wait([self._saving])
             raise
 
-    async def _save(self, output: Output, made: Media) -> None:
+    async def _save(self, output: Output, made: Media, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await before
         saved = await asyncio.to_thread(save, self._plan, self._storage, output, made, self._parts)
         self._made.append(saved)
         if self._plan.options.save_output or self._plan.options.json:

@@ -74,8 +74,7 @@ def _check_report(file: Path, overwrite: bool) -> None:
     try:
         LocalStorage(file.parent).check([file.name], overwrite)
     except BadRequest as error:
-        told = error.message.replace("output_file_name", "perf_dump_path", 1)
-        raise BadRequest(told, "perf_dump_path") from None
+        raise error.renamed("perf_dump_path") from None
 
 
 def absent_folders(plan: Plan) -> list[Path]:

@@ -89,7 +89,7 @@ def refuse_early(plan: Plan) -> None:
     for values in plan.sampling:
         check_picture(values)
     if not plan.prompts:
-        raise BadRequest("prompt: say what to show with --prompt or --prompt-path", "prompt")
+        raise BadRequest("say what to show with --prompt or --prompt-path", field="prompt")
 
 
 def serve_only() -> dict[str, Knob]:
@@ -106,29 +106,29 @@ def ignored(layer: Layer) -> list[str]:
 def _prompts(prompt: Any, path: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
-        raise BadRequest(f"prompt: {prompt!r} is not a valid text or list of text", "prompt")
+        raise BadRequest(f"{prompt!r} is not a valid text or list of text", field="prompt")
     if path is not None:
         if prompts:
-            raise BadRequest("prompt_path: give --prompt or --prompt-path, not both", "prompt_path")
+            raise BadRequest("give --prompt or --prompt-path, not both", field="prompt_path")
         prompts = _lines(path)
     if not all(item.strip() for item in prompts):
-        raise BadRequest("prompt: it is empty; say what to show", "prompt")
+        raise BadRequest("it is empty; say what to show", field="prompt")
     return prompts
 
 
 def _lines(path: str) -> list[str]:
     file = config.user_path(path, "prompt_path")
     if file.suffix.lower() != ".txt":
-        raise BadRequest(f"prompt_path: {path!r} must be a .txt file with one prompt a line", "prompt_path")
+        raise BadRequest(f"{path!r} must be a .txt file with one prompt a line", field="prompt_path")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise BadRequest(f"prompt_path: {path!r} cannot be read: {error.strerror}", "prompt_path") from None
+        raise BadRequest(f"{path!r} cannot be read: {error.strerror}", field="prompt_path") from None
     except UnicodeDecodeError as error:
-        raise BadRequest(f"prompt_path: {path!r} is not UTF-8 text: {error}", "prompt_path") from None
+        raise BadRequest(f"{path!r} is not UTF-8 text: {error}", field="prompt_path") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise BadRequest(f"prompt_path: {path!r} holds no prompt", "prompt_path")
+        raise BadRequest(f"{path!r} holds no prompt", field="prompt_path")
     return prompts
 
 
@@ -153,8 +153,8 @@ def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, 
     if len(pictures) > 1 and len(prompts) > 1:
         if len(pictures) != len(prompts):
             raise BadRequest(
-                f"image_path: {len(pictures)} pictures for {len(prompts)} prompts; give one, or one for each prompt",
-                "image_path",
+                f"{len(pictures)} pictures for {len(prompts)} prompts; give one, or one for each prompt",
+                field="image_path",
             )
         shared = [{**values, "image_path": [picture]} for values, picture in zip(shared, pictures, strict=True)]
     seeds, each = given.get("seed"), given.get("num_outputs_per_prompt", 1)
@@ -162,9 +162,9 @@ def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, 
         return shared
     if len(seeds) not in (each, each * max(1, len(prompts))):
         raise BadRequest(
-            f"seed: {len(seeds)} seeds for {len(prompts)} x {each} outputs; "
+            f"{len(seeds)} seeds for {len(prompts)} x {each} outputs; "
             "give one, one for each output of a prompt, or one for each output",
-            "seed",
+            field="seed",
         )
     if len(seeds) == each:
         return shared
@@ -176,19 +176,19 @@ def _check_options(plan: Plan) -> None:
     for param in ("output_file_path", "perf_dump_path"):
         path: str | None = getattr(options, param)
         if path is not None and path.rpartition("/")[2] in ("", ".", ".."):
-            raise BadRequest(f"{param}: {path!r} names no file; end it with a name", param)
+            raise BadRequest(f"{path!r} names no file; end it with a name", field=param)
     if not options.return_file_paths_only:
         raise NotBuilt(
-            "return_file_paths_only: false is not possible; paths are what is printed, and return_frames writes frames",
-            "return_file_paths_only",
+            "false is not possible; paths are what is printed, and return_frames writes frames",
+            field="return_file_paths_only",
         )
     if options.output_file_name is not None and options.output_file_path is not None:
-        raise BadRequest("output_file_path: it names folder and file; leave output_file_name out", "output_file_path")
+        raise BadRequest("it names folder and file; leave output_file_name out", field="output_file_path")
     if options.return_frames and not options.save_output:
-        raise BadRequest("return_frames: it writes a file; save_output false forbids that", "return_frames")
+        raise BadRequest("it writes a file; save_output false forbids that", field="return_frames")
     others = {"video": IMAGE_FORMATS, "image": VIDEO_FORMATS}.get(options.data_type or "", ())
     if _extension(name) in others and not options.return_frames:
-        raise BadRequest(f"data_type: {options.data_type!r} does not go with the name {name!r}", "data_type")
+        raise BadRequest(f"{options.data_type!r} does not go with the name {name!r}", field="data_type")
 
 
 def _with_one_frame(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +201,7 @@ def _with_one_frame(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
     frames = values.get("num_frames", 1)
     if frames != 1 and plan.spelled.is_flag("num_frames") >= plan.spelled.is_flag(asks):
         raise BadRequest(
-            f"num_frames: {frames} frames do not fit in one image; give 1, or a name that ends in "
-            f"{', '.join(VIDEO_FORMATS)}",
-            "num_frames",
+            f"{frames} frames do not fit in one image; give 1, or a name that ends in {', '.join(VIDEO_FORMATS)}",
+            field="num_frames",
         )
     return {**values, "num_frames": 1}

@@ -1,6 +1,6 @@
 """What the user sees: results on standard output; progress, seeds and warnings on standard error.
 
-A bar per stage on a terminal, plain lines otherwise. A reader that has gone away stops nothing.
+A bar for each stage on a terminal, plain lines elsewhere. A reader that goes away stops nothing.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from sgld.cli.process import drop, unwritable
 from sgld.messages import Event, Note, Progress
 
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
+
 QUIET_S = 5.0  # between plain lines within one stage
 FRAME_S = 0.1  # between two states of a bar
-BAR_CELLS = 24
-MIN_COLUMNS = 40  # for a bar
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print a line, to standard error unless told otherwise. Raises OutputError where a result cannot be told."""
+    """Print a line, by default to standard error. Raises OutputError where standard output fails."""
     stream = stream or sys.stderr
     try:
         print(text, file=stream, flush=True)
@@ -32,39 +33,37 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 
 
 def warn(text: str) -> None:
-    """One line that the user should not miss."""
+    """Print a warning to standard error."""
     say(f"warning: {text}")
 
 
 class Screen:
-    """The one writer of a run: lines go above the bar of the stage under way."""
+    """The one writer of a run: lines go above the bar of the current stage."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._columns = _columns(self._stream)
-        self._bars = self._columns >= MIN_COLUMNS
         self._title = ""
-        self._stage: Progress | None = None
-        self._started = self._drawn = time.monotonic()
+        self._stage: str | None = None
+        self._bar: tqdm | None = None
+        self._started = self._printed = time.monotonic()
 
     def follow(self, title: str = "") -> Callable[[Event], None]:
-        """Start a load or a generation; the answer takes its events."""
+        """Start a load or a generation. Return the function that takes its events."""
         self.close()
         self._title = f"{title} " if title else ""
-        self._started = time.monotonic()
         return self._on_event
 
     def line(self, text: str, stream: IO[str] | None = None) -> None:
-        """A line that stays."""
-        if self._stage is not None and self._bars:
-            self._draw("\r\x1b[K")
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._draw(self._bar.clear)
         say(text, stream or self._stream)
 
     def close(self) -> None:
-        """Leave the line of a bar that did not come to its end."""
-        if self._stage is not None and self._bars:
-            self._draw("\n")
-        self._stage = None
+        """End the current stage and its bar."""
+        if self._bar is not None:
+            self._draw(self._bar.close)
+        self._stage = self._bar = None
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Note):
@@ -73,50 +72,47 @@ class Screen:
             self._advance(event)
 
     def _advance(self, event: Progress) -> None:
-        now = time.monotonic()
-        if self._stage is None or self._stage.stage != event.stage:
-            self._started = self._started if event.stage == "load" else now
-            self._drawn = now
-        self._stage = event
-        ended = event.step == event.total
-        if self._bars:
-            self._draw_bar(event, now, ended)
-        elif ended:
+        if self._stage != event.stage:
+            self.close()
+            self._stage, self._started = event.stage, time.monotonic()
+            self._printed = self._started
+            if self._stream.isatty():
+                self._draw(lambda: self._open_bar(event))
+        if (bar := self._bar) is not None:
+            bar.total = event.total
+            self._draw(lambda: bar.update(event.step - bar.n))
+        else:
+            self._print(event, time.monotonic())
+        if event.step == event.total:
+            self.close()
+
+    def _open_bar(self, event: Progress) -> None:
+        from tqdm.std import tqdm  # slow to import, and without use elsewhere
+
+        self._bar = tqdm(
+            desc=self._title + event.stage, total=event.total, file=self._stream, mininterval=FRAME_S, miniters=1,
+            ncols=_columns(self._stream), ascii=True,
+        )  # fmt: skip
+
+    def _print(self, event: Progress, now: float) -> None:
+        """Print the time of a stage at its end, and a sign of life while it is long."""
+        if event.step == event.total:
             say(f"{self._title}{event.stage}: {now - self._started:.1f} s", self._stream)
-        elif event.step and now - self._drawn > QUIET_S:
-            self._drawn = now
+        elif event.step and now - self._printed > QUIET_S:
+            self._printed = now
             say(f"{self._title}{event.stage}: {event.step}/{event.total}", self._stream)
-        if ended:
-            self._stage = None
 
-    def _draw_bar(self, event: Progress, now: float, ended: bool) -> None:
-        if event.step and not ended and now - self._drawn < FRAME_S:
-            return
-        self._drawn = now
-        text = self._title + bar(event, now - self._started)
-        self._draw(f"\r\x1b[K{text[: self._columns - 1]}" + ("\n" if ended else ""))
-
-    def _draw(self, text: str) -> None:
+    def _draw(self, action: Callable[[], object]) -> None:
         try:
-            self._stream.write(text)
-            self._stream.flush()
+            action()
+            self._stream.flush()  # tqdm keeps silent of a terminal that has gone
         except OSError:
-            self._bars = False
+            drop(self._stream)
 
 
 def _columns(stream: IO[str]) -> int:
-    """Width of a terminal; 0 where there is none."""
-    if not stream.isatty():
-        return 0
+    """Return the width of a terminal, 80 where it does not tell."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:
         return 80
-
-
-def bar(event: Progress, seconds: float) -> str:
-    """`denoise  [######------] 10/20  4.1 s, 4.1 s left`."""
-    full = BAR_CELLS * event.step // max(1, event.total)
-    cells = "#" * full + "-" * (BAR_CELLS - full)
-    left = f", {seconds * (event.total - event.step) / event.step:.1f} s left" if 0 < event.step < event.total else ""
-    return f"{event.stage:<8} [{cells}] {event.step}/{event.total}  {seconds:.1f} s{left}"

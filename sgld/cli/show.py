@@ -13,7 +13,7 @@ from sgld.convert import default_of, fields_of, knob_of, unstructure
 
 
 def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
-    """Every knob; null stands for a default of the model's. A secret is left out, and said to be set."""
+    """Write every knob as YAML. Null is the model's own default. A secret is only said to be set."""
     whole: dict[str, Any] = {}
     secrets = []
     for cls in sections:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -24,13 +24,14 @@ from sgld.hub.hub import resolve_model
 from sgld.messages import (
     Event,
     Generate,
+    Item,
     ListLoras,
     Load,
     LoraCommand,
     LoraState,
-    Media,
     MergeLora,
     MergeMode,
+    OutputReady,
     Preview,
     SetLora,
     UnmergeLora,
@@ -89,7 +90,7 @@ class Engine:
             self.adapters.register(loras, found)
         await self._remember()
         self._become_ready()
-        if self.info.backend != "sglang" and self.settings.backend == "auto":
+        if self.info.backend != "native" and self.settings.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
         if self.settings.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
@@ -122,51 +123,62 @@ class Engine:
         settings = self.settings
         await self.keep(LoraPlan(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
 
-    async def generate(self, job_id: str, params: OutputParams, emit: Emit, previews: int = 0) -> Media:
-        """Make one output. Jobs run in the order of their calls, one at a time.
+    async def generate(self, job_id: str, items: Sequence[OutputParams], emit: Emit, previews: int = 0) -> None:
+        """Make one output for each of `items`, in turn. Jobs run one at a time, in the order of their calls.
 
-        `emit` is called on the loop with every event; `Preview` is among them at most `previews` times, and at most
-        once for each step before the last.
+        `emit` is called on the loop with every event, and never after this call has ended. `OutputReady` brings each
+        output as soon as it is finished, exactly once. `Preview` comes at most `previews` times for each, and at most
+        once a step before the last. After a worker's death the items that are not finished are tried again, each up to
+        `worker_retries` times.
 
         Raises:
             errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
-        command = Generate(job_id, params, previews)
-        shown: set[int] = set()
+        unfinished = {index: Item(index, params) for index, params in enumerate(items)}
+        shown: set[tuple[int, int]] = set()
 
         def follow(event: Event) -> None:
-            if isinstance(event, Preview):
-                if event.index in shown:
+            if event.item not in unfinished:
+                return  # the call was cancelled
+            if isinstance(event, OutputReady):
+                del unfinished[event.item]
+            elif isinstance(event, Preview):
+                if (event.item, event.index) in shown:
                     return  # by the try before
-                shown.add(event.index)
+                shown.add((event.item, event.index))
             emit(event)
 
-        async with self._turn:
-            tries = 1 + self.settings.worker_retries
-            while True:
-                tries -= 1
-                try:
-                    media = await self._generate(command, follow)
-                    break
-                except WorkerDied as error:
-                    if not tries or self.state == "stopped":
-                        raise
-                    log.warning("%s; the output is tried again", error)
-                    error.__traceback__ = None  # it holds this frame, and with it what the next try makes
+        try:
+            async with self._turn:
+                await self._generate_all(job_id, unfinished, previews, follow)
+        finally:
+            unfinished.clear()
         self._note_return()
-        return media
 
-    async def _generate(self, command: Generate, emit: Emit) -> Media:
+    async def _generate_all(self, job_id: str, unfinished: Mapping[int, Item], previews: int, emit: Emit) -> None:
+        """Try until nothing is unfinished; `emit` takes finished items away."""
+        deaths = 0  # during the item under way
+        while unfinished:
+            before = len(unfinished)
+            try:
+                await self._generate(Generate(job_id, tuple(unfinished.values()), previews), emit)
+            except WorkerDied as error:
+                deaths = deaths + 1 if len(unfinished) == before else 1
+                if deaths > self.settings.worker_retries or self.state == "stopped":
+                    raise
+                log.warning("%s; the output is tried again", error)
+                error.__traceback__ = error.__context__ = None  # they hold `emit`, and all that it collects
+
+    async def _generate(self, command: Generate, emit: Emit) -> None:
         token = CancelToken()  # a queued job holds no descriptor
         future = self._submit(self.group.run, command, self._on_loop(emit), token)
         future.add_done_callback(lambda _: token.close())
         try:
-            media: Media = await asyncio.shield(future)
+            await asyncio.shield(future)
         except asyncio.CancelledError:
             token.set()
             raise
-        return media
 
     async def set_lora(self, loras: Sequence[LoraUse], merge_mode: MergeMode = "auto") -> LoraState:
         """Let these adapters hold from now on, in the parts of the model that they are for, and know them by name.

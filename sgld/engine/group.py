@@ -26,7 +26,7 @@ import attrs
 
 from sgld.engine.cancel import CancelToken
 from sgld.engine.node import NodeListener, Remote, listen
-from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied, from_code
+from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied
 from sgld.errors import Cancelled as CancelledError
 from sgld.messages import (
     Cancel,
@@ -154,7 +154,7 @@ class WorkerGroup:
         self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
-        if isinstance(command, Generate) and not command.params.loras:
+        if isinstance(command, Generate) and not all(item.params.loras for item in command.items):
             self._set_again()
             if self._missing:
                 raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
@@ -398,9 +398,7 @@ class _Call:
             raise self._lost(rank) from None
 
     def _lost(self, rank: _Rank | Remote) -> _GroupLost:
-        reasons = [
-            f", after worker {n} failed ({a.message})" for n, a in self._answers.items() if isinstance(a, Failed)
-        ]
+        reasons = [f", after worker {n} failed ({a.error})" for n, a in self._answers.items() if isinstance(a, Failed)]
         return _GroupLost(WorkerDied(f"{rank.died()} during the job{''.join(reasons)}"))
 
     def _out_of_patience(self) -> _GroupLost:
@@ -409,14 +407,14 @@ class _Call:
             if isinstance(answer, Failed):
                 if isinstance(self._command, Load):
                     return _GroupLost(self._error(answer))
-                reason = f"worker {number} failed alone ({answer.message}) and worker {silent} could not go on"
+                reason = f"worker {number} failed alone ({answer.error}) and worker {silent} could not go on"
                 return _GroupLost(WorkerDied(reason))
         return _GroupLost(CancelledError(f"cancelled; worker {silent} did not stop in time and was killed"))
 
     def _error(self, failed: Failed) -> SgldError:
         if failed.trace:
             log.debug("a worker failed:\n%s", failed.trace)
-        return from_code(failed.code, failed.message, failed.param)
+        return failed.error
 
 
 def spawn(target: Target, assignment: RankAssignment, connection: Connection) -> BaseProcess:

@@ -45,12 +45,12 @@ def resolve_adapter(reference: str, param: str = "lora_path", *, local: bool = T
     found = _URL.fullmatch(reference) or _ID.fullmatch(reference)
     if found is None or ".." in PurePosixPath(reference.replace(":", "/")).parts:
         kinds = "it is neither a file or folder nor a" if local else "it is no"
-        raise BadRequest(f"{param}: {reference!r}: {kinds} Hugging Face id (owner/name or owner/name:file)", param)
+        raise BadRequest(f"{reference!r}: {kinds} Hugging Face id (owner/name or owner/name:file)", field=param)
     parts = found.groupdict()
     try:
         return _download(parts["id"], parts["file"], parts.get("revision"), param)
     except ModelError as error:
-        raise BadRequest(error.message, param) from None
+        raise BadRequest(error.text, param, field=error.field) from None
 
 
 def _download(name: str, inside: str | None, revision: str | None, param: str) -> Path:
@@ -60,13 +60,13 @@ def _download(name: str, inside: str | None, revision: str | None, param: str) -
         return Reference(name, revision, param).download(ADAPTER_FILES)
     suffix = PurePosixPath(inside).suffix
     if suffix in PICKLES:
-        raise BadRequest(f"{param}: {inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", param)
+        raise BadRequest(f"{inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", field=param)
     folder = inside if suffix != SUFFIX else str(PurePosixPath(inside).parent)
     files = inside if suffix == SUFFIX else f"{folder}/*{SUFFIX}"
     config = str(PurePosixPath(folder) / "adapter_config.json")
     path = Reference(name, revision, param).download({"allow_patterns": [files, config]}) / inside
     if not path.exists():
-        raise BadRequest(f"{param}: {name!r} has no {inside!r}", param)
+        raise BadRequest(f"{name!r} has no {inside!r}", field=param)
     return path
 
 
@@ -83,10 +83,10 @@ def _check_single(name: str, revision: str | None, param: str) -> None:
     if len(found) == 1:
         return
     if not adapters:
-        raise BadRequest(f"{param}: {name!r} holds no {SUFFIX} file", param)
+        raise BadRequest(f"{name!r} holds no {SUFFIX} file", field=param)
     several = found or adapters
     shown = ", ".join(several[:5]) + (", ..." if len(several) > 5 else "")
-    raise BadRequest(f"{param}: {name!r} holds {shown}; name one as {name}:{several[0]}", param)
+    raise BadRequest(f"{name!r} holds {shown}; name one as {name}:{several[0]}", field=param)
 
 
 @attrs.frozen
@@ -156,7 +156,7 @@ class AdapterNames:
         if lora.nickname not in self.known:
             names = ", ".join(sorted(self.known)) or "none"
             hint = nearest(lora.nickname, self.known) or f"; known: {names}"
-            raise BadRequest(f"{param}: no adapter is called {lora.nickname!r}{hint}", param)
+            raise BadRequest(f"no adapter is called {lora.nickname!r}{hint}", field=param)
         known = await self._known(lora.nickname)
         alpha = known.alpha if lora.alpha is None else lora.alpha
         return attrs.evolve(lora, path=str(known.path), alpha=alpha, strict=lora.strict and known.strict)

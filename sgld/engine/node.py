@@ -203,4 +203,4 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), backlog=1024)
     except OSError as error:
         reason = error.strerror or error
-        raise SgldError(f"dist_init_addr: cannot listen on {host}:{port}: {reason}", "dist_init_addr") from None
+        raise SgldError(f"cannot listen on {host}:{port}: {reason}", field="dist_init_addr") from None

@@ -40,7 +40,7 @@ def resolve_model(settings: Settings) -> Load:
     folder = _model_folder(settings)
     if not (folder / "model_index.json").is_file():
         reason = f"{settings.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
-        raise ModelError(f"model_path: {reason} (model_overlay_registry)", "model_path")
+        raise ModelError(f"{reason} (model_overlay_registry)", field="model_path")
     components = {
         name: Reference(text, None, f"component_paths.{name}").folder(COMPONENT_FILES)
         for name, text in settings.component_paths.items()
@@ -77,16 +77,16 @@ def _apply_overlay(settings: Settings, source: str, entry: Overlay) -> Path:
         folder = reference.folder(OVERLAY_FILES)
         is_complete = not (folder / MANIFEST).is_file()
         if is_complete and entry.source_revision:
-            raise BadRequest(f"source_revision: {entry.source_revision!r} {no_effect}")
+            raise BadRequest(f"{entry.source_revision!r} {no_effect}", field="source_revision")
         if is_complete and not settings.revision:
             log.info("%s is loaded from %s, which is complete", settings.model_path, reference.name)
             return _download_model(settings, reference)
     except SgldError as error:
         built_in = entry is BUILT_IN.get(source)
         param, place = ("model_path", "the overlay of") if built_in else (overlay.REGISTRY, "entry")
-        raise type(error)(f"{param}: {place} {source!r}: {error.message}", param) from None
+        raise error.renamed(param, f"{place} {source!r}: {error.message}") from None
     if is_complete:
-        raise BadRequest(f"revision: {settings.revision!r} {no_effect}", "revision")
+        raise BadRequest(f"{settings.revision!r} {no_effect}", field="revision")
     manifest = overlay.read_manifest(folder)
     revision = settings.revision or entry.source_revision or manifest.source_revision
     local = Reference(settings.model_path, settings.revision).local()
@@ -134,4 +134,4 @@ def _check_variants(reference: Reference, replaced: Container[str]) -> None:
         variants = fnmatch.filter(weights, f"{root}{component}/{VARIANTS}")
         if is_needed and variants and variants == weights:
             reason = f"{reference.name!r} has variants alone of its {component}, such as {variants[0]}"
-            raise NotBuilt(f"model_variant: {reason}; they are not built yet in this version of sgld", "model_variant")
+            raise NotBuilt(f"{reason}; they are not built yet in this version of sgld", field="model_variant")

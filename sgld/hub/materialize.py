@@ -44,14 +44,14 @@ def materialize(
         return final
     if manifest.custom_materializer and not trusted:
         reason = f"the overlay {identity['overlay_repo_id']!r} runs code of its own ({manifest.custom_materializer})"
-        raise BadRequest(f"trust_remote_code: {reason}; it does so only with this flag", "trust_remote_code")
+        raise BadRequest(f"{reason}; it does so only with this flag", field="trust_remote_code")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final):
             if not _is_complete(final, identity):
                 _build(final, identity, overlay, manifest, fetch())
     except OSError as error:
-        raise ModelError(f"model_path: {source!r} cannot be put together in {final}: {error}", "model_path") from None
+        raise ModelError(f"{source!r} cannot be put together in {final}: {error}", field="model_path") from None
     return final
 
 

@@ -75,7 +75,7 @@ def registry(given: str | None) -> dict[str, Overlay]:
     except (OSError, ValueError, RecursionError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         wrong = f"{shorten(given)} is neither a JSON object nor a file that holds one: {reason}"
-        raise BadRequest(f"{REGISTRY}: {wrong}", REGISTRY) from None
+        raise BadRequest(wrong, field=REGISTRY) from None
     return {name: _entry(name, value) for name, value in entries.items()}
 
 
@@ -87,10 +87,10 @@ def _entry(name: str, value: Any) -> Overlay:
         entry = structure(value if isinstance(value, dict) else {"overlay_repo_id": value}, Overlay)
         for key in keys:
             if getattr(entry, key) == "":
-                raise BadRequest(f"{key}: it is empty; overlay_repo_id is needed, the others may be left out")
+                raise BadRequest("it is empty; overlay_repo_id is needed, the others may be left out", field=key)
     except SgldError as error:
         allowed = f"; allowed: {', '.join(keys)}" if isinstance(error, UnknownField) else ""
-        raise type(error)(f"{REGISTRY}: entry {shorten(name)}: {error.message}{allowed}", REGISTRY) from None
+        raise error.renamed(REGISTRY, f"entry {shorten(name)}: {error.message}{allowed}") from None
     return entry
 
 
@@ -108,7 +108,7 @@ def match(model_path: str, overlays: Mapping[str, Overlay]) -> str | None:
     named = cached or [name for name in overlays if name.split("/")[1] == path.name]
     if len(named) > 1:
         reason = f"{shorten(model_path)} may be any of {', '.join(named)}; rename the folder, or leave the others out"
-        raise BadRequest(f"{REGISTRY}: {reason}", REGISTRY)
+        raise BadRequest(reason, field=REGISTRY)
     return named[0] if named else None
 
 
@@ -123,9 +123,9 @@ def read_manifest(overlay: Path) -> Manifest:
         manifest = structure(values, Manifest)
         name = manifest.source_model_id
         if name is not None and not _SOURCE_ID.fullmatch(name):
-            raise BadRequest(f"source_model_id: {shorten(name)} is no Hugging Face id (owner/name)")
+            raise BadRequest(f"{shorten(name)} is no Hugging Face id (owner/name)", field="source_model_id")
         if manifest.source_revision == "":
-            raise BadRequest("source_revision: it is empty; leave it out")
+            raise BadRequest("it is empty; leave it out", field="source_revision")
         for path in manifest.required_source_files:
             _check_path("required_source_files", path)
         _check_path("custom_materializer", manifest.custom_materializer)
@@ -143,11 +143,11 @@ def _mapping(index: int, value: Any) -> FileMapping:
         for name, kind in (("dst", "file"), ("dst_dir", "tree")):
             path = getattr(mapping, name)
             if path is not None and mapping.type != kind:
-                raise BadRequest(f"{name}: {shorten(path)}: a {mapping.type} has none; it is of a {kind}")
+                raise BadRequest(f"{shorten(path)}: a {mapping.type} has none; it is of a {kind}", field=name)
             _check_path(name, path)
         _check_path("src", mapping.src)
     except BadRequest as error:
-        raise BadRequest(f"file_mappings[{index}]: {error.message}") from None
+        raise error.renamed(f"file_mappings[{index}]", error.message) from None
     return mapping
 
 
@@ -155,7 +155,7 @@ def _check_path(name: str, text: str | None) -> None:
     """Raise BadRequest for a path that may lead out of its folder."""
     path = PurePosixPath(text or "")
     if text is not None and (not text or "\0" in text or path.is_absolute() or ".." in path.parts):
-        raise BadRequest(f"{name}: {shorten(text)} is not allowed; give a path inside the folder, without ..")
+        raise BadRequest(f"{shorten(text)} is not allowed; give a path inside the folder, without ..", field=name)
 
 
 def snapshot(folder: Path) -> Path:

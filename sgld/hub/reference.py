@@ -46,13 +46,13 @@ class Reference:
         if self.name and path.is_dir():
             if self.revision is not None:
                 reason = f"{self.name!r} has none, it is no Hugging Face id"
-                raise BadRequest(f"{self.revision_param}: {self.revision!r}: {reason}", self.revision_param)
+                raise BadRequest(f"{self.revision!r}: {reason}", field=self.revision_param)
             return path.resolve()
         if self.name and path.exists():
             raise self._error("is a file; a folder or a Hugging Face id is needed")
         if not _HUB_ID.fullmatch(self.name) or ".." in self.name:
             reason = f"no folder {self.name!r}, and it is no Hugging Face id (owner/name)"
-            raise ModelError(f"{self.param}: {reason}", self.param)
+            raise ModelError(reason, field=self.param)
         return None
 
     def download(self, wanted: Patterns) -> Path:
@@ -69,10 +69,10 @@ class Reference:
             return Path(snapshot_download(repository, revision=self.revision, **patterns), root)
         except errors.RevisionNotFoundError:
             reason = f"{self.revision!r} is not in {self.name!r}"
-            raise ModelError(f"{self.revision_param}: {reason}", self.revision_param) from None
+            raise ModelError(reason, field=self.revision_param) from None
         except errors.RepositoryNotFoundError:
             reason = f"Hugging Face has no repository {self.name!r} that you may read"
-            raise ModelError(f"{self.param}: {reason}", self.param) from None
+            raise ModelError(reason, field=self.param) from None
         except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
             reason = "is no local folder, not in the cache, and the hub cannot be reached"
             raise self._error(f"{reason} ({type(error).__name__})") from None
@@ -81,4 +81,4 @@ class Reference:
             raise self._error(f"could not be downloaded: {reason}") from error
 
     def _error(self, reason: str) -> ModelError:
-        return ModelError(f"{self.param}: {self.name!r} {reason}", self.param)
+        return ModelError(f"{self.name!r} {reason}", field=self.param)

@@ -1,41 +1,50 @@
-"""Parts: the components of a model folder, loaded as the settings ask; and `NativeModel`, a family made of them."""
+"""The components of a model folder, loaded as the settings ask."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sgld.config import TRANSFORMERS, Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.base import DiffusionModel, Schedule
 from sgld.models.vae import Tiling
 from sgld.nn.attention import CROSS, SELF, Chooser
-from sgld.nn.blocks import Denoiser
+from sgld.nn.blocks import DiffusionTransformer
 from sgld.nn.lora import LoraLayers
 from sgld.nn.lora_formats import Renames
 from sgld.nn.offload import Offloader
 from sgld.nn.parallel import Degrees, Mesh
-from sgld.nn.weights import load_module, read_json
-from sgld.params import Memory, ModelInfo, SamplingParams
+from sgld.nn.weights import Architecture, load_module, read_architecture, read_json
+from sgld.params import Memory, SamplingParams
 from sgld.platform import Platform
 
-D = TypeVar("D", bound=Denoiser)
+D = TypeVar("D", bound=DiffusionTransformer)
 M = TypeVar("M", bound=nn.Module)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
-NO_PIPELINE = {"diffusers_kwargs": "it runs as native code; start it with backend diffusers to use them"}
 NO_NORMALIZATION = {"cfg_normalization": "it is of another family's guidance"}
 EULER = "FlowMatchEulerDiscreteScheduler"
 LORA_SHARE = 4  # one part in so many of the free memory may keep merged weights, until an output needs it
+
+
+@attrs.frozen
+class Component:
+    """A family's transformer: how it is built from its config.json, and what its weights hold."""
+
+    build: Callable[..., DiffusionTransformer]  # of the config, the mesh, and a kernel for each kind of attention
+    config: type[Architecture]
+    blocks: tuple[str, ...] = ("blocks",)  # its lists of blocks, in the order in which they run
+    crosses: bool = True  # whether it has attention from latents to text; else text and latents are one sequence
+    unused: tuple[str, ...] = ()  # prefixes, with wildcards, of tensors that nothing reads
+    precise: tuple[str, ...] = ()  # parts of the names of tensors that are float32 in every precision
 
 
 class ComponentLoader:
@@ -70,7 +79,7 @@ class ComponentLoader:
         self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
         check_precisions(self.settings, len(self.encoders))
         if self.settings.dmd_denoising_steps and not few_steps:
-            raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
+            raise BadRequest("it is of Wan checkpoints; leave it out", field="dmd_denoising_steps")
         self.offloader = Offloader.of(self.settings, platform, self.names)
         self.kernels: dict[str, str] = {}  # by transformer and role
         self._chooser = Chooser(self.settings, platform)
@@ -136,7 +145,7 @@ class ComponentLoader:
     ) -> D:
         """The transformer that `make` builds with a kernel for its attention to itself and, if it `crosses`, across.
 
-        `head` is how many channels a head has; `layers` names the lists of blocks, in the order of `Denoiser.walk`;
+        `head` is how many channels a head has; `layers` names the lists of blocks, in the order in which they run;
         tensors of the file whose names begin with one of `unused` are passed over, and those that one of `precise` is
         part of the name of are float32.
         """
@@ -151,8 +160,18 @@ class ComponentLoader:
         module = load_module(
             lambda: make(*kernels), folder, dtype, device, unused=unused, offload=keeper, precise=precise
         )
-        module.walk = self.offloader.walker(name)
+        module.runner = self.offloader.runner(name)
         return self.loaded(module)
+
+    def architecture(self, name: str, spec: Component) -> Any:
+        """Read a transformer's config.json as its family's `Architecture`."""
+        return read_architecture(self.path(name) / "config.json", spec.config)
+
+    def denoiser(self, name: str, spec: Component) -> DiffusionTransformer:
+        """Load a transformer."""
+        c = self.architecture(name, spec)
+        make, head = partial(spec.build, c, self.mesh), c.attention_head_dim
+        return self.transformer(name, make, head, spec.blocks, spec.unused, spec.crosses, spec.precise)
 
     def module(self, name: str, make: Callable[[], M], **options: Any) -> M:
         """Another component, strictly: what `make` builds, filled by `load_module` with these options."""
@@ -209,7 +228,7 @@ def check_precisions(settings: Settings, encoders: int) -> None:
     given = settings.text_encoder_precisions
     if given is not None and len(given) != encoders:
         told = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
-        raise BadRequest(f"text_encoder_precisions: {told}", "text_encoder_precisions")
+        raise BadRequest(f"{told}", field="text_encoder_precisions")
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:
@@ -235,83 +254,3 @@ class Length:
     max_image_seq_len: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
-
-
-class NativeModel(DiffusionModel):
-    """A family with a transformer of ours: guidance branches shared among ranks, offloaded weights, decoding."""
-
-    parts: ComponentLoader
-
-    @property
-    def mesh(self) -> Mesh:
-        """The ranks."""
-        return self.parts.mesh
-
-    @abstractmethod
-    def predict(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
-        """The velocity at latents `x` and time `t` for one branch of the conditioning; as `x` is."""
-
-    @abstractmethod
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        """Latents to frames u8 [N, H, W, 3] on the CPU; called on rank 0, or on all where `parallel_decode`."""
-
-    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
-        if condition.negative is None:
-            return self.predict(x, t, condition.positive), None
-        if self.mesh.cfg.size == 2:
-            own = (condition.positive, condition.negative)[self.mesh.cfg.index]
-            positive, negative = self.mesh.cfg.gather(self.predict(x, t, own), 0).chunk(2)
-            return positive, negative
-        return self.predict(x, t, condition.positive), self.predict(x, t, condition.negative)
-
-    def describe(self, unsupported: Mapping[str, str], **own: Any) -> ModelInfo:
-        """What every family says alike, and what this one says of itself."""
-        parts = self.parts
-        lacks = {} if "transformer_2" in parts.names else ONE_TRANSFORMER
-        return ModelInfo(
-            name=parts.index["_class_name"],
-            components=parts.names,
-            unsupported={**NO_PIPELINE, **lacks, **unsupported},
-            lora_targets=tuple(self.lora),
-            degrees=attrs.asdict(parts.degrees),
-            attention=parts.kernels,
-            **own,
-        )
-
-    def shifted_by_length(self, params: SamplingParams, tokens: int, known: Length = Length()) -> Schedule:
-        """Levels evenly from 1 to 1/steps, shifted by mu, which grows linearly with the number of tokens.
-
-        By the numbers of scheduler_config.json, else by those that are `known`.
-        """
-        c = attrs.asdict(known)
-        c |= {name: self.scheduler[name] for name in c if name in self.scheduler}
-        slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
-        mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
-        return Schedule.even(params.num_inference_steps, params.flow_shift, mu)
-
-    def unguided(self, params: SamplingParams) -> list[str]:
-        """Warnings for an output without guidance: of a negative prompt, and of ranks that were to guide."""
-        info, notes = self.info, []
-        if params.negative_prompt and params.negative_prompt != info.defaults.get("negative_prompt"):
-            scale = "guidance_scale" if "true_cfg_scale" in info.unsupported else "true_cfg_scale"
-            notes.append(f"negative_prompt: it has no effect without a {scale} above {info.unguided:g}")
-        if self.mesh.cfg.size > 1:
-            notes.append("enable_cfg_parallel: without guidance half of the workers repeat what the others do")
-        return notes
-
-    def guidance(self, t: Tensor, params: SamplingParams) -> float:
-        return params.guidance_scale
-
-    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        return self.decode(x0, raise_if_cancelled)[:1]
-
-    def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        frames = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        if self.parallel_decode or self.mesh.rank == 0:
-            self.parts.offloader.need("vae")
-            decoded = self.frames(x, raise_if_cancelled)
-            frames = frames if self.mesh.rank else decoded
-        return frames
-
-    def after_output(self) -> None:
-        self.parts.offloader.release_all()

@@ -19,10 +19,10 @@ from PIL.Image import Image, Resampling
 from torch import Generator, Tensor, nn
 
 from sgld import inputs
-from sgld.errors import BadRequest, ModelError
+from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader
 from sgld.models.flux2_text import READERS, PromptEncoder
 from sgld.models.flux2_vae import flux2_autoencoder
 from sgld.nn.attention import Backend
@@ -367,12 +367,12 @@ class Flux2(NativeModel):
         """Of classifier-free guidance."""
         return (params.true_cfg_scale or 1.0) if self._config.guidance_embeds else params.guidance_scale
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         takes_pictures = self.parts.settings.vae_config.load_encoder
-        return self.describe(
+        return self.model_info(
             kind="image",
             defaults=self._defaults,
             size_multiple=self._vae.multiple,
@@ -413,11 +413,10 @@ def reference(picture: Image, multiple: int) -> Tensor:
         BadRequest: too small, or too long.
     """
     width, height = picture.size
-    told = inputs.shown(picture)
     if min(width, height) < REFERENCE_SIDE:
-        raise BadRequest(f"{told} is too small; each side needs {REFERENCE_SIDE} or more", inputs.PICTURE)
+        raise inputs.refused(picture, f"is too small; each side needs {REFERENCE_SIDE} or more")
     if max(width, height) > REFERENCE_ASPECT * min(width, height):
-        raise BadRequest(f"{told} is too long; one side may be {REFERENCE_ASPECT} times the other", inputs.PICTURE)
+        raise inputs.refused(picture, f"is too long; one side may be {REFERENCE_ASPECT} times the other")
     if width * height > REFERENCE_PIXELS:
         scale = math.sqrt(REFERENCE_PIXELS / (width * height))
         picture = picture.resize((int(width * scale), int(height * scale)), Resampling.LANCZOS)

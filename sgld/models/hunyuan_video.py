@@ -21,8 +21,8 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_NORMALIZATION, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_NORMALIZATION, ComponentLoader
 from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.models.text import load_tokenizer
 from sgld.nn.attention import Attention, Backend
@@ -404,7 +404,7 @@ class HunyuanVideo(NativeModel):
         guidance = torch.tensor([params.guidance_scale], dtype=dtype, device=self.mesh.device) * 1000
         told = [BranchInputs(s.to(dtype), p.to(dtype), guidance) for s, p in zip(states, summaries, strict=True)]
         tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
-        counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
+        counts: dict[str, Any] = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
@@ -430,7 +430,7 @@ class HunyuanVideo(NativeModel):
     def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self.decode(x0[:, :, :1], raise_if_cancelled)  # the first latent frame stands for the first frame alone
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x / self._scaling, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
@@ -438,7 +438,7 @@ class HunyuanVideo(NativeModel):
         lacks = dict(NO_NORMALIZATION)
         if not c.guidance_embeds:
             lacks["guidance_scale"] = "this checkpoint has no embedded guidance; use true_cfg_scale"
-        return self.describe(
+        return self.model_info(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,

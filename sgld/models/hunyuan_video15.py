@@ -20,8 +20,8 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader
 from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.models.hunyuan_video import (
     TIME_DIM,
@@ -323,7 +323,7 @@ class HunyuanVideo15(NativeModel):
         texts = [self._prompts.texts(name, prompt, notes) for name, prompt in prompts.items()]
         told = [BranchInputs(s, None if g is None else g.to(dtype)) for s, g in zip(states, texts, strict=True)]
         tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
-        counts = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
+        counts: dict[str, Any] = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
         return Conditioning(told[0], told[1] if guided else None, **counts), notes
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
@@ -341,12 +341,12 @@ class HunyuanVideo15(NativeModel):
     def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self.decode(x0[:, :, :1], raise_if_cancelled)  # the first latent frame stands for the first frame alone
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x / self._scaling, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
         c = self._config
-        return self.describe(
+        return self.model_info(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * c.patch_size,

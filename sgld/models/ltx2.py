@@ -17,8 +17,8 @@ from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.media import through_h264
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule, Sound
-from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, Length, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule, Sound
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader, Length
 from sgld.models.hf_components import Autoencoder, text_encoder
 from sgld.models.ltx2_sound import SoundDecoder
 from sgld.models.ltx2_transformer import BranchInputs, LTX2Transformer, StreamLayout, ltx2_config
@@ -256,8 +256,8 @@ class LTX2(NativeModel):
         registers = self._connectors.config.video_connector_num_learnable_registers or 1
         if length % registers:
             raise BadRequest(
-                f"max_sequence_length: {length} is not a multiple of {registers}, as this model needs",
-                "max_sequence_length",
+                f"{length} is not a multiple of {registers}, as this model needs",
+                field="max_sequence_length",
             )
         n = states.shape[1]
         padded = states.new_zeros(1, length, *states.shape[2:], dtype=self._connectors.dtype)
@@ -271,7 +271,7 @@ class LTX2(NativeModel):
     def _first_frame(self, picture: Image, params: SamplingParams) -> Tensor:
         """Its latents [1, n], normalized."""
         if min(picture.size) < 2:
-            raise BadRequest(f"{inputs.shown(picture)} is too small; each side needs 2 or more", inputs.PICTURE)
+            raise inputs.refused(picture, "is too small; each side needs 2 or more")
         self.parts.offloader.need("vae")
         seen = fromarray(through_h264(np.asarray(picture), PICTURE_RATE_FACTOR))
         seen = seen.resize((params.width, params.height), Resampling.BILINEAR)
@@ -296,7 +296,9 @@ class LTX2(NativeModel):
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return self.shifted_by_length(params, self._layout_of(params).tokens, LENGTH)
 
-    def velocities(self, x: Tensor, t: Tensor, condition: LTX2Conditioning) -> tuple[Tensor, Tensor | None]:
+    def velocities(
+        self, x: Tensor, t: Tensor, condition: LTX2Conditioning, step: object = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The guided one. Where two ranks share guidance, each has half of the branches."""
         x, branches = condition.begun(x), condition.positive
         mine = self.mesh.cfg.share_list(branches) if len(branches) > 1 else branches
@@ -326,7 +328,7 @@ class LTX2(NativeModel):
         """The first frame that is not the picture's."""
         return self.decode(self._layout.video(x0)[:, :, : self._layout.given + 1], raise_if_cancelled)[-1:]
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Also of video latents [1, C, T, h, w] alone."""
         mean, std = self._statistics()
         return self._vae.decode((x if x.ndim == 5 else self._layout.video(x)) * std + mean, raise_if_cancelled)
@@ -343,7 +345,7 @@ class LTX2(NativeModel):
 
     def _describe(self) -> ModelInfo:
         pictures = self.parts.settings.vae_config.load_encoder
-        return self.describe(
+        return self.model_info(
             kind="video",
             defaults=self._defaults,
             size_multiple=self._vae.spatial,

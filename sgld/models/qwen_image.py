@@ -21,8 +21,8 @@ from torch import Generator, Tensor, nn
 from sgld import inputs
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_NORMALIZATION, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_NORMALIZATION, ComponentLoader
 from sgld.models.hf_components import text_encoder, tokenizer
 from sgld.models.vae import CHUNK_PIXELS, Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
@@ -238,7 +238,7 @@ class PromptEncoder:
         """
         counts = [int(n) // self.processor.merge_size**2 for n in seen["image_grid_thw"].prod(-1)] if seen else []
         if counts and PAD in prompt:
-            raise BadRequest(f"prompt: it holds {PAD}, which stands for a picture", "prompt")
+            raise BadRequest(f"it holds {PAD}, which stands for a picture", field="prompt")
         before = self.form.system + self.form.marks(counts)
         found, own = self.tokens(before + prompt + ASSISTANT), len(self.tokens(before))
         note = None
@@ -342,7 +342,7 @@ class QwenImage(NativeModel):
             raise_if_cancelled()
             latents.append(self._latents(picture))
         positive, negative = [self._tell(text, latents, params) for text, _, _ in read] + [None] * (2 - len(read))
-        counts = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
+        counts: dict[str, Any] = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
         return Conditioning(positive, negative, **counts), notes + (self.unguided(params) if negative is None else [])
 
     def _latents(self, picture: Image) -> Tensor:
@@ -394,7 +394,7 @@ class QwenImage(NativeModel):
         guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack(guided, positive.shape[-2:])
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x, raise_if_cancelled)
 
     def _grid(self, params: SamplingParams) -> tuple[int, int]:
@@ -405,7 +405,7 @@ class QwenImage(NativeModel):
     def _describe(self) -> ModelInfo:
         form = self._form
         edits = "image-to-image" if self._takes_pictures else None
-        return self.describe(
+        return self.model_info(
             kind="image",
             defaults=self._defaults,
             size_multiple=PATCH * self._vae.spatial,
@@ -471,8 +471,7 @@ def check_shapes(pictures: Sequence[Image]) -> None:
     """Raise `BadRequest` for a picture too long to be seen."""
     for picture in pictures:
         if max(picture.size) > LONGEST * min(picture.size):
-            told = inputs.shown(picture)
-            raise BadRequest(f"{told} is too long; one side may be {LONGEST} times the other", inputs.PICTURE)
+            raise inputs.refused(picture, f"is too long; one side may be {LONGEST} times the other")
 
 
 def config_of(parts: ComponentLoader) -> QwenImageConfig:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.blocks import gelu_tanh
+from sgld.nn.formats import WHOLE, Share
 from sgld.nn.parallel import Axis
-from sgld.nn.weights import WHOLE, Keeper, Share, load_module, pick, read_json
+from sgld.nn.weights import Keeper, load_module, pick, read_json
 
 
 def clean(text: str) -> str:
@@ -254,9 +255,9 @@ def check_shares(c: UMT5Config, ranks: int) -> None:
     if both % ranks:
         allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
         raise BadRequest(
-            f"tp_size: {ranks} workers cannot share the {c.num_heads} heads and {c.d_ff} hidden channels of the text "
+            f"{ranks} workers cannot share the {c.num_heads} heads and {c.d_ff} hidden channels of the text "
             f"encoder evenly; allowed: {allowed}",
-            "tp_size",
+            field="tp_size",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sgld.config import Settings
+from sgld.models.components import ComponentLoader
 from sgld.models.vae import (
     CHUNK_PIXELS,
     CausalConv3d,
@@ -24,11 +26,13 @@ from sgld.models.vae import (
     ResidualBlock,
     RMSNorm,
     Tiling,
+    Vae,
     WanVaeConfig,
     join_tiles,
     vae_config,
 )
 from sgld.nn.weights import Keeper, load_module, weight_files
+from sgld.params import SamplingParams
 
 
 class HalvingConv(CausalConv3d):
@@ -192,6 +196,40 @@ class VaeEncoder:
             columns = range(0, W, t.stride_width)
             rows.append([self.module(x[..., i : i + t.height, j : j + t.width], raise_if_cancelled) for j in columns])
         return join_tiles(rows, t, s)[..., : H // s, : W // s]
+
+
+class WanAutoencoder:
+    """Wan's autoencoder of a model folder: its decoder, and its encoder, which is loaded when it is first used."""
+
+    def __init__(self, parts: ComponentLoader):
+        s, folder, keep = parts.settings, parts.path("vae"), parts.offloader
+        parts.torch_only("vae", "its attention has a single head of many channels")
+        dtype, device = parts.dtype("vae"), parts.mesh.device
+        rows = parts.mesh.all if s.parallel_decode else None
+        self.decoder = Vae(folder, s, dtype, device, keep.keeper("vae"), rows)
+        parts.loaded(self.decoder.module)
+        d = self.decoder
+        self.channels, self.spatial, self.temporal = d.channels, d.spatial, d.temporal
+        self.can_encode = s.vae_config.load_encoder and has_encoder(folder)
+        self.encoder: VaeEncoder | None = None
+        self._load_encoder = partial(VaeEncoder, folder, s, dtype, device, keep.keeper("vae_encoder"))
+        self._offloader = keep
+
+    def grid(self, params: SamplingParams) -> tuple[int, int, int]:
+        """Return frames, rows and columns of an output's latents."""
+        frames = (params.num_frames - 1) // self.temporal + 1
+        return frames, params.height // self.spatial, params.width // self.spatial
+
+    def encode(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        """Encode frames [N, 3, H, W] in [-1, 1] to latents [1, C, T, h, w]; see `VaeEncoder.encode`."""
+        if self.encoder is None:  # most requests bring no picture
+            self.encoder = self._load_encoder()
+        self._offloader.need("vae_encoder")
+        return self.encoder.encode(frames, raise_if_cancelled)
+
+    def decode(self, z: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        """Decode latents [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU."""
+        return self.decoder.decode(z, raise_if_cancelled)
 
 
 def has_encoder(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What Wan's transformers are shown of a picture: channels beside the latents, its first frame, or tokens of CLIP."""
+"""Inputs of Wan's transformers made from a picture: channels beside the latents, a first frame, or CLIP's tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MASK_CHANNELS = 4  # one for each of the frames of a latent frame
 
 @attrs.frozen
 class ImageConditioning:
-    """What the transformer is shown, prepared once for all steps."""
+    """The transformer's inputs from a picture, prepared once for all steps."""
 
     channels: Tensor | None = None  # [1, 4 + C, T, h, w] beside the noisy latents
     first: Tensor | None = None  # [1, C, 1, h, w] in place of their first frame
@@ -33,16 +33,16 @@ class ImageConditioning:
         return 0 if self.first is None else 1
 
     def beside(self, x: Tensor) -> Tensor:
-        """What the transformer takes for latents x [1, C, T, h, w]."""
+        """Join the picture to latents x [1, C, T, h, w]."""
         x = self.finalize_latents(x)
         return x if self.channels is None else torch.cat([x, self.channels.to(x)], 1)
 
     def finalize_latents(self, x: Tensor) -> Tensor:
-        """The latents, with the picture for their first frame where it stays."""
+        """Put the picture in place of the first latent frame, where it stays clean."""
         return x if self.first is None else torch.cat([self.first.to(x), x[:, :, 1:]], 2)
 
 
-NOTHING = ImageConditioning()
+NO_PICTURES = ImageConditioning()
 
 
 class ImageEncoder:
@@ -57,7 +57,7 @@ class ImageEncoder:
         self._prepare = CLIPImageProcessorPil.from_pretrained(parts.path("image_processor"))
 
     def encode(self, pictures: Sequence[Image]) -> Tensor:
-        """[1, L, D], one picture after the other."""
+        """Encode pictures, one after the other, to tokens [1, L, D]."""
         self._parts.offloader.need("image_encoder")
         pixels = self._prepare(images=list(pictures), return_tensors="pt")["pixel_values"]
         weight = next(self._module.parameters())
@@ -66,21 +66,21 @@ class ImageEncoder:
         return tokens
 
 
-def cut(pictures: Sequence[Image], width: int, height: int) -> list[Image]:
-    """Scaled to cover that size in pixels, and cut to it about the centre."""
+def crop(pictures: Sequence[Image], width: int, height: int) -> list[Image]:
+    """Scale pictures to cover a size in pixels, and crop them to it about the centre."""
     return [fit(picture, (width, height), Resampling.LANCZOS) for picture in pictures]
 
 
 def clip_of(pictures: Sequence[Image], frames: int) -> Tensor:
-    """A clip [N, 3, H, W] in [-1, 1] that begins with the first picture and ends with the second; grey between."""
-    shown = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2)
-    known = shown.float() / 255 * 2 - 1  # [1 or 2, 3, H, W]
+    """Build a clip [N, 3, H, W] in [-1, 1], grey between the first picture and the second, its last frame."""
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2)
+    known = pixels.float() / 255 * 2 - 1  # [1 or 2, 3, H, W]
     grey = known.new_zeros(frames - len(known), *known.shape[1:])
     return torch.cat([known[:1], grey, known[1:]])
 
 
 def channels_of(pictures: Sequence[Image], frames: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """The latents of `clip_of` [1, C, T, h, w], below a mask [1, 4, T, h, w] of the frames that they stand for.
+    """Return the latents of `clip_of` [1, C, T, h, w], below a mask [1, 4, T, h, w] of the frames that they stand for.
 
     The first latent frame stands for a single frame, which counts four times.
     """

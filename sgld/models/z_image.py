@@ -19,8 +19,8 @@ from torch import Generator, Tensor, nn
 
 from sgld.errors import ModelError, NotBuilt
 from sgld.messages import Load
-from sgld.models.base import Conditioning, Schedule
-from sgld.models.components import NO_TRUE_CFG, ComponentLoader, NativeModel
+from sgld.models.base import Conditioning, NativeModel, Schedule
+from sgld.models.components import NO_TRUE_CFG, ComponentLoader
 from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import Denoiser, sinusoid
@@ -344,7 +344,7 @@ class ZImage(NativeModel):
             notes.append(note and f"negative {note}")
         else:
             notes += self.unguided(params)
-        counts = {"prompt_tokens": positive.text.shape[1], "latent_tokens": self._tokens(params)}
+        counts: dict[str, Any] = {"prompt_tokens": positive.text.shape[1], "latent_tokens": self._tokens(params)}
         return Conditioning(positive, negative, **counts), [n for n in notes if n]
 
     def _read(self, prompt: str, length: int) -> tuple[BranchInputs, str | None]:
@@ -394,7 +394,7 @@ class ZImage(NativeModel):
             v = v * (bound / torch.linalg.vector_norm(v)).clamp(max=1)
         return v
 
-    def frames(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         return self._vae.decode(x[:, :, 0].to(self._vae.dtype) / self._scale + self._shift, raise_if_cancelled)
 
     def _tokens(self, params: SamplingParams) -> int:
@@ -403,7 +403,7 @@ class ZImage(NativeModel):
         return (params.height // side) * (params.width // side)
 
     def _describe(self) -> ModelInfo:
-        return self.describe(
+        return self.model_info(
             kind="image",
             defaults=self._defaults,
             size_multiple=self._vae.spatial * self._config.patch,

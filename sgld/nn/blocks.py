@@ -9,21 +9,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgld.nn.runner import BlockRunner, PlainRunner
+
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form."""
+    """Apply GELU in its tanh form."""
     return F.gelu(x, approximate="tanh")
 
 
-class Denoiser(nn.Module):
-    """A transformer whose blocks are gone through by `walk`, which brings the weights of each where they wait."""
+class ComputeModule(nn.Module):
+    """A module that casts its inputs to `compute_dtype`, whatever type its weights are stored in.
 
-    walk: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = staticmethod(iter)
+    `load_module` sets the type; a module built by hand computes in float32.
+    """
+
+    compute_dtype: torch.dtype = torch.float32
+
+
+def set_compute_dtype(module: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Set the compute type of every `ComputeModule` in a module, by its name there."""
+    for name, part in module.named_modules():
+        if isinstance(part, ComputeModule):
+            part.compute_dtype = dtype_of(name)
+
+
+class DiffusionTransformer(ComputeModule):
+    """A transformer whose blocks are run by `runner`."""
+
+    runner: BlockRunner = PlainRunner()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
+    def dtype(self) -> torch.dtype:  # until every family says compute_dtype
+        """Return `compute_dtype`."""
+        return self.compute_dtype
+
+    def walk(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:  # until every family calls runner.run
+        """Visit blocks with their weights loaded."""
+        return self.runner.visit(blocks)
+
+
+Denoiser = DiffusionTransformer  # until every family is migrated
 
 
 class Embedder(nn.Module):
@@ -37,6 +62,21 @@ class Embedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear_2(self.activation(self.linear_1(x)))
+        return y
+
+
+class TimestepEmbedder(ComputeModule):
+    """Sinusoids of times, then linear, SiLU, linear; keys `linear_1`, `linear_2`."""
+
+    def __init__(self, frequencies: int, dim: int, bias: bool = True):
+        super().__init__()
+        self.frequencies = frequencies
+        self.linear_1 = nn.Linear(frequencies, dim, bias=bias)
+        self.linear_2 = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed times t [K] in [0, 1000] as [K, C]."""
+        y: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid(t, self.frequencies).to(self.compute_dtype))))
         return y
 
 
@@ -68,7 +108,7 @@ class FeedForward(nn.Module):
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of times t [B] -> [B, dim], cosines first (Ho et al. 2020)."""
+    """Embed times t [B] as sinusoids [B, dim], cosines first (Ho et al. 2020)."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * frequency

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sgld.errors import BadRequest, ModelError, NotBuilt
+from sgld.nn.lora_files import bad_file, config_file, find_file, listed_names
 from sgld.nn.weights import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape
@@ -38,7 +39,6 @@ _PREFIXES = (
     "base_model.model.", "peft_model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "transformer_2.",
     "lora_unet_", "lora_transformer_",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # initializations that also rewrite the model's weights
 
 
@@ -110,42 +110,6 @@ def read_adapter(path: Path) -> Adapter:
     return _sort(file, tensors, rules)
 
 
-def find_file(path: Path) -> Path:
-    """The safetensors file that `read_adapter` reads."""
-    if path.is_dir():
-        return _only_file(path)
-    if not path.is_file():
-        raise BadRequest(f"lora_path: {str(path)!r}: no such file or folder", "lora_path")
-    return _safetensors(path)
-
-
-def config_file(path: Path, file: Path) -> Path | None:
-    """The adapter_config.json that goes with `file`: a folder's, or the one beside PEFT's own file name."""
-    config = file.parent / "adapter_config.json"
-    return config if config.is_file() and (path != file or file.name == "adapter_model.safetensors") else None
-
-
-def _only_file(folder: Path) -> Path:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    found = [name for name in names if name.endswith(".safetensors")]
-    if len(found) == 1:
-        return folder / found[0]
-    if found:
-        raise _bad(folder, f"holds {_listed(found)}; name one of these files")
-    for name in names:
-        if name.endswith(_PICKLES):
-            _safetensors(folder / name)
-    raise _bad(folder, "holds no .safetensors file")
-
-
-def _safetensors(file: Path) -> Path:
-    if file.suffix in _PICKLES:
-        raise _bad(file, "is a pickle, which may run code when it is read; convert it to .safetensors")
-    if file.suffix != ".safetensors":
-        raise _bad(file, "is no .safetensors file")
-    return file
-
-
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, in memory of their own for the file may change, and metadata."""
     try:
@@ -153,7 +117,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a dict
             return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise _bad(file, f"is corrupt or truncated: {error}") from None
+        raise bad_file(file, f"is corrupt or truncated: {error}") from None
 
 
 def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapter:
@@ -171,16 +135,16 @@ def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapt
             layer, part = f"{layer}.modulation", "diff"
         parts = layers.setdefault(component, {}).setdefault(layer, {})
         if part in parts:
-            raise _bad(file, f"both {parts[part].key!r} and {key!r} are the {part} of one layer")
+            raise bad_file(file, f"both {parts[part].key!r} and {key!r} are the {part} of one layer")
         if part == "alpha" and not tensor.is_floating_point() and tensor.dtype != torch.bool:
             tensor = tensor.float()  # as kohya's tools write it
         if not _is_finite(tensor):
-            raise _bad(file, f"{key!r} holds values that are no finite floating-point numbers")
+            raise bad_file(file, f"{key!r} holds values that are no finite floating-point numbers")
         parts[part] = Stored(key, tensor)
     if len(slots - {None}) > 1:
-        raise _bad(file, f"holds several adapters: {_listed(sorted(slots - {None}))}; save them one by one")
+        raise bad_file(file, f"holds several adapters: {listed_names(sorted(slots - {None}))}; save them one by one")
     if not layers:
-        raise _bad(file, f"holds no LoRA key; it has {_listed(unknown) or 'none at all'}")
+        raise bad_file(file, f"holds no LoRA key; it has {listed_names(unknown) or 'none at all'}")
     return Adapter(file, layers, tuple(unknown), rules)
 
 
@@ -208,17 +172,6 @@ def _unprefixed(layer: str) -> tuple[str, str]:
     return component, layer
 
 
-def _bad(file: Path, reason: str) -> BadRequest:
-    return BadRequest(f"lora_path: {file.name!r} {reason}", "lora_path")
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-# -------------------------------------------------------------------------------------------------- alpha, config
-
-
 def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) -> AlphaRules:
     """From adapter_config.json, or diffusers' copy of it in the file's metadata, or plain metadata."""
     config = _config(file, metadata)
@@ -226,14 +179,14 @@ def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) ->
         try:
             config = read_json(config_file)
         except ModelError as error:
-            raise BadRequest(f"lora_path: {error}", "lora_path") from None
+            raise BadRequest(f"{error}", field="lora_path") from None
     _check_kind(file, config)
     named = {name: metadata[name] for name in ("lora_alpha", "network_alpha", "alpha") if name in metadata}
     if config.get("lora_alpha") is not None:
         named["adapter config's lora_alpha"] = config["lora_alpha"]
     alphas = {name: _number(file, name, value) for name, value in named.items()}
     if len(set(alphas.values())) > 1:
-        raise _bad(file, f"says two alphas: {', '.join(f'{name} {value}' for name, value in alphas.items())}")
+        raise bad_file(file, f"says two alphas: {', '.join(f'{name} {value}' for name, value in alphas.items())}")
     pattern = {key: _number(file, "alpha_pattern", value) for key, value in (config.get("alpha_pattern") or {}).items()}
     for key in pattern:
         _check_pattern(file, key)
@@ -245,17 +198,17 @@ def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError as error:
-        raise _bad(file, f"has metadata that is no JSON: {error}") from None
+        raise bad_file(file, f"has metadata that is no JSON: {error}") from None
     if not isinstance(config, dict):
-        raise _bad(file, "has a lora_adapter_metadata that is no JSON object")
+        raise bad_file(file, "has a lora_adapter_metadata that is no JSON object")
     parts: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
         component, _, name = key.rpartition(".")
         parts.setdefault(component, {})[name] = value
     if len({json.dumps(_alpha_keys(part), sort_keys=True) for part in parts.values()}) > 1:
         raise NotBuilt(
-            f"lora_path: {file.name!r} has other alphas for each transformer; save each in a file of its own",
-            "lora_path",
+            f"{file.name!r} has other alphas for each transformer; save each in a file of its own",
+            field="lora_path",
         )
     return next(iter(parts.values()), {})
 
@@ -267,18 +220,18 @@ def _alpha_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise NotBuilt(f"lora_path: {file.name!r} is a {kind} adapter; only LoRA and DoRA are built", "lora_path")
+        raise NotBuilt(f"{file.name!r} is a {kind} adapter; only LoRA and DoRA are built", field="lora_path")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         reason = f"was started with {start!r}, which changes the model's own weights; convert it to a plain LoRA"
-        raise NotBuilt(f"lora_path: {file.name!r} {reason}", "lora_path")
+        raise NotBuilt(f"{file.name!r} {reason}", field="lora_path")
 
 
 def _check_pattern(file: Path, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise _bad(file, f"has an alpha_pattern {pattern!r} that is no regular expression: {error}") from None
+        raise bad_file(file, f"has an alpha_pattern {pattern!r} that is no regular expression: {error}") from None
 
 
 def _number(file: Path, name: str, value: Any) -> float:
@@ -287,7 +240,7 @@ def _number(file: Path, name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise _bad(file, f"has {name} {value!r}; a finite number is needed")
+        raise bad_file(file, f"has {name} {value!r}; a finite number is needed")
     return number
 
 
@@ -367,9 +320,9 @@ def fit(
             faults += [f"{stored.key} ({reason})" for stored in parts.values()]
     if faults and (strict or not layers):
         share = f"{len(faults)} of {sum(map(len, spelled.values())) + len(adapter.unknown)} keys"
-        raise _bad(adapter.file, f"does not fit the model's {component}: {share}: {_listed(faults)}")
+        raise bad_file(adapter.file, f"does not fit the model's {component}: {share}: {listed_names(faults)}")
     if not layers:
-        raise _bad(adapter.file, f"holds nothing for the model's {component}")
+        raise bad_file(adapter.file, f"holds nothing for the model's {component}")
     return Fitted(layers, tuple(faults))
 
 
@@ -462,7 +415,7 @@ def _delta(
         rank = _rank(down, up, shape)
         scale = rules.scale(spelled, rank, _alpha(stored.get("alpha")), alpha)
     elif diff is None and "diff_b" not in stored:
-        raise Misfit(f"only {_listed(list(parts))}, no weights")
+        raise Misfit(f"only {listed_names(list(parts))}, no weights")
     elif "up_bias" in stored:
         raise Misfit("has a bias of lora_B without lora_B")
     if diff is not None and tuple(diff.shape) != shape:

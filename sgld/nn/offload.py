@@ -1,4 +1,4 @@
-"""Residency: which components hold their weights now, where some of them wait elsewhere until they are needed.
+"""Offload weights: load each component's when it is needed, and drop them afterwards.
 
 On CUDA they wait in host memory, pinned if asked; on a CPU in their files, which are mapped anew. Meanwhile the
 parameters are placeholders: of the right shape, type and device, but with a single number behind them.
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from sgld.config import TRANSFORMERS, Settings
 from sgld.errors import BadRequest
-from sgld.nn.weights import Keeper, Source
+from sgld.nn.formats import Source
+from sgld.nn.runner import BlockRunner, PlainRunner
+from sgld.nn.weights import Keeper
 from sgld.platform import Platform
 
 Change = Callable[[Tensor], Tensor]  # a weight as it is stored, to the weight as it shall be; never in place
@@ -43,49 +45,51 @@ class Offloaded:
         if not platform.offloads_to_files:
             host = attrs.evolve(stored, device=torch.device("cpu"))
             self._host = {name: platform.pin(x) if pin else x for name, x in host.read(self._shapes)}
-        blocks = [f"{name}.{i}." for name in layers for i in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
-        self._blocks = [[name for name in self._shapes if name.startswith(block)] for block in blocks]
+        found = {block: f"{name}.{i}." for name in layers for i, block in module.get_submodule(name).named_children()}
+        self._index = {block: i for i, block in enumerate(found)}
+        self._blocks = [[name for name in self._shapes if name.startswith(prefix)] for prefix in found.values()]
         in_blocks = set(itertools.chain(*self._blocks))
         self._always = [name for name in self._shapes if name not in in_blocks]
         self._prefetcher = platform.prefetcher()
-        self._coming: Callable[[], dict[str, Tensor]] | None = None  # the first block, for the next walk
+        self._coming: tuple[int, Callable[[], dict[str, Tensor]]] | None = None  # the block that is read ahead
         self._held = False
         self._fill(self._placeholders)
 
     @property
     def held_bytes(self) -> int:
-        """What the module takes at most while it is needed: all of it, or two blocks and what stands around them."""
+        """Return the most bytes loaded at once: the whole module, or two blocks and the weights outside all blocks."""
         sizes = sorted((self._bytes(names) for names in self._blocks), reverse=True)
         return self._bytes(self._always) + sum(sizes[:2])
 
     def change(self, changes: Mapping[str, Change]) -> None:
-        """Let these weights, and no others, differ from what is stored, from the next time they come."""
+        """Change these weights, and no others, each time that they are loaded."""
         self.drop()
         self._changes = changes
 
     def load(self) -> None:
-        """Bring the weights; of a module in layers those outside them, for `walk` brings the others."""
+        """Load the weights; of a module in blocks only those outside the blocks, for `visit` loads the others."""
         if not self._held:
             self._fill(self._read(self._always))
             self._held = True
 
     def drop(self) -> None:
-        """Let all weights go."""
+        """Drop all weights."""
         self._coming = None
         if self._held:
             self._fill(self._placeholders)
             self._held = False
 
-    def walk(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-        """Each of the layers with its weights until the next is asked for, which is read meanwhile."""
-        coming, self._coming = self._coming or self._start(0), None
-        for i, block in enumerate(blocks):
-            self._fill(coming())
-            coming = self._start((i + 1) % len(self._blocks))
+    def visit(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        """Yield each block with its weights loaded, and read the next one's meanwhile."""
+        for block in blocks:
+            i = self._index[block]
+            ready = self._coming[1] if self._coming is not None and self._coming[0] == i else self._start(i)
+            self._fill(ready())
+            following = (i + 1) % len(self._blocks)
+            self._coming = following, self._start(following)
             yield block
             self._platform.synchronize()  # what still computes with the weights
             self._fill({name: self._placeholders[name] for name in self._blocks[i]})
-        self._coming = coming
 
     def _start(self, i: int) -> Callable[[], dict[str, Tensor]]:
         return self._prefetcher.start(partial(self._read, self._blocks[i], touch=True))
@@ -113,6 +117,16 @@ class Offloaded:
         return sum(self._stored.kind(name).itemsize * math.prod(self._shapes[name]) for name in names)
 
 
+class OffloadRunner(PlainRunner):
+    """Runs blocks whose weights are loaded one block ahead."""
+
+    def __init__(self, weights: Offloaded):
+        self._weights = weights
+
+    def visit(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        return self._weights.visit(blocks)
+
+
 OFFLOADED = {  # by the flag: the components, and the VAE's encoder, which is loaded apart
     "text_encoder_cpu_offload": ("text_encoder", "text_encoder_2", "text_encoder_3", "connectors"),
     "image_encoder_cpu_offload": ("image_encoder",),
@@ -131,16 +145,16 @@ class Offloader:
 
     @classmethod
     def of(cls, settings: Settings, platform: Platform, components: Container[str]) -> Offloader:
-        """As the settings ask. Raises `BadRequest` for a flag that no component of the model answers to."""
+        """Build from the settings. Raises `BadRequest` for a flag that no component of the model answers to."""
         asked = {flag: names for flag, names in OFFLOADED.items() if getattr(settings, flag)}
         for flag, names in asked.items():
             if not any(name in components for name in names):
-                raise BadRequest(f"{flag}: this model has no {names[0]}; leave it out", flag)
+                raise BadRequest(f"this model has no {names[0]}; leave it out", field=flag)
         layerwise = asked.pop("dit_layerwise_offload", ())
         return cls(platform, settings.pin_cpu_memory, set(itertools.chain(*asked.values())), layerwise)
 
     def keeper(self, name: str, layers: Sequence[str] = ()) -> Keeper | None:
-        """Where `load_module` leaves that component; None for one that stays. `layers` names its lists of blocks."""
+        """Return the taker of a component for `load_module`, or None. `layers` names its lists of blocks."""
         if name not in self._whole and name not in self._layerwise:
             return None
 
@@ -151,19 +165,19 @@ class Offloader:
         return keep
 
     def changer(self, name: str) -> Callable[[Mapping[str, Change]], None] | None:
-        """Where changes of that component's weights go, if it is offloaded."""
+        """Return the taker of changes to an offloaded component's weights, or None."""
         return self._parts[name].change if name in self._parts else None
 
-    def walker(self, name: str) -> Callable[[Iterable[nn.Module]], Iterator[nn.Module]]:
-        """How to go through its list of blocks."""
-        return self._parts[name].walk if name in self._parts and name in self._layerwise else iter
+    def runner(self, name: str) -> BlockRunner:
+        """Return the runner of a transformer's blocks."""
+        return OffloadRunner(self._parts[name]) if name in self._parts and name in self._layerwise else PlainRunner()
 
     def held_bytes(self, name: str) -> int:
-        """What needing that component adds to the weights that stay."""
+        """Return the bytes that loading the component adds to the resident weights."""
         return self._parts[name].held_bytes if name in self._parts else 0
 
     def need(self, name: str) -> None:
-        """Let that component hold its weights, and no other offloaded one; it may be one that stays."""
+        """Load the component's weights and drop those of every other offloaded one."""
         for other, part in self._parts.items():
             if other != name:
                 part.drop()
@@ -171,6 +185,6 @@ class Offloader:
             self._parts[name].load()
 
     def release_all(self) -> None:
-        """Let all offloaded weights go."""
+        """Drop all offloaded weights."""
         for part in self._parts.values():
             part.drop()

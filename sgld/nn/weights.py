@@ -1,27 +1,26 @@
-"""Strict loading of safetensors: every tensor of the module, no other, in the right shape."""
+"""Load weights strictly: every tensor of a module, no other, in the right shape; and read config.json files."""
 
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import attrs
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sgld.convert import fields_of, shorten, type_name
 from sgld.errors import ModelError, nearest
-from sgld.nn.parallel import Axis
+from sgld.nn.blocks import set_compute_dtype
+from sgld.nn.formats import SAFETENSORS, WHOLE, Share, Source, WeightFormat
 
 M = TypeVar("M", bound=nn.Module)
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-MAPPED_TENSORS = 16  # that one mapping of a file serves: its pages count as ours until it is closed
 INERT = {"dropout", "in_channels", "clip_output"}  # keys of diffusers' components that change no output
 
 
@@ -73,6 +72,43 @@ def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) ->
             raise ModelError(f"{file}: {key} is {given!r}; only {value!r} is supported")
 
 
+class Architecture:
+    """The numbers of a transformer's config.json; families subclass it with attrs."""
+
+    supported: ClassVar[Mapping[str, object]] = {}  # the only value of a key that the code can follow
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of a block."""
+        raise NotImplementedError
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels of a head."""
+        raise NotImplementedError
+
+    def fault(self) -> str | None:
+        """Return the reason why numbers that are valid one by one cannot be used together."""
+        return None
+
+
+C = TypeVar("C", bound=Architecture)
+
+
+def read_architecture(file: Path, cls: type[C]) -> C:
+    """Read a transformer's config.json.
+
+    Raises:
+        ModelError: another architecture.
+    """
+    given = read_json(file)
+    require(given, file, cls.supported)
+    config: C = pick(given, cls, file)
+    if (fault := config.fault()) is not None:
+        raise ModelError(f"{file}: {fault}")
+    return config
+
+
 def _check_type(where: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
         raise ModelError(f"{where}: {shorten(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
@@ -117,82 +153,6 @@ class Uninitialized(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@attrs.frozen
-class Share:
-    """The part of a module that one rank of `axis` has: of some tensors an equal part along one dimension."""
-
-    axis: Axis
-    dims: Callable[[str], int | None]  # by name; None: the whole tensor
-
-    def shape(self, name: str, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Of this rank's part."""
-        dim = self.dims(name)
-        return tuple(n // self.axis.size if i == dim else n for i, n in enumerate(whole))
-
-    def cut(self, name: str, whole: Any) -> Tensor:
-        """This rank's part of a slice of safetensors; nothing else is read."""
-        dim = self.dims(name)
-        each = 0 if dim is None else whole.get_shape()[dim] // self.axis.size
-        own = slice(self.axis.index * each, (self.axis.index + 1) * each)
-        part: Tensor = whole[(slice(None),) * (dim or 0) + (slice(None) if dim is None else own,)]
-        return part
-
-
-WHOLE = Share(Axis(), lambda _: None)
-
-
-@attrs.frozen
-class Source(ABC):
-    """Where a module's tensors come from, and what becomes of them: a type, and a device."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def kind(self, name: str) -> torch.dtype:
-        """The type of one of them."""
-        return self.dtype
-
-    @abstractmethod
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those tensors, on the device."""
-
-
-@attrs.frozen
-class Stored(Source):
-    """Tensors in files, checked."""
-
-    files: Mapping[str, tuple[Path, str]]  # by the module's name: the file, and the name there
-    share: Share = WHOLE
-    precise: frozenset[str] = frozenset()  # parts of names, between dots, of what is float32
-
-    def kind(self, name: str) -> torch.dtype:
-        return self.dtype if self.precise.isdisjoint(name.split(".")) else torch.float32
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those tensors; on a CPU they are the mapped files themselves where these hold the type that is wanted.
-
-        Raises:
-            ModelError: a file is not what it was.
-        """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name][0], []).append(name)
-        for file, inside in by_file.items():
-            for i in range(0, len(inside), MAPPED_TENSORS):
-                with _open(file) as tensors:
-                    for name in inside[i : i + MAPPED_TENSORS]:
-                        try:
-                            tensor = self._get(tensors, name)
-                        except SafetensorError as error:
-                            raise ModelError(f"{file}: it has changed since it was checked: {error}") from None
-                        yield name, tensor.to(self.device, self.kind(name))
-
-    def _get(self, file: Any, name: str) -> Tensor:
-        key = self.files[name][1]
-        whole: Tensor = file.get_tensor(key) if self.share is WHOLE else self.share.cut(name, file.get_slice(key))
-        return whole
-
-
 Keeper = Callable[[nn.Module, Source], None]  # takes a module, and where its weights are
 
 
@@ -206,54 +166,38 @@ def load_module(
     offload: Keeper | None = None,
     share: Share = WHOLE,
     precise: Iterable[str] = (),
+    weight_format: WeightFormat = SAFETENSORS,
 ) -> M:
     """The module that `build` makes, with the weights of `folder`, ready for inference.
 
-    `tied` names a tensor that may stand in the file under another name or twice; a file's tensors whose names
-    begin with one of `unused` are passed over. With `offload` nothing is read but the headers: the module goes there
-    on the meta device, to be filled later. `build` makes a module of the size that `share` leaves of each tensor.
-    Tensors that one of `precise` is part of the name of, between dots, are float32 whatever `dtype` is.
+    `tied` names a tensor that may stand in the file under another name or twice. Tensors of the file whose names begin
+    with one of `unused`, which may hold wildcards, are passed over. With `offload` only headers are read: the module
+    goes there on the meta device, to be filled later. `build` makes a module of the size that `share` leaves of each
+    tensor. Tensors that one of `precise` is part of the name of, between dots, are float32 whatever `dtype` is.
 
     Raises:
         ModelError: a file that is corrupt, or lacks tensors, or has more, or has other shapes.
     """
     with torch.device("meta"), Uninitialized():
         module = build()
+        weight_format.prepare(module)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     files = weight_files(folder)
-    found = _shapes(files, tied or {}, tuple(unused))
+    found = {
+        (tied or {}).get(header.key, header.key): header
+        for header in weight_format.headers(files)
+        if not any(fnmatchcase(header.key, f"{prefix}*") for prefix in unused)
+    }
     where = files[0] if len(files) == 1 else folder
-    _check(where, wanted, {name: share.shape(name, shape) for name, (_, _, shape) in found.items()})
-    places = {name: (file, key) for name, (file, key, _) in found.items()}
-    stored = Stored(dtype, device, places, share, frozenset(precise))
+    _check(where, wanted, {name: share.shape(name, header.shape) for name, header in found.items()})
+    stored = weight_format.source(found, dtype, device, share, frozenset(precise))
+    set_compute_dtype(module, stored.kind)
     module.eval().requires_grad_(False)
     if offload is None:
         module.load_state_dict(dict(stored.read(wanted)), assign=True)
     else:
         offload(module, stored)
     return module
-
-
-def _shapes(
-    files: list[Path], tied: Mapping[str, str], unused: tuple[str, ...]
-) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Files, names in them and shapes, from the headers."""
-    shapes = {}
-    for file in files:
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if not (unused and name.startswith(unused)):
-                    shapes[tied.get(name, name)] = file, name, tuple(tensors.get_slice(name).get_shape())
-    return shapes
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise ModelError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: corrupt or truncated: {error}") from None
 
 
 def _check(where: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

@@ -61,7 +61,7 @@ class Adapters:
         """The adapters that were last set, with another strength. Raises `BadRequest` where there are none."""
         names = self._known(command.target)
         if not names:
-            raise BadRequest(f"target: no adapter was set for {command.target!r}; set one first", "target")
+            raise BadRequest(f"no adapter was set for {command.target!r}; set one first", field="target")
         settings = dict(self._settings)
         for name in names:
             part, uses = settings[name].part, settings[name].uses
@@ -96,7 +96,7 @@ class Adapters:
         try:
             return self._settings_of(loras, "auto")
         except BadRequest as error:
-            raise BadRequest(f"loras{error.message.removeprefix(str(error.param))}", "loras") from None
+            raise error.renamed("loras") from None
 
     def release(self) -> None:
         """Give up the memory of merged weights that are kept for later outputs."""
@@ -134,7 +134,7 @@ class Adapters:
         if others and lora.strict:
             shown = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
             reason = f"holds {len(others)} keys for parts that this model has not: {shown}"
-            raise BadRequest(f"lora_path: {adapter.file.name!r} {reason}", "lora_path")
+            raise BadRequest(f"{adapter.file.name!r} {reason}", field="lora_path")
         return others
 
     def _components(self, lora: LoraUse, adapter: Adapter) -> list[str]:
@@ -143,7 +143,7 @@ class Adapters:
             return [lora.target]
         found = [name for name in self._layers if adapter.has(name)]
         if not found:
-            raise BadRequest(f"lora_path: {adapter.file.name!r} holds nothing for this model", "lora_path")
+            raise BadRequest(f"{adapter.file.name!r} holds nothing for this model", field="lora_path")
         return found
 
     def _known(self, target: str) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgld import config
 from sgld.errors import OutOfMemory, SgldError, first_line
@@ -32,7 +32,6 @@ from sgld.messages import (
     LoraState,
     Media,
     MergeLora,
-    Note,
     Progress,
     RankAssignment,
     SetLora,
@@ -43,8 +42,12 @@ from sgld.messages import (
     UnmergeLora,
     send,
 )
-from sgld.params import ModelInfo
+from sgld.params import ModelInfo, OutputParams
 from sgld.worker.interface import interface_to
+
+if TYPE_CHECKING:
+    from sgld.worker.run_context import RunContext
+    from sgld.worker.sampler import SharedEncoding
 
 
 def run_rank(assignment: RankAssignment, connection: Connection) -> None:
@@ -109,7 +112,8 @@ class Worker:
             if isinstance(command, Load):
                 return Done(self._load(command))
             if isinstance(command, Generate):
-                return Done(self._generate(command))
+                self._generate(command)
+                return Done()
             return Done(self._adapt(command))
         except Stopped as stopped:
             return Cancelled(stopped.where)
@@ -134,23 +138,34 @@ class Worker:
     def _loading(self, step: int, total: int) -> None:
         self._emit(Progress("", "load", step, total))
 
-    def _generate(self, command: Generate) -> Media | None:
+    def _generate(self, command: Generate) -> None:
         from sgld.worker.run_context import RunContext
+        from sgld.worker.sampler import SharedEncoding
+
+        shared = SharedEncoding()
+        for item in command.items:
+            more = item is not command.items[-1]
+            context = RunContext(
+                command.job_id, self.mesh, self._connection, self.platform.synchronize, item=item.index, more=more
+            )
+            self._make(item.params, context, command.previews, shared)
+
+    def _make(self, params: OutputParams, context: RunContext, previews: int, shared: SharedEncoding) -> None:
+        """Make one output, and send it from rank 0."""
         from sgld.worker.sampler import sample
 
-        for warning in self._adapters.activate(command.params.loras):
-            self._emit(Note(command.job_id, warning))
-        needs = self._family.info.memory_needs(command.params)
+        for warning in self._adapters.activate(params.loras):
+            context.note(warning)
+        needs = self._family.info.memory_needs(params)
         if max(needs.values(), default=0) > self.platform.free_memory():
             self._adapters.release()
-        context = RunContext(command.job_id, self.mesh, self._connection, self.platform.synchronize)
-        frames, sound = sample(self._family, command.params, context, command.previews)
-        if self.mesh.rank != 0:
-            return None
-        timings = Timings(context.stages_ms, context.steps_ms, self.platform.peak_memory())
-        heard = None if sound is None else Audio(sound.samples.float().cpu().numpy(), sound.rate)
-        shared = SharedFrames.of(frames.numpy())
-        return Media(shared, command.params.fps, command.params.seed, timings, context.tokens, heard)
+        frames, sound = sample(self._family, params, context, previews, shared)
+        with context.rank0_alone():
+            if self.mesh.rank == 0:
+                timings = Timings(context.stages_ms, context.steps_ms, self.platform.peak_memory())
+                audio = None if sound is None else Audio(sound.samples.float().cpu().numpy(), sound.rate)
+                shared_frames = SharedFrames.of(frames.numpy())
+                context.output(Media(shared_frames, params.fps, params.seed, timings, context.tokens, audio))
 
     def _adapt(self, command: LoraCommand) -> LoraState | None:
         adapters = self._adapters
@@ -174,10 +189,10 @@ def _failed(error: Exception, *, out_of_memory: bool = False) -> Failed:
     trace = "".join(traceback.format_exception(error))
     if out_of_memory:
         hint = "ask for fewer frames, a smaller size, or more workers"
-        return Failed(OutOfMemory.code, f"out of memory: {hint} ({first_line(error)})", None, trace)
+        return Failed(OutOfMemory(f"out of memory: {hint} ({first_line(error)})"), trace)
     if isinstance(error, SgldError):
-        return Failed(error.code, error.message, error.param, trace)
-    return Failed(SgldError.code, f"{type(error).__name__}: {first_line(error)}", None, trace)
+        return Failed(error, trace)
+    return Failed(SgldError(f"{type(error).__name__}: {first_line(error)}"), trace)
 
 
 def _prepare_process(assignment: RankAssignment) -> None:

@@ -1,4 +1,4 @@
-"""Hook: how a generation reports its progress, hears of a cancel, and times itself."""
+"""RunContext: progress, cancellation and timings of one output."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from sgld.messages import Cancel, Event, Note, Preview, Progress, SharedFrames, Tokens, send
+from sgld.messages import Cancel, Event, Media, Note, OutputReady, Preview, Progress, SharedFrames, Tokens, send
 from sgld.nn.parallel import Mesh
 
 PROGRESS_S = 0.1  # between two reports within one stage, at least: each wakes two threads of the parent
 
 
 class Stopped(Exception):
-    """A cancel was heard; all ranks stop in the same place."""
+    """A cancel arrived. All ranks stop in one place."""
 
     def __init__(self, where: str):
         super().__init__(f"stopped in {where}")
@@ -25,39 +25,57 @@ class Stopped(Exception):
 
 
 class RunContext:
-    """One generation's line to the executor. The same calls are made on every rank; rank 0 talks."""
+    """One output's connection to the executor. Every rank makes the same calls, and rank 0 sends.
 
-    def __init__(self, job_id: str, mesh: Mesh, connection: Connection, synchronize: Callable[[], None] = lambda: None):
-        self.job_id = job_id
+    `more` says that further items of the command follow: then a rank 0 that fails alone must stop its peers.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        mesh: Mesh,
+        connection: Connection,
+        synchronize: Callable[[], None] = lambda: None,
+        *,
+        item: int = 0,
+        more: bool = False,
+    ):
+        self.job_id, self.item = job_id, item
         self.stages_ms: dict[str, float] = {}
         self.steps_ms: list[float] = []
         self.tokens = Tokens()
         self._mesh = mesh
         self._connection = connection
         self._synchronize = synchronize  # a GPU's kernels have not run when their launch returns
+        self._more = more
         self._stage, self._total, self._step = "", 0, 0
-        self._told = 0.0  # when progress was last reported
+        self._reported = 0.0  # when progress was last sent
         self._cancelled = False
 
     @contextmanager
-    def stage(self, name: str, total: int = 1) -> Iterator[None]:
-        """Time `name` and report its start, its end and some of its steps; a cancel is heard on the way in."""
-        self._stage, self._total, self._step = name, total, 0
+    def stage(self, name: str, total: int = 1, done: int = 0) -> Iterator[None]:
+        """Time a stage of `total` steps, of which `done` were made before, and report its start, steps and end.
+
+        Raises:
+            Stopped: a cancel arrived before the stage.
+        """
+        self._stage, self._total, self._step = name, total, done
         self.raise_if_cancelled_on_all_ranks()
-        self._tell()
+        self._report()
         start = time.perf_counter()
         yield
         self._synchronize()
         self.stages_ms[name] = self.stages_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
         if self._step < total:
             self._step = total
-            self._tell()
+            self._report()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step of the current stage: all ranks agree whether to stop, then it is timed.
+        """Time one step of the current stage, and report it if it is the last or no report has just been sent.
 
-        The last one is always reported; others unless a report has just gone out.
+        Raises:
+            Stopped: a cancel arrived before the step.
         """
         self.raise_if_cancelled_on_all_ranks()
         start = time.perf_counter()
@@ -65,20 +83,24 @@ class RunContext:
         self._synchronize()
         self.steps_ms.append(1e3 * (time.perf_counter() - start))
         self._step += 1
-        if self._step == self._total or time.perf_counter() - self._told >= PROGRESS_S:
-            self._tell()
+        if self._step == self._total or time.perf_counter() - self._reported >= PROGRESS_S:
+            self._report()
+
+    def agree(self, flag: bool) -> bool:
+        """Return rank 0's flag on every rank."""
+        return self._mesh.agree(flag)
 
     def raise_if_cancelled_on_all_ranks(self) -> None:
-        """Raise `Stopped` on every rank alike once a cancel for this job has arrived."""
-        if self._mesh.agree(self._heard()):
+        """Raise `Stopped` on every rank once rank 0 has received a cancel of this job. All ranks must call it."""
+        if self._mesh.agree(self._is_cancelled()):
             raise Stopped(self._where)
 
     def raise_if_cancelled(self) -> None:
-        """The same in the middle of what rank 0 does alone, while its peers have ended: no collective."""
-        if self._heard():
+        """Raise `Stopped` on rank 0 alone, in work that its peers take no part in. No collective runs."""
+        if self._is_cancelled():
             raise Stopped(self._where)
 
-    def _heard(self) -> bool:
+    def _is_cancelled(self) -> bool:
         while self._mesh.rank == 0 and not self._cancelled and self._connection.poll():
             message = self._connection.recv()
             self._cancelled = isinstance(message, Cancel) and message.job_id == self.job_id
@@ -88,8 +110,28 @@ class RunContext:
     def _where(self) -> str:
         return f"{self._stage}, step {self._step + 1} of {self._total}"
 
+    @contextmanager
+    def rank0_alone(self) -> Iterator[None]:
+        """Wrap the work that rank 0 does alone at the end of an item: where it fails, its peers make no further item.
+
+        Raises:
+            Stopped: on the other ranks, when rank 0 has failed or stopped.
+        """
+        try:
+            yield
+        except BaseException:
+            if self._more and self._mesh.rank == 0:
+                self._mesh.agree(True)
+            raise
+        if self._more and self._mesh.agree(False):
+            raise Stopped(self._where)
+
     def from_rank0(self, like: Tensor, work: Callable[[], Tensor]) -> Tensor:
-        """What `work` makes on rank 0, a tensor like `like`, on every rank. Where it fails, the other ranks stop."""
+        """Run `work` on rank 0 and return its tensor, shaped like `like`, on every rank.
+
+        Raises:
+            Stopped: on the other ranks, when `work` has failed.
+        """
         made = torch.empty_like(like, device=self._mesh.device)
         try:
             if self._mesh.rank == 0:
@@ -114,15 +156,20 @@ class RunContext:
         except Stopped:
             return
         if self._mesh.rank == 0:
-            self._send(Preview(self.job_id, index, self._step, self._total, SharedFrames.of(frames.numpy())))
-
-    def _tell(self) -> None:
-        self._told = time.perf_counter()
-        self._send(Progress(self.job_id, self._stage, self._step, self._total))
+            shared = SharedFrames.of(frames.numpy())
+            self._send(Preview(self.job_id, index, self._step, self._total, shared, self.item))
 
     def note(self, text: str) -> None:
-        """A warning for the user."""
-        self._send(Note(self.job_id, text))
+        """Send a warning for the user."""
+        self._send(Note(self.job_id, text, self.item))
+
+    def output(self, media: Media) -> None:
+        """Send the finished output."""
+        self._send(OutputReady(self.job_id, self.item, media))
+
+    def _report(self) -> None:
+        self._reported = time.perf_counter()
+        self._send(Progress(self.job_id, self._stage, self._step, self._total, self.item))
 
     def _send(self, event: Event) -> None:
         if self._mesh.rank == 0:

@@ -1,7 +1,7 @@
-"""Canvas: a generation that starts from a picture, noised to the middle of the schedule.
+"""SDEdit: start denoising from a picture, noised to the middle of the schedule.
 
-SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073); with a mask, what it leaves alone is put back after each
-step, noised as far as the rest.
+Meng et al. 2021, https://arxiv.org/abs/2108.01073. With a mask, the latents outside it are replaced after each step by
+the picture's, at the current noise level.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from sgld import inputs
 from sgld.inputs import Input
 from sgld.models.base import DiffusionModel
-from sgld.params import SamplingParams
+from sgld.params import OutputParams
 from sgld.worker.run_context import RunContext
 
 
 @attrs.frozen
 class SDEditStart:
-    """The picture's latents and the noise [1, C, ..., h, w], and what a mask lets change of them [h, w]."""
+    """A picture to start from. Everything but the noise is the same for all items of a request."""
 
-    clean: Tensor
-    noise: Tensor
+    clean: Tensor  # [1, C, ..., h, w], the picture's latents
+    noise: Tensor  # [1, C, ..., h, w]
     source: Input
-    free: Tensor | None
+    free: Tensor | None  # [h, w], the latent pixels that the mask lets change
 
     @classmethod
     def prepare(
-        cls, family: DiffusionModel, params: SamplingParams, context: RunContext, noise: Tensor
+        cls, model: DiffusionModel, params: OutputParams, context: RunContext, noise: Tensor
     ) -> SDEditStart | None:
-        """None for a request without a picture. Rank 0 encodes; every rank gets the same latents.
+        """Encode the request's picture on rank 0 and share its latents. Return None for a request without one.
 
         Raises:
             BadRequest, TooLarge: the picture or its mask cannot be read.
@@ -44,19 +44,19 @@ class SDEditStart:
             return None
         source = inputs.read(params.image_path[0], params.mask_path, params.width, params.height)
         frames = still_clip(source, params.num_frames)
-        clean = context.from_rank0(noise, partial(family.encode_frames, frames, context.raise_if_cancelled))
+        clean = context.from_rank0(noise, partial(model.encode_frames, frames, context.raise_if_cancelled))
         return cls(clean, noise, source, None if source.mask is None else _free(source.mask, noise))
 
     def at(self, sigma: float) -> Tensor:
-        """The latents of the picture at that noise level."""
+        """Return the latents of the picture at noise level `sigma`."""
         return (1 - sigma) * self.clean + sigma * self.noise
 
     def hold(self, x: Tensor, sigma: float) -> Tensor:
-        """`x` with the picture's own latents where the mask forbids a change."""
+        """Return `x` with the picture's latents where the mask forbids a change."""
         return x if self.free is None else torch.where(self.free, x, self.at(sigma))
 
     def composite(self, frames: Tensor) -> Tensor:
-        """Frames u8 [N, H, W, 3], faded into the picture as the mask says: where it is 0 they are the picture's."""
+        """Fade frames u8 [N, H, W, 3] into the picture, in place: where the mask is 0, the picture stays."""
         if self.source.mask is not None:
             weight = torch.from_numpy(self.source.mask)[..., None].float() / 255  # [H, W, 1]
             picture = torch.from_numpy(self.source.picture).float()
@@ -65,8 +65,8 @@ class SDEditStart:
         return frames
 
 
-def pictures_of(params: SamplingParams, context: RunContext) -> list[Image]:
-    """The request's pictures, RGB and upright: read on rank 0, which may be the only one that has the files.
+def pictures_of(params: OutputParams, context: RunContext) -> list[Image]:
+    """Read the request's pictures, RGB and upright, on rank 0, which alone may have the files. Share them.
 
     Raises:
         BadRequest, TooLarge: one of them cannot be read.
@@ -90,13 +90,13 @@ def pictures_of(params: SamplingParams, context: RunContext) -> list[Image]:
 
 
 def still_clip(source: Input, num_frames: int) -> Tensor:
-    """The picture as a clip [N, 3, H, W] in [-1, 1] that does not move."""
+    """Return the picture as a still clip [N, 3, H, W] in [-1, 1]."""
     picture = torch.from_numpy(source.picture).float() / 255  # [H, W, 3]
     return (2 * picture - 1).permute(2, 0, 1).expand(num_frames, -1, -1, -1)
 
 
 def _free(mask: npt.NDArray[np.uint8], noise: Tensor) -> Tensor:
-    """The latent pixels that hold a pixel to paint."""
+    """Return the latent pixels [h, w] that hold a pixel to paint."""
     weight = torch.from_numpy(mask)  # [H, W]
     h, w = noise.shape[-2:]
     cells = weight.view(h, weight.shape[0] // h, w, weight.shape[1] // w).amax((1, 3))

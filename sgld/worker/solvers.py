@@ -1,7 +1,8 @@
-"""Solvers: from the model's velocity to the next latents, on flow-matching schedules.
+"""Solvers: from the model's velocity to the next state, on flow-matching schedules.
 
-A schedule is a falling list of noise levels sigma with x = (1 - sigma) x0 + sigma noise; a step goes from sigma_i
-to sigma_i+1. The coefficients are computed once, in double precision, on the CPU.
+A schedule is a falling list of noise levels sigma with x = (1 - sigma) x0 + sigma noise. A step goes from sigma_i to
+sigma_i+1. A solver holds the schedule and its coefficients, computed once, in double precision, on the CPU. Everything
+that changes from step to step is in the `DenoiseState`.
 """
 
 from __future__ import annotations
@@ -20,35 +21,35 @@ from torch import Tensor
 
 from sgld.errors import ModelError
 from sgld.models.base import Schedule
+from sgld.worker.denoise_state import DenoiseState
 
 Config = Mapping[str, Any]
 
 
 class Solver(ABC):
-    """One generation's integrator."""
+    """An integrator of the flow on one schedule."""
 
     sigmas: Tensor  # [steps + 1], float32
     timesteps: Tensor  # [steps], as the model takes them
-    x0: Tensor | None = None  # the last estimate of the clean latents
 
     @abstractmethod
-    def step(self, v: Tensor, x: Tensor) -> Tensor:
-        """The latents after one step, from the velocity `v` at `x`; called once a step, in order."""
+    def step(self, state: DenoiseState, v: Tensor) -> DenoiseState:
+        """Return the state one step later, from the velocity `v` at `state.latents`."""
 
 
 def shifted(sigma: Any, shift: float) -> Any:
-    """Time shift of the flow schedule (Esser et al. 2024, https://arxiv.org/abs/2403.03206)."""
+    """Shift the time of the flow schedule (Esser et al. 2024, https://arxiv.org/abs/2403.03206)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def dynamically_shifted(sigma: Any, mu: float, kind: str) -> Any:
-    """The same by `mu`, which grows with the length of the sequence: exponentially, or linearly."""
+    """Shift by `mu`, which grows with the length of the sequence: `kind` is exponential or linear."""
     factor = math.exp(mu) if kind == "exponential" else mu
     return factor / (factor + (1 / sigma - 1))
 
 
 def stretched(sigma: Any, terminal: float | None) -> Any:
-    """The schedule stretched so that its last level but 0 is `terminal`; one of a single level, which is 1, stays."""
+    """Stretch the schedule so that its last level before 0 is `terminal`. A single level, which is 1, stays."""
     left = 1 - sigma
     if not terminal or not left[-1]:
         return sigma
@@ -56,7 +57,11 @@ def stretched(sigma: Any, terminal: float | None) -> Any:
 
 
 class FlowMatchEuler(Solver):
-    """The straight step x + (sigma' - sigma) v (Lipman et al. 2022, https://arxiv.org/abs/2210.02747)."""
+    """The straight step x + (sigma' - sigma) v (Lipman et al. 2022, https://arxiv.org/abs/2210.02747).
+
+    With `stochastic_sampling`, each step goes to the estimate of x0 and adds fresh noise: few-step models that were
+    trained by distribution matching (Yin et al. 2024, https://arxiv.org/abs/2405.14867) sample like this.
+    """
 
     only = {  # noqa: RUF012
         "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
@@ -67,25 +72,17 @@ class FlowMatchEuler(Solver):
     )  # fmt: skip
     moot = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # a family's `Schedule` reads them
 
-    def __init__(
-        self,
-        config: Config,
-        steps: int,
-        schedule: Schedule,
-        first: int,
-        generator: torch.Generator | None,
-    ):
+    def __init__(self, config: Config, steps: int, schedule: Schedule, first: int):
         train = config.get("num_train_timesteps", 1000)
         sigmas = self._levels(config, steps, schedule, train)
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)[first:]
         times = schedule.times
         self.timesteps = self.sigmas[:-1] * train if times is None else torch.tensor(times, dtype=torch.float32)[first:]
         self._steps: list[tuple[float, float]] = list(pairwise(self.sigmas.tolist()))
-        self._i = 0
-        self._generator = generator if config.get("stochastic_sampling") else None
+        self._stochastic = bool(config.get("stochastic_sampling"))
 
     def _levels(self, config: Config, steps: int, schedule: Schedule, train: int) -> Any:
-        """The noise levels but the last, which is 0."""
+        """Return the noise levels except the last, which is 0."""
         if schedule.sigmas is not None and schedule.exact:
             return schedule.sigmas
         least = torch.tensor(1 / train)  # that the model was trained on: an evenly spaced schedule ends there
@@ -101,19 +98,20 @@ class FlowMatchEuler(Solver):
         sigmas = shift(even if schedule.sigmas is None else np.asarray(schedule.sigmas))
         return stretched(sigmas, config.get("shift_terminal"))
 
-    def step(self, v: Tensor, x: Tensor) -> Tensor:
-        now, after = self._steps[self._i]
-        self._i += 1
-        self.x0 = x - now * v
-        if self._generator is not None:
-            noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float32).to(x.device)
-            return (1 - after) * self.x0 + after * noise
-        return x + (after - now) * v
+    def step(self, state: DenoiseState, v: Tensor) -> DenoiseState:
+        x, (now, after) = state.latents, self._steps[state.step]
+        if not self._stochastic:
+            return attrs.evolve(state, step=state.step + 1, latents=x + (after - now) * v)
+        assert state.generator is not None
+        generator = torch.Generator("cpu").set_state(state.generator)
+        x0 = x - now * v
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
+        return DenoiseState(state.step + 1, (1 - after) * x0 + after * noise, generator=generator.get_state())
 
 
 @attrs.frozen
 class Update:
-    """x' = a x + the sum of c_k m_k over the estimates m of x0, newest first."""
+    """The linear map x' = a x + sum of c_k m_k over the estimates m of x0, newest first."""
 
     a: float
     c: list[float]
@@ -140,14 +138,7 @@ class UniPC(Solver):
         "steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type", "sigma_min", "sigma_max",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        config: Config,
-        steps: int,
-        schedule: Schedule,
-        first: int,
-        generator: torch.Generator | None,
-    ):
+    def __init__(self, config: Config, steps: int, schedule: Schedule, first: int):
         assert schedule.sigmas is None and schedule.mu is None, "families with their own levels use FlowMatchEuler"
         train = config.get("num_train_timesteps", 1000)
         shift = config.get("flow_shift", 1.0) if schedule.shift is None else schedule.shift
@@ -160,23 +151,21 @@ class UniPC(Solver):
         order = config.get("solver_order", 2)
         left = steps - first
         self._orders = [min(order, left - i, i + 1) for i in range(left)]
-        self._estimates: list[Tensor] = []  # of x0, newest first
-        self._before: Tensor | None = None
+        self._order = order
         self._predict, self._correct = self._coefficients()
-        self._keep, self._i = order, 0
 
-    def step(self, v: Tensor, x: Tensor) -> Tensor:
-        i = self._i
-        self._i += 1
-        self.x0 = x.sub(v, alpha=self._sigma[i])
-        if i not in self._uncorrected and self._before is not None:
-            x = self._correct[i](self._before, [self.x0, *self._estimates])
-        self._estimates = [self.x0, *self._estimates][: self._keep]
-        self._before = x
-        return self._predict[i](x, self._estimates)
+    def step(self, state: DenoiseState, v: Tensor) -> DenoiseState:
+        """Correct `state.latents` by `v`, then predict. The history is the corrected latents, then estimates of x0."""
+        i, x = state.step, state.latents
+        x0 = x.sub(v, alpha=self._sigma[i])
+        estimates = [x0, *state.history[1:]]
+        if state.history and i not in self._uncorrected:
+            x = self._correct[i](state.history[0], estimates)
+        estimates = estimates[: self._order]
+        return attrs.evolve(state, step=i + 1, latents=self._predict[i](x, estimates), history=(x, *estimates))
 
     def _coefficients(self) -> tuple[list[Update], list[Update]]:
-        """The predictor from i to i + 1, and the corrector at i that repeats the step from i - 1, for every i."""
+        """Return for every i the predictor from i to i + 1, and the corrector that repeats the step from i - 1."""
         self._sigma = self.sigmas.double().tolist()
         steps = range(len(self._orders))
         predict = [self._update(i + 1, i, self._orders[i], corrects=False) for i in steps]
@@ -184,11 +173,11 @@ class UniPC(Solver):
         return predict, [Update(1.0, []), *correct]
 
     def _lambda(self, i: int) -> float:
-        """Half the log signal-to-noise ratio."""
+        """Return half the log signal-to-noise ratio at step i."""
         return math.log1p(-self._sigma[i]) - math.log(self._sigma[i])
 
     def _update(self, t: int, s: int, order: int, corrects: bool) -> Update:
-        """The step from sigma_s to sigma_t with the estimates at s, s - 1, ... (and, when it corrects, at t first)."""
+        """Return the step from sigma_s to sigma_t by the estimates at s, s - 1, ... (a corrector: at t first)."""
         if self._sigma[t] == 0:
             return Update(0.0, [1.0])
         h = self._lambda(t) - self._lambda(s)
@@ -204,7 +193,7 @@ class UniPC(Solver):
 
 
 def _rho(h: float, b: float, r: list[float], corrects: bool) -> list[float]:
-    """The weights of the finite differences: the paper's system R rho = b, and its short forms at low order."""
+    """Solve the paper's system R rho = b for the weights of the finite differences, by short forms at low order."""
     order = len(r)
     if order == 1:
         return [0.5] if corrects else []
@@ -229,10 +218,10 @@ SOLVERS: dict[str, type[UniPC] | type[FlowMatchEuler]] = {
 
 
 def check(config: Config) -> type[UniPC] | type[FlowMatchEuler]:
-    """The solver for a scheduler_config.json.
+    """Return the solver class for a scheduler_config.json.
 
     Raises:
-        ModelError: a class or a value that we cannot follow, named; nothing is ignored that would matter.
+        ModelError: the class or a value is not supported. Only keys without effect are ignored.
     """
     name = config.get("_class_name")
     if name not in SOLVERS:
@@ -253,7 +242,7 @@ def check(config: Config) -> type[UniPC] | type[FlowMatchEuler]:
 
 
 def _default(key: str, needed: Any) -> Any:
-    """What diffusers takes for an absent key, where that is not what we need."""
+    """Return the value of an absent key in diffusers, where it differs from `needed`."""
     return {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(key, needed)
 
 
@@ -262,10 +251,6 @@ def make_solver(
     steps: int,
     schedule: Schedule = Schedule(),  # noqa: B008 - frozen
     first: int = 0,
-    generator: torch.Generator | None = None,
 ) -> Solver:
-    """A fresh solver for one generation, which leaves the steps before `first` out.
-
-    `generator` draws what a stochastic solver adds; it is the one that drew the first noise.
-    """
-    return check(config)(config, steps, schedule, first, generator)
+    """Build the solver of a scheduler_config.json for `steps` steps without those before `first`."""
+    return check(config)(config, steps, schedule, first)

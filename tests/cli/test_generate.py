@@ -202,10 +202,10 @@ from sgld.errors import OutOfMemory
 if __name__ == "__main__":
     generate = Engine.generate
 
-    async def second_fails(self, job_id, params, emit):
-        if params.prompt == "b":
+    async def second_fails(self, job_id, items, emit):
+        if items[0].prompt == "b":
             raise OutOfMemory("no luck")
-        return await generate(self, job_id, params, emit)
+        return await generate(self, job_id, items, emit)
 
     Engine.generate = second_fails
     sys.exit(cli.main())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from sgld.cli import screen
-from sgld.cli.screen import Screen, bar
+from sgld.cli.screen import Screen
 from sgld.errors import OutputError
 from sgld.messages import Note, Progress
 
@@ -55,10 +57,17 @@ def test_a_pipe_gets_a_sign_of_life_in_a_long_stage(
 
 def test_a_terminal_gets_a_bar_that_grows(terminal: Terminal) -> None:
     run(Screen(terminal))
-    drawn = terminal.getvalue().split("\r\x1b[K")
-    assert [text.count("#") for text in drawn if "denoise" in text] == [0, 8, 16, 24]
-    assert drawn[-1].endswith("\n")
-    assert all(len(text.rstrip("\n")) < 80 for text in drawn)
+    frames = re.findall(r"\[1/2\] denoise: +([0-9]+)%\|(#*)[0-9 ]*\| ([0-3])/3", terminal.getvalue())
+    assert [(percent, step) for percent, _, step in frames] == [
+        ("0", "0"),
+        ("33", "1"),
+        ("67", "2"),
+        ("100", "3"),
+        ("100", "3"),  # once more as it is closed
+    ]
+    widths = [len(cells) for _, cells, _ in frames]
+    assert widths == sorted(widths) and widths[0] < widths[1] < widths[-1]
+    assert terminal.getvalue().count("\n") == 2, "each stage keeps its line"
 
 
 def test_lines_do_not_mix_with_a_bar(terminal: Terminal) -> None:
@@ -66,16 +75,32 @@ def test_lines_do_not_mix_with_a_bar(terminal: Terminal) -> None:
     follow = shown.follow()
     follow(Progress("job", "denoise", 1, 2))
     follow(Note("job", "the prompt was cut"))
-    assert terminal.getvalue().endswith("\r\x1b[Kwarning: the prompt was cut\n")
+    assert re.search(r"\r +\rwarning: the prompt was cut\n$", terminal.getvalue())
     follow(Progress("job", "denoise", 1, 2))
     shown.close()
-    assert terminal.getvalue().endswith("s left\n")
+    assert re.search(r"denoise: +50%.*1/2.*\n$", terminal.getvalue())
 
 
-def test_a_bar_tells_what_is_left() -> None:
-    assert bar(Progress("job", "denoise", 5, 20), 2.0) == "denoise  [######------------------] 5/20  2.0 s, 6.0 s left"
-    assert bar(Progress("job", "denoise", 0, 20), 2.0).endswith("] 0/20  2.0 s")
-    assert bar(Progress("job", "load", 0, 0), 2.0).endswith("] 0/0  2.0 s")
+def test_a_stage_of_no_steps_and_one_that_grows(terminal: Terminal) -> None:
+    follow = Screen(terminal).follow()
+    for step, total in ((0, 1), (1, 2), (2, 2)):
+        follow(Progress("job", "load", step, total))
+    assert " 2/2 " in terminal.getvalue()
+    follow(Progress("job", "encode", 0, 0))
+    assert terminal.getvalue().endswith("\n")
+
+
+def test_a_terminal_that_has_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "FRAME_S", 0.0)
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        follow = Screen(terminal).follow()
+        follow(Progress("job", "denoise", 0, 2))
+        assert b"denoise" in os.read(reader, 4096)
+        os.close(reader)
+        for step in (1, 2):
+            follow(Progress("job", "denoise", step, 2))
+        print("more", file=terminal, flush=True)
 
 
 def test_a_full_disk_stops_results_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

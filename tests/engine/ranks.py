@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sgld.errors import ModelError
 from sgld.messages import Load, RankAssignment, SharedFrames
 from sgld.models.base import Conditioning, DiffusionModel
 from sgld.nn.parallel import Mesh
+from sgld.nn.runner import StepContext
 from sgld.params import ModelInfo, SamplingParams
 from sgld.worker.entry import serve
 
@@ -36,32 +38,39 @@ class FaultyFamily(DiffusionModel):
     scheduler = SCHEDULER
 
     def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+        self.parts = SimpleNamespace(mesh=mesh)  # type: ignore[assignment]
         self.fault: dict[str, Any] = {}
         self.step = 0
+        self.decodings = 0
         self.num_frames = 0
 
     def encode(
         self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
     ) -> tuple[Conditioning, list[str]]:
         self.fault = json.loads(params.prompt)
-        self.step = 0
+        self.decodings = 0
         self.num_frames = params.num_frames
         return Conditioning(params), []
 
     def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
+        self.step = 0
         return torch.randn(1, 4, 2, 2, 2, generator=generator)
 
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         return 1.0
 
-    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+    def velocities(
+        self, x: Tensor, t: Tensor, condition: Any, step: StepContext | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         self.step += 1
         time.sleep(self.fault.get("step_s", 0.0))
         if self.fault.get("step") == self.step and self.fault.get("rank", self.mesh.rank) == self.mesh.rank:
             self._fail(self.fault["fault"])
         self.mesh.all.gather(x, 0)  # a collective: peers wait here for a rank that failed alone
         return torch.zeros_like(x), None
+
+    def after_output(self) -> None:
+        """Nothing is offloaded."""
 
     def _fail(self, fault: str) -> None:
         if fault == "raise":
@@ -81,6 +90,9 @@ class FaultyFamily(DiffusionModel):
     def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         if self.mesh.rank != 0:
             return torch.empty(0, dtype=torch.uint8)
+        self.decodings += 1
+        if self.fault.get("decode") == self.decodings:
+            self._fail(self.fault["fault"])
         for _ in range(int(100 * self.fault.get("decode_s", 0))):
             raise_if_cancelled()
             time.sleep(0.01)

@@ -21,16 +21,13 @@ from sgld.engine.group import WorkerGroup
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Progress
 from sgld.params import OutputParams
+from tests.engine.outputs import generate_one, ignore
 from tests.engine.ranks import INFO, run_faulty
 from tests.engine.test_group import PATIENCE, STEPS
 
 
 def asked(steps: int = STEPS, **fault: Any) -> OutputParams:
     return OutputParams(prompt=json.dumps(fault), seed=1, num_inference_steps=steps, fps=8)
-
-
-def ignore(_: Event) -> None:
-    pass
 
 
 @pytest.fixture
@@ -53,7 +50,7 @@ async def test_jobs_run_in_order_and_the_loop_stays_free(engine: Engine) -> None
 
     gaps: list[float] = []
     beating = asyncio.create_task(heartbeat(gaps))
-    made = await asyncio.gather(*(engine.generate(name, asked(step_s=0.05), follow) for name in "abc"))
+    made = await asyncio.gather(*(generate_one(engine, name, asked(step_s=0.05), follow) for name in "abc"))
     beating.cancel()
     assert order == ["a", "b", "c"]
     assert all((media.frames.array == STEPS).all() for media in made)
@@ -75,9 +72,9 @@ async def test_cancelling_the_task_stops_its_job_and_spares_the_next(engine: Eng
         if isinstance(event, Progress) and event.stage == "denoise" and event.step >= 2:
             reached.set()
 
-    long = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), follow))
-    waiting = asyncio.create_task(engine.generate("waiting", asked(), ignore))
-    queued = asyncio.create_task(engine.generate("queued", asked(), ignore))
+    long = asyncio.create_task(generate_one(engine, "long", asked(1000, step_s=0.05), follow))
+    waiting = asyncio.create_task(generate_one(engine, "waiting", asked(), ignore))
+    queued = asyncio.create_task(generate_one(engine, "queued", asked(), ignore))
     await reached.wait()
     pids = engine.group.pids
     queued.cancel()
@@ -92,16 +89,16 @@ async def test_cancelling_the_task_stops_its_job_and_spares_the_next(engine: Eng
 
 async def test_a_failed_job_leaves_the_engine_ready(engine: Engine) -> None:
     with pytest.raises(SgldError, match="boom"):
-        await engine.generate("bad", asked(fault="raise", step=2), ignore)
+        await generate_one(engine, "bad", asked(fault="raise", step=2), ignore)
     assert engine.state == "ready"
-    await engine.generate("good", asked(), ignore)
+    await generate_one(engine, "good", asked(), ignore)
 
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, busy: bool) -> None:
     before = engine.group.pids
     if busy:
-        long = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), ignore))
+        long = asyncio.create_task(generate_one(engine, "long", asked(1000, step_s=0.05), ignore))
         await asyncio.sleep(0.5)
     os.kill(before[0], signal.SIGKILL)
     if busy:
@@ -114,14 +111,14 @@ async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, bus
             await asyncio.sleep(0.05)
     assert engine.group.pids != before
     assert engine.group.restarts == 1
-    await engine.generate("after", asked(), ignore)
+    await generate_one(engine, "after", asked(), ignore)
 
 
 async def test_stop_waits_for_the_running_job(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     engine = Engine(Settings(model_path=str(tmp_path)), WorkerGroup(1, run_faulty, patience=PATIENCE))
     await engine.load(ignore)
-    running = asyncio.create_task(engine.generate("a", asked(step_s=0.05), ignore))
+    running = asyncio.create_task(generate_one(engine, "a", asked(step_s=0.05), ignore))
     await asyncio.sleep(0.05)
     await engine.stop()
     assert ((await running).frames.array == STEPS).all()
@@ -132,7 +129,7 @@ async def test_a_cancel_that_meets_completion_has_one_winner(engine: Engine) -> 
     """Cancelling at any moment around the end gives the result or CancelledError, never anything else."""
     outcomes = set()
     for delay in range(40):
-        task = asyncio.create_task(engine.generate("race", asked(1), ignore))
+        task = asyncio.create_task(generate_one(engine, "race", asked(1), ignore))
         for _ in range(delay):
             await asyncio.sleep(0.0005)
         task.cancel()
@@ -141,7 +138,7 @@ async def test_a_cancel_that_meets_completion_has_one_winner(engine: Engine) -> 
         except asyncio.CancelledError:
             outcomes.add("cancelled")
     assert outcomes <= {"Media", "cancelled"}
-    assert (await engine.generate("after", asked(), ignore)).seed == 1
+    assert (await generate_one(engine, "after", asked(), ignore)).seed == 1
 
 
 async def test_set_after_close_does_nothing() -> None:
@@ -152,10 +149,10 @@ async def test_set_after_close_does_nothing() -> None:
 
 async def test_queued_jobs_hold_no_descriptor(engine: Engine) -> None:
     me = psutil.Process()
-    running = asyncio.create_task(engine.generate("long", asked(1000, step_s=0.05), ignore))
+    running = asyncio.create_task(generate_one(engine, "long", asked(1000, step_s=0.05), ignore))
     await asyncio.sleep(0)
     before = me.num_fds()
-    queued = [asyncio.create_task(engine.generate(f"queued {i}", asked(), ignore)) for i in range(100)]
+    queued = [asyncio.create_task(generate_one(engine, f"queued {i}", asked(), ignore)) for i in range(100)]
     await asyncio.sleep(0.1)
     assert me.num_fds() < before + 10
     for task in (running, *queued):

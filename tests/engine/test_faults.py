@@ -21,6 +21,7 @@ from sgld.errors import WorkerDied
 from sgld.messages import Event, Frames, Preview, Progress
 from sgld.params import OutputParams
 from sgld.resolve import resolve
+from tests.engine.outputs import generate_one, ignore
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 1, "num_inference_steps": 4, "seed": 3}
@@ -29,10 +30,6 @@ REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 1, "num_
 def asked(engine: Engine) -> OutputParams:
     assert engine.info is not None
     return resolve(REQUEST, engine.info).params
-
-
-def ignore(_: Event) -> None:
-    pass
 
 
 def kill_at(engine: Engine, stage: str, step: int, rank: int) -> Callable[[Event], None]:
@@ -58,7 +55,7 @@ async def engine() -> AsyncIterator[Engine]:
 
 
 async def made(engine: Engine, follow: Callable[[Event], None] = ignore) -> Frames:
-    return (await engine.generate("job", asked(engine), follow)).frames.array.copy()
+    return (await generate_one(engine, "job", asked(engine), follow)).frames.array.copy()
 
 
 @pytest.mark.parametrize(("stage", "step", "rank"), [
@@ -104,7 +101,7 @@ async def test_a_cancel_while_both_decode(engine: Engine) -> None:
             ended.append(event.step)
 
     pids = engine.group.pids
-    job = asyncio.ensure_future(engine.generate("job", clip, cancel))
+    job = asyncio.ensure_future(engine.generate("job", [clip], cancel))
     with pytest.raises(asyncio.CancelledError):
         await job
     assert not ended, "it came too late"
@@ -123,7 +120,7 @@ async def test_previews_that_both_decode(engine: Engine) -> None:
             if isinstance(event, Preview):
                 found.append(event.frames.array.astype(int))
 
-        await engine.generate("job", asked(engine), follow, 2)
+        await engine.generate("job", [asked(engine)], follow, 2)
         return found
 
     async with Engine(Settings()) as single:
@@ -144,7 +141,7 @@ async def test_a_job_that_always_kills_fails_in_the_end() -> None:
                 os.kill(engine.group.pids[0], signal.SIGKILL)
 
         with pytest.raises(WorkerDied):
-            await engine.generate("job", asked(engine), kill_always)
+            await engine.generate("job", [asked(engine)], kill_always)
         assert engine.group.restarts == 2
         await made(engine)
 

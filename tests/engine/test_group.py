@@ -22,9 +22,10 @@ from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Patience, WorkerGroup
 from sgld.errors import Cancelled, ModelError, OutOfMemory, SgldError, WorkerDied
-from sgld.messages import Event, Generate, Load, Media, Preview, Progress
+from sgld.messages import Event, Generate, Item, Load, Preview, Progress
 from sgld.params import OutputParams
 from sgld.worker.run_context import PROGRESS_S
+from tests.engine.outputs import run_one
 from tests.engine.ranks import INFO, run_faulty
 
 PATIENCE = Patience(after_failure=1.0, after_cancel=1.0, to_stop=5.0)
@@ -33,7 +34,7 @@ STEPS = 4
 
 def job(name: str = "job", steps: int = STEPS, **fault: Any) -> Generate:
     params = OutputParams(prompt=json.dumps(fault), seed=1, num_frames=5, num_inference_steps=steps, fps=8)
-    return Generate(name, params)
+    return Generate(name, (Item(0, params),))
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def token() -> Iterator[CancelToken]:
 
 
 def works(group: WorkerGroup) -> bool:
-    made: Media = group.run(job("proof"))
+    made = run_one(group, job("proof"))
     return bool((made.frames.array == STEPS).all())
 
 
 def test_frames_progress_and_timings_come_back(shared: WorkerGroup) -> None:
     events: list[Event] = []
-    made = shared.run(job(), events.append)
+    made = run_one(shared, job(), events.append)
     assert made.frames.shape == (5, 16, 16, 3)
     assert (made.frames.array == STEPS).all()
     assert (made.seed, made.fps) == (1, 8)
@@ -77,7 +78,7 @@ def test_slow_steps_are_all_reported_and_fast_ones_at_most_ten_a_second(shared: 
     slow, fast = list[Event](), list[Event]()
     shared.run(job(step_s=PROGRESS_S), slow.append)
     assert denoised(slow) == list(range(STEPS + 1))
-    made = shared.run(job(steps=40, step_s=0.02), fast.append)
+    made = run_one(shared, job(steps=40, step_s=0.02), fast.append)
     steps = denoised(fast)
     assert (steps[0], steps[-1]) == (0, 40) and sorted(set(steps)) == steps
     assert 2 < len(steps) <= 2 + made.timings.stages_ms["denoise"] / 1e3 / PROGRESS_S
@@ -89,7 +90,7 @@ def with_previews(command: Generate) -> Generate:
 
 def test_previews_come_back_with_their_frames(shared: WorkerGroup) -> None:
     events: list[Event] = []
-    made = shared.run(with_previews(job()), events.append)
+    made = run_one(shared, with_previews(job()), events.append)
     previews = [event for event in events if isinstance(event, Preview)]
     assert [(p.index, p.step, p.total, p.frames.shape) for p in previews] == [
         (i, i + 1, STEPS, (1, 16, 16, 3)) for i in range(3)
@@ -296,7 +297,7 @@ def test_an_answer_that_nobody_took_never_meets_the_next_command(shared: WorkerG
 
     with pytest.raises(RuntimeError, match="fell over"):
         shared.run(job(steps=2), fail)
-    made: Media = shared.run(job())
+    made = run_one(shared, job())
     assert len(made.timings.steps_ms) == STEPS
 
 

@@ -28,6 +28,7 @@ from sgld.messages import Frames, LoraPart, LoraState, Note
 from sgld.params import LoraUse
 from sgld.resolve import resolve
 from tests.adapters import write_adapter
+from tests.engine.outputs import generate_one
 from tools import tiny
 
 PROMPT = "a red circle on a blue background"
@@ -62,7 +63,8 @@ class Studio:
         found = await self.engine.adapters.resolve(loras, "loras", local=True)
         given = {"prompt": PROMPT, "num_frames": 1, "num_inference_steps": 3, "loras": found}
         params = resolve(given, self.engine.info).params
-        return (await self.engine.generate("picture", attrs.evolve(params, seed=3), self._hear)).frames.array.copy()
+        made = await generate_one(self.engine, "picture", attrs.evolve(params, seed=3), self._hear)
+        return made.frames.array.copy()
 
     def _hear(self, event: Any) -> None:
         if isinstance(event, Note):

@@ -38,6 +38,7 @@ from sgld.hub.hub import resolve_model
 from sgld.messages import Event, Load, Progress, RankAssignment, Refused
 from sgld.worker.interface import interface_to
 from tests.cli.command import sgld
+from tests.engine.outputs import generate_one
 from tests.engine.ranks import INFO, run_faulty
 from tests.engine.test_engine import asked, ignore
 from tests.engine.test_group import PATIENCE, STEPS, job, works
@@ -199,7 +200,7 @@ async def test_a_rank_of_another_node_killed_while_idle_is_replaced_without_bein
     other = follower(own)
     async with Engine(own, group_of(own)) as engine:
         assert await engine.load(ignore) == INFO
-        made = await engine.generate("before", asked(), ignore)
+        made = await generate_one(engine, "before", asked(), ignore)
         assert (made.frames.array == STEPS).all()
         assert (engine.state, engine.group.restarts) == ("ready", 0)
         os.kill(rank_of(other), signal.SIGKILL)
@@ -209,7 +210,7 @@ async def test_a_rank_of_another_node_killed_while_idle_is_replaced_without_bein
             while engine.state != "ready":
                 await asyncio.sleep(0.05)
         assert engine.group.restarts == 1
-        await engine.generate("after", asked(), ignore)
+        await generate_one(engine, "after", asked(), ignore)
         assert engine.group.restarts == 1
     await asyncio.to_thread(other.join, 20)
     assert other.exitcode == 0

@@ -71,8 +71,8 @@ def test_a_cuda_rank_counts_its_own_share(twins: Path) -> None:
 
     family = load(twins / "wan21")
     assert isinstance(family, Wan)
-    parallel_decode = family._memory()
+    parallel_decode = family.memory()
     family.parts.platform, family.parts.mesh = Apart(), Mesh(0, 2, torch.device("cpu"), tokens=Axis((0, 1)))
-    apart = family._memory()
+    apart = family.memory()
     assert apart.token < parallel_decode.token < 2 * apart.token
     assert apart.pixel == parallel_decode.pixel

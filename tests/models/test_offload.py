@@ -96,7 +96,7 @@ def test_the_next_block_is_read_while_one_computes(twins: Path, monkeypatch: pyt
         Load(Settings(dit_layerwise_offload=True), twins / "wan21"), Mesh.solo(), Recorder(), lambda step, total: None
     )
     assert isinstance(family, Wan)
-    blocks = family._experts.high.blocks
+    blocks = family.transformers["transformer"].blocks
     for i, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda module, args, i=i: seen.append(f"compute {i}"))
     generate(family, num_inference_steps=2)
@@ -106,14 +106,13 @@ def test_the_next_block_is_read_while_one_computes(twins: Path, monkeypatch: pyt
 
 def weights_held(family: Wan) -> int:
     """Bytes of all weights that are there, placeholders left out."""
-    assert family._encoder is not None
-    assert family._experts.low is not None
+    assert family.vae.encoder is not None
     modules = (
-        family._text.encoder,
-        family._experts.high,
-        family._experts.low,
-        family._vae.module,
-        family._encoder.module,
+        family.text.encoder,
+        family.transformers["transformer"],
+        family.transformers["transformer_2"],
+        family.vae.decoder.module,
+        family.vae.encoder.module,
     )
     parameters = [p for module in modules for p in module.parameters()]
     return sum(p.nbytes for p in parameters if p.untyped_storage().nbytes() >= p.nbytes)
@@ -140,7 +139,7 @@ def test_weights_that_come_count_among_what_an_output_takes(twins: Path) -> None
     assert plain is not None and blocks is not None and whole.info.memory is not None
     sizes = [
         sum(p.nbytes for p in module.parameters())
-        for module in (whole._text.encoder, whole._experts.high, whole._vae.module)
+        for module in (whole.text.encoder, whole.transformers["transformer"], whole.vae.decoder.module)
     ]
     weights = [
         (memory.text_weights, memory.denoiser_weights, memory.decoder_weights)
@@ -212,7 +211,11 @@ def test_each_precision_is_its_component_s(twins: Path, setting: str, component:
     def dtypes(**settings: Any) -> dict[str, torch.dtype]:
         family = load(twins / "wan21", **settings, **offload)
         assert isinstance(family, Wan)
-        parts = {"transformer": family._experts.high, "vae": family._vae.module, "text_encoder": family._text.encoder}
+        parts = {
+            "transformer": family.transformers["transformer"],
+            "vae": family.vae.decoder.module,
+            "text_encoder": family.text.encoder,
+        }
         found = {name: {p.dtype for p in module.parameters()} for name, module in parts.items()}
         generate(family, num_frames=1, num_inference_steps=1)
         kept = {torch.float32}  # in every precision by the transformer, and in fp16 by the text encoder

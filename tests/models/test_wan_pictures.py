@@ -19,11 +19,13 @@ from torch import Tensor
 from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Cancel, Load
+from sgld.models import names
 from sgld.models.components import ComponentLoader
 from sgld.models.vae import WanDecoder, WanVaeConfig
 from sgld.models.vae_encoder import VaeEncoder, WanEncoder
-from sgld.models.wan import WAN_ORIGINAL, Wan, WanConfig, WanTransformer
+from sgld.models.wan import Wan
 from sgld.models.wan_defaults import FAST, NEGATIVE, TURBO, TURBO_PICTURE, few_steps, levels_of
+from sgld.models.wan_transformer import WanConfig, WanTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.parallel import Mesh
 from sgld.params import SamplingParams
@@ -379,7 +381,7 @@ def test_half_precision(folders: Folders, pictures: list[str]) -> None:
 def original(key: str) -> str:
     """An adapter's key with the authors' name of its layer."""
     layer, part = key.removeprefix("transformer.").split(".lora_")
-    for pattern, replacement in WAN_ORIGINAL:
+    for pattern, replacement in names.WAN:
         layer = re.sub(pattern, replacement, layer)
     return f"transformer.{layer}.lora_{part}"
 
@@ -397,7 +399,7 @@ def test_an_adapter_as_with_diffusers(
     family = wan(folders(name))
     request = request_of | {"image_path": pictures[:1]}
     plain = picture(family, request)
-    file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
+    file = write_lora(tmp_path / "adapter.safetensors", family.transformers["transformer"])
     activate(family, file)
     worn = picture(family, request)
     assert apart(worn, plain) > 20
@@ -511,7 +513,7 @@ def test_an_adapter_of_few_steps(folders: Folders, pictures: list[str], name: st
     family = wan(folders(name))
     times = FAST if name.startswith("fast") else TURBO
     request = TI2V | FEW | {"num_inference_steps": len(times), "image_path": pictures[:1]}
-    file = write_lora(tmp_path / "adapter.safetensors", family._experts.high)
+    file = write_lora(tmp_path / "adapter.safetensors", family.transformers["transformer"])
     activate(family, file)
     theirs = their_picture(family.parts.folder, request, times, file)
     assert apart(picture(family, request), theirs) <= 1

@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgld.errors import BadRequest, NotBuilt
-from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
+from sgld.models import names
+from sgld.models.wan_transformer import WanConfig, WanTransformer
 from sgld.nn import lora
 from sgld.nn.attention import TORCH
+from sgld.nn.blocks import set_compute_dtype
 from sgld.nn.lora import AdapterCache, Change, LoraLayers, Mode, WeightedAdapter
 from sgld.nn.lora_formats import Adapter, read_adapter
 from sgld.nn.parallel import Mesh
@@ -55,6 +57,7 @@ def make_twin(weights: dict[str, Tensor] | None = None) -> Twin:
 def make_ours(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> WanTransformer:
     model = WanTransformer(WanConfig(**TRANSFORMER), Mesh.solo(), TORCH)
     model.load_state_dict(weights)
+    set_compute_dtype(model, lambda name: dtype)
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -67,7 +70,7 @@ def model(weights: dict[str, Tensor]) -> WanTransformer:
 @pytest.fixture
 def layers(model: WanTransformer) -> LoraLayers:
     """The adapters of `model`."""
-    return LoraLayers(model, WAN_ORIGINAL)
+    return LoraLayers(model, names.WAN)
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +148,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def velocity(model: WanTransformer) -> Tensor:
     with torch.inference_mode():
-        return model(X, TIME, model.read(TEXT)).float()
+        return model(X, TIME, model.text_keys(TEXT)).float()
 
 
 # ---------------------------------------------------------------------------------------------------- as diffusers

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgld.errors import BadRequest, NotBuilt
-from sgld.models.wan import WAN_ORIGINAL, WanConfig, WanTransformer
+from sgld.models import names
+from sgld.models.wan_transformer import WanConfig, WanTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.lora import Part, merged_bias, merged_weight
 from sgld.nn.lora_formats import Delta, Fitted, Renames, fit, read_adapter
@@ -121,7 +122,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     return file
 
 
-def fitted(path: Path, names: Renames = WAN_ORIGINAL, **options: Any) -> Fitted:
+def fitted(path: Path, names: Renames = names.WAN, **options: Any) -> Fitted:
     return fit(read_adapter(path), SHAPES, names, **options)
 
 
@@ -152,7 +153,7 @@ def test_the_names_of_this_test_are_all_linear_and_convolution_layers() -> None:
 def test_wrong_mapping_and_ignored_alpha_would_show(tmp_path: Path) -> None:
     truth = make_truth(ORIGINAL)
     file = write(tmp_path, FORMATS["comfy"](truth))
-    swapped = [(".attn1.", ".cross_attn."), (".attn2.", ".self_attn."), *WAN_ORIGINAL]
+    swapped = [(".attn1.", ".cross_attn."), (".attn2.", ".self_attn."), *names.WAN]
     assert differences(fitted(file, swapped), truth) > 1
     for key, tensor in (tensors := load_file(file)).items():
         if key.endswith(".alpha"):
@@ -218,7 +219,7 @@ def test_same_as_diffusers_converter_with_picture_input(tmp_path: Path) -> None:
     for name, (out, inner) in sizes.items():
         tensors[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(RANK, inner)
         tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(out, RANK)
-    ours = fit(read_adapter(write(tmp_path, tensors)), shapes, WAN_ORIGINAL)
+    ours = fit(read_adapter(write(tmp_path, tensors)), shapes, names.WAN)
     assert_same_as_converted(ours, convert(dict(tensors)))
 
 

@@ -45,7 +45,7 @@ def held(module: nn.Module) -> list[str]:
 
 def run(tower: Tower, offloader: Offloader, x: Tensor, seen: list[list[str]] | None = None) -> Tensor:
     x = tower.first(x)
-    for block in offloader.walker("tower")(tower.blocks):
+    for block in offloader.runner("tower").visit(tower.blocks):
         if seen is not None:
             seen.append(held(tower))
         x = block(x)
@@ -81,7 +81,7 @@ def test_block_by_block(folder: Path) -> None:
     tower, x, seen = load(folder, offloader), torch.randn(2, 4), list[list[str]]()
     offloader.need("tower")
     assert held(tower) == ["first.weight", "first.bias"]
-    for _ in range(2):  # the second walk begins with a block that was read at the end of the first
+    for _ in range(2):  # the second run begins with a block that was read at the end of the first
         assert torch.equal(run(tower, offloader, x, seen), run(plain, Offloader(Cpu(), True), x))
     assert seen == 2 * [["first.weight", "first.bias", f"blocks.{i}.weight", f"blocks.{i}.bias"] for i in range(5)]
     block = 4 * (4 * 4 + 4)
@@ -91,12 +91,12 @@ def test_block_by_block(folder: Path) -> None:
     assert held(tower) == []
 
 
-def test_a_walk_that_is_given_up_leaves_no_trace(folder: Path) -> None:
+def test_a_visit_that_is_given_up_leaves_no_trace(folder: Path) -> None:
     offloader, plain = Offloader(Cpu(), True, layerwise=("tower",)), load(folder, Offloader(Cpu(), True))
     tower, x = load(folder, offloader), torch.randn(2, 4)
     offloader.need("tower")
-    walk = offloader.walker("tower")(tower.blocks)
-    next(walk), next(walk)
+    visit = offloader.runner("tower").visit(tower.blocks)
+    next(visit), next(visit)
     offloader.release_all()
     assert held(tower) == []
     offloader.need("tower")

@@ -164,7 +164,7 @@ def test_whatever_diffusers_and_transformers_write_is_taken(name: str) -> None:
 
     from sgld.models.text import UMT5Config
     from sgld.models.vae import WanVaeConfig
-    from sgld.models.wan import WanConfig
+    from sgld.models.wan_transformer import WanConfig
 
     made = {
         "transformer": lambda: dict(WanTransformer3DModel(num_attention_heads=2, ffn_dim=8, num_layers=1).config),

@@ -7,6 +7,7 @@ import torch
 
 from sgld.errors import ModelError
 from sgld.models.base import Schedule
+from sgld.worker.denoise_state import DenoiseState
 from sgld.worker.solvers import check, make_solver
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -20,13 +21,14 @@ def apart(reference: Any, steps: int, flow_shift: float | None = None) -> float:
     reference.set_begin_index(0)
     assert torch.equal(solver.timesteps, reference.timesteps)
     assert solver.timesteps.dtype == reference.timesteps.dtype
-    x = y = torch.randn(1, 4, 3, 6, 6)
+    x = torch.randn(1, 4, 3, 6, 6)
+    state = DenoiseState(0, x)
     worst = 0.0
     for t in reference.timesteps:
         v = torch.randn(x.shape)
         x = reference.step(v, t, x, return_dict=False)[0]
-        y = solver.step(v, y)
-        worst = max(worst, float((x - y).abs().max()))
+        state = solver.step(state, v)
+        worst = max(worst, float((x - state.latents).abs().max()))
     return worst
 
 
@@ -57,12 +59,13 @@ def test_unipc_bh1_equals_diffusers_until_its_last_step() -> None:
     reference = UniPCMultistepScheduler(**FLOW, solver_type="bh1", solver_order=3)
     solver = make_solver(dict(reference.config) | {"_class_name": "UniPCMultistepScheduler"}, 6)
     reference.set_timesteps(6)
-    x = y = torch.randn(1, 4, 2, 3, 3)
+    x = torch.randn(1, 4, 2, 3, 3)
+    state = DenoiseState(0, x)
     for i, t in enumerate(reference.timesteps):
         v = torch.randn(x.shape)
-        x, y = reference.step(v, t, x, return_dict=False)[0], solver.step(v, y)
-        assert i == 5 or (x - y).abs().max() < 1e-5
-    assert torch.equal(y, solver.x0)
+        x, state = reference.step(v, t, x, return_dict=False)[0], solver.step(state, v)
+        assert i == 5 or (x - state.latents).abs().max() < 1e-5
+    assert torch.equal(state.latents, state.history[1])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
@@ -83,16 +86,15 @@ def test_a_request_overrides_the_shift(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_x0_is_found_by_a_true_velocity(name: str) -> None:
-    """A velocity field that leads to one point leads there, and x0 says so from the first step."""
+def test_a_true_velocity_leads_to_its_target(name: str) -> None:
+    """Every estimate of x0 that a solver remembers is the target, from the first step."""
     config = {"_class_name": name} | (FLOW if name.startswith("Uni") else {})
-    target, x = torch.randn(2, 3), torch.randn(2, 3)
+    target, state = torch.randn(2, 3), DenoiseState(0, torch.randn(2, 3))
     solver = make_solver(config, 8, Schedule(3.0))
     for sigma in solver.sigmas[:-1]:
-        x = solver.step((x - target) / sigma, x)
-        assert solver.x0 is not None
-        assert torch.allclose(solver.x0, target, atol=1e-5)
-    assert torch.allclose(x, target, atol=1e-5)
+        state = solver.step(state, (state.latents - target) / sigma)
+        assert all(torch.allclose(x0, target, atol=1e-5) for x0 in state.history[1:])
+    assert torch.allclose(state.latents, target, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -82,15 +82,15 @@ class CallSignature:
         for key, value in given.items():
             path = f"diffusers_kwargs.{key}"
             if key in REQUEST_FIELDS or key in RENAMED_FIELDS:
-                raise BadRequest(f"{path}: give it as {RENAMED_FIELDS.get(key, key)}, not among these", path)
+                raise BadRequest(f"give it as {RENAMED_FIELDS.get(key, key)}, not among these", field=path)
             if key in ENGINE_ARGUMENTS:
-                raise BadRequest(f"{path}: sgld itself decides it; leave it out", path)
+                raise BadRequest("sgld itself decides it; leave it out", field=path)
             name = self._argument_name(key, path, context)
             if name in found:
-                raise BadRequest(f"{path}: {name} is given under another name too; give it once", path)
+                raise BadRequest(f"{name} is given under another name too; give it once", field=path)
             if _has_text(value) and not self.takes_text(name):
                 reason = "no text is taken here, for it may name a file or an address"
-                raise BadRequest(f"{path}: {shorten(value)}: {reason}; pictures come in image_path and mask_path", path)
+                raise BadRequest(f"{shorten(value)}: {reason}; pictures come in image_path and mask_path", field=path)
             if name in ATTENTION_ARGUMENTS and isinstance(value, dict) and "scale" in value:
                 context.note(f"{path}.scale: it does not reach adapters; each has a strength of its own")
             found[name] = value
@@ -108,7 +108,7 @@ class CallSignature:
             return key
         known = [n for n in self.arguments if n not in (*ENGINE_ARGUMENTS, *REQUEST_FIELDS, *RENAMED_FIELDS)]
         reason = f"the call of {self.name} has no such argument{nearest(key, known)}; it has {', '.join(known)}"
-        raise BadRequest(f"{path}: {reason}", path)
+        raise BadRequest(reason, field=path)
 
 
 def _has_text(value: Any) -> bool:

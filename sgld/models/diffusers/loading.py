@@ -104,7 +104,7 @@ class PipelineLoader:
         code = [f"{name[0]}.py"] * isinstance(name, list) + [f for f in files if (self._folder / f).is_file()]
         if code and not self._settings.trust_remote_code:
             reason = f"this model runs code of its own ({', '.join(code)}); read it, and set this if you trust it"
-            raise BadRequest(f"trust_remote_code: {reason}", "trust_remote_code")
+            raise BadRequest(reason, field="trust_remote_code")
         if code and not (file := self._folder / code[0]).is_file():
             raise ModelError(f"{file}: no such file, but model_index.json names it")
 
@@ -164,13 +164,13 @@ def check_settings(settings: Settings) -> None:
     """Raise `BadRequest` for a setting that a diffusers pipeline cannot follow."""
     for name, reason in UNSUPPORTED.items():
         if (value := getattr(settings, name)) != default_of(fields_of(Settings)[name]):
-            raise BadRequest(f"{name}: {shorten(value)}: {reason}; leave it out", name)
+            raise BadRequest(f"{shorten(value)}: {reason}; leave it out", field=name)
     if settings.parallel_decode:
         path = "vae_config.use_parallel_decode"
-        raise BadRequest(f"{path}: true: {UNSUPPORTED['vae_sp']}; leave it out", path)
+        raise BadRequest(f"true: {UNSUPPORTED['vae_sp']}; leave it out", field=path)
     if not settings.vae_config.load_encoder:
         path = "vae_config.load_encoder"
-        raise BadRequest(f"{path}: false: a diffusers pipeline keeps its whole VAE; leave it out", path)
+        raise BadRequest("false: a diffusers pipeline keeps its whole VAE; leave it out", field=path)
 
 
 def place(pipeline: Any, settings: Settings, device: torch.device, platform: Platform) -> str | None:
@@ -181,11 +181,11 @@ def place(pipeline: Any, settings: Settings, device: torch.device, platform: Pla
         return None
     if platform.name != "cuda":
         reason = "a diffusers pipeline can only be offloaded from a GPU; this worker computes on a CPU"
-        raise BadRequest(f"{asked[0]}: {reason}; leave it out", asked[0])
+        raise BadRequest(f"{reason}; leave it out", field=asked[0])
     try:
         pipeline.enable_model_cpu_offload(device=device)
     except ImportError as error:
-        raise BadRequest(f"{asked[0]}: {first_line(error)}", asked[0]) from None
+        raise BadRequest(f"{first_line(error)}", field=asked[0]) from None
     return asked[0]
 
 
@@ -195,16 +195,16 @@ def set_kernel(denoisers: Mapping[str, nn.Module], settings: Settings, platform:
     for param, name in given.items():
         if name not in KERNELS:
             allowed = ", ".join(DIFFUSERS_ATTENTION_BACKENDS)
-            raise BadRequest(f"{param}: {name!r} is of native code; a diffusers pipeline takes {allowed}", param)
+            raise BadRequest(f"{name!r} is of native code; a diffusers pipeline takes {allowed}", field=param)
     if len(set(given.values())) > 1:
         param, other = given
-        raise BadRequest(f"{param}: {given[param]!r} contradicts {other} {given[other]!r}; give one of them", param)
+        raise BadRequest(f"{given[param]!r} contradicts {other} {given[other]!r}; give one of them", field=param)
     for param, name in list(given.items())[:1]:
         for module in denoisers.values():
             dtype = next(module.parameters()).dtype
             if reason := KERNELS[name].obstacle(platform, dtype, 0):
                 runs = ", ".join(n for n, kernel in KERNELS.items() if kernel.obstacle(platform, dtype, 0) is None)
-                raise BadRequest(f"{param}: {name} cannot run here: {reason}; these can: {runs}", param)
+                raise BadRequest(f"{name} cannot run here: {reason}; these can: {runs}", field=param)
             _use_kernel(module, name, param)
 
 
@@ -212,11 +212,11 @@ def _use_kernel(module: Any, name: str, param: str) -> None:
     follows = any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules())
     if not follows and name != "native":
         reason = f"{type(module).__name__} chooses its attention itself"
-        raise BadRequest(f"{param}: {name!r} has no effect: {reason}; leave it out", param)
+        raise BadRequest(f"{name!r} has no effect: {reason}; leave it out", field=param)
     try:
         module.set_attention_backend(name)
     except (RuntimeError, ValueError) as error:
-        raise BadRequest(f"{param}: {name} cannot run here: {first_line(error)}", param) from None
+        raise BadRequest(f"{name} cannot run here: {first_line(error)}", field=param) from None
 
 
 def set_vae_modes(vae: Any, settings: Settings) -> None:
@@ -227,7 +227,7 @@ def set_vae_modes(vae: Any, settings: Settings) -> None:
         for name in sizes:
             if name not in takes:
                 path = f"vae_config.{name}"
-                raise BadRequest(f"{path}: {type(vae).__name__} takes no such size; leave it out", path)
+                raise BadRequest(f"{type(vae).__name__} takes no such size; leave it out", field=path)
         _enable(vae, "vae_tiling", "enable_tiling", sizes)
     if settings.vae_slicing:
         _enable(vae, "vae_slicing", "enable_slicing", {})
@@ -238,4 +238,4 @@ def _enable(vae: Any, param: str, method: str, options: Mapping[str, Any]) -> No
         getattr(vae, method)(**options)
     except (AttributeError, NotImplementedError):
         reason = "this pipeline has no VAE" if vae is None else f"{type(vae).__name__} has no such mode"
-        raise BadRequest(f"{param}: {reason}; leave it out", param) from None
+        raise BadRequest(f"{reason}; leave it out", field=param) from None

@@ -102,7 +102,7 @@ class DiffusersPipeline(OpaquePipeline):
             return
         if self._extra(params):
             reason = f"{self.call.name} cannot run with them: {type(error).__name__}: {first_line(error)}"
-            raise BadRequest(f"diffusers_kwargs: {reason}", "diffusers_kwargs") from error
+            raise BadRequest(reason, field="diffusers_kwargs") from error
         if isinstance(error, ValueError | TypeError) and not progress.denoises:
             raise BadRequest(f"{self.call.name} refuses the request: {first_line(error)}") from error
 

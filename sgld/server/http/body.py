@@ -59,14 +59,14 @@ class Body:
     addresses: list[str] = attrs.field(factory=list)  # of pictures, once they are taken from the values
 
     def digest(self) -> str:
-        """The same for the same request, however it was written."""
+        """Return a digest that equal requests share, however they are written."""
         text = json.dumps(self.values, sort_keys=True, ensure_ascii=False)
         files = [f"{file.field} {hashlib.sha256(file.data).hexdigest()}" for file in self.files]
         return hashlib.sha256("\n".join([text, *files, *self.addresses]).encode(errors="surrogatepass")).hexdigest()
 
 
 async def read_body(request: web.Request, fields: type, *, empty: bool = False) -> Body:
-    """The body as plain values and files; a form's text is read as its field's type.
+    """Read the body as plain values and files. A form's text becomes its field's type.
 
     Raises:
         BadRequest: neither a JSON object nor a form, a field that stands twice, or a query beside the body.
@@ -93,7 +93,7 @@ def _too_many(name: str, count: int, of: str, most: int) -> BadRequest:
 
 
 def read_query(request: web.Request, cls: type[T]) -> T:
-    """The query as `cls`.
+    """Read the query as an object of `cls`.
 
     Raises:
         UnknownField: a parameter that `cls` does not have, with the nearest one.
@@ -143,7 +143,7 @@ async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any]
 
 
 def _reason(error: Exception) -> str:
-    """What aiohttp says of a body; errors that quote its bytes are told by their kind."""
+    """Format aiohttp's error about a body; name only the kind of an error that quotes its bytes."""
     if isinstance(error, HttpProcessingError):
         return type(error).__name__
     return " ".join(str(error).split()).removeprefix("400, message: ")
@@ -177,7 +177,7 @@ def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
 
 
 def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
-    """The one object of a list that is written as `a[][name]`.
+    """Return the one object of a list that is written as `a[][name]`.
 
     Of several, as OpenAI's client writes them, nobody could say which value belongs to which.
     """
@@ -206,11 +206,11 @@ def _json_text(name: str, text: str) -> Any:
     try:
         return _parse(text)
     except ValueError as error:
-        raise BadRequest(f"{name}: it is not valid JSON: {error}", name) from None
+        raise BadRequest(f"it is not valid JSON: {error}", field=name) from None
 
 
 def _parse(text: str | bytes) -> Any:
-    """JSON as plain values. Raises ValueError, and BadRequest for a key that stands twice in one object."""
+    """Parse JSON. Raises ValueError, and BadRequest for a key that stands twice in one object."""
     if (text.count(",") if isinstance(text, str) else text.count(b",")) > MAX_COMMAS:
         raise ValueError(f"it has more than {MAX_COMMAS} commas")
     try:
@@ -238,20 +238,20 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
-    """The client libraries' `extra_body`, in case one sends it as it stands; the top level wins."""
+    """Merge `extra_body` of the client libraries into the top level, which wins."""
     merged: dict[str, Any] = {}
     for name in _EXTRAS:
         extra = values.pop(name, None)
         if isinstance(extra, str):
             extra = _json_text(name, extra)
         if extra is not None and not isinstance(extra, dict):
-            raise BadRequest(f"{name}: {shorten(extra)} is not an object", name)
+            raise BadRequest(f"{shorten(extra)} is not an object", field=name)
         merged |= extra or {}
     return merged | values
 
 
 def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], list[str]]:
-    """API fields as `cls`, the sampling values that were given, and warnings.
+    """Split a body into API fields as `cls`, the given sampling values, and warnings.
 
     Raises:
         UnknownField: a parameter neither knows, with the nearest one.
@@ -263,17 +263,17 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     for key, value in _adapters(body).items():
         name = config.ALIASES.get(key, key)
         if name in sampling:
-            raise BadRequest(f"{key}: {sent[name]} is given too; give one of them", key)
+            raise BadRequest(f"{sent[name]} is given too; give one of them", field=key)
         if key in own:
             api[key] = value
         elif name in LOCAL_FILES and value is not None:
-            raise NotBuilt(f"{key}: {LOCAL_FILES[name]}", key)
+            raise NotBuilt(f"{LOCAL_FILES[name]}", field=key)
         elif name in shared:
             sampling[name], sent[name] = value, key
         elif key in _FIXED:
             _check_fixed(key, value)
         elif name in config.SECTION_OF:
-            raise NotBuilt(f"{key}: the server decides it, not a request", key)
+            raise NotBuilt("the server decides it, not a request", field=key)
         else:
             raise UnknownField(f"unknown parameter {shorten(key)}{nearest(key, _usable(own, shared))}", key)
     _respell(api)
@@ -284,7 +284,7 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
 
 
 def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
-    """The names among these that a request may set, and their aliases."""
+    """List the names, and their aliases, that a request may set."""
     for fields in known:
         for name, field in fields.items():
             knob = knob_of(field)
@@ -294,21 +294,21 @@ def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
 
 @contextmanager
 def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
-    """Errors of a sampling field name the one of the body that it was read from: `n`, `size`, `seconds`."""
+    """Rename the field of an error to the body's field it was read from: `n`, `size`, `seconds`."""
     try:
         yield
     except SgldError as error:
-        field, sent = error.param, _sent_as(error.param, values)
-        if field is None or sent is None:
+        sent = _sent_as(error.param, values)
+        if sent is None:
             raise
-        rest = error.message.removeprefix(f"{field}: ")
-        if sent == _MADE_OF.get(field):
-            rest = f"{shorten(values[sent])}: {field} {rest}"
-        raise type(error)(f"{sent}: {rest}", sent) from None
+        made = (
+            f"{shorten(values[sent])}: {error.param} {error.text}" if sent == _MADE_OF.get(error.param or "") else None
+        )
+        raise error.renamed(sent, made) from None
 
 
 def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
-    """Another field of the body that a sampling field was read from."""
+    """Find another field of the body that a sampling field was read from."""
     if field is None or values.get(field) is not None:
         return None
     aliases = [name for name in values if config.ALIASES.get(name) == field]
@@ -317,7 +317,7 @@ def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
 
 
 def _respell(api: dict[str, Any]) -> None:
-    """OpenAI writes seconds as text; and jpg is jpeg."""
+    """Convert OpenAI's spellings: seconds as text, and jpg for jpeg."""
     if isinstance(seconds := api.get("seconds"), str):
         api["seconds"] = config.from_text(seconds, int)
     if isinstance(format := api.get("output_format"), str):
@@ -325,22 +325,22 @@ def _respell(api: dict[str, Any]) -> None:
 
 
 def _check_fixed(key: str, value: Any) -> None:
-    """Fields of `sgld generate` that have one meaning here."""
+    """Check a field of `sgld generate` that has one value over HTTP."""
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
-        raise NotBuilt(f"{key}: {shorten(value)} is not possible over HTTP, where it is always {fixed}", key)
+        raise NotBuilt(f"{shorten(value)} is not possible over HTTP, where it is always {fixed}", field=key)
 
 
 def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`lora`, one adapter, becomes `loras`; an adapter may be its nickname alone, and in a form it is JSON."""
+    """Convert `lora`, one adapter, to `loras`. An adapter may be its nickname alone; a form brings JSON."""
     values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
     if len(given) > 1:
-        raise BadRequest("lora: loras is given too; give one of them", "lora")
+        raise BadRequest("loras is given too; give one of them", field="lora")
     for name in given:
         value = _parsed(name, values.pop(name))
         listed = value if isinstance(value, list) else [value]
         if name == "loras" and value is not listed:
-            raise BadRequest(f"loras: {shorten(value)} is not a list of adapters", "loras")
+            raise BadRequest(f"{shorten(value)} is not a list of adapters", field="loras")
         if len(listed) > MAX_LORAS:
             raise _too_many(name, len(listed), "adapters", MAX_LORAS)
         items = [_parsed(name, item) for item in listed]
@@ -350,7 +350,7 @@ def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """What JSON text says; longer than any text may be, it stays text."""
+    """Parse text that looks like JSON, unless it is longer than any text may be."""
     if isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.lstrip()[:1] in ("{", "["):
         return _json_text(name, value)
     return value
@@ -361,16 +361,16 @@ def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
         return {}
     match = _SIZE.fullmatch(size or "")
     if match is None:
-        raise BadRequest(f"size: {shorten(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", "size")
+        raise BadRequest(f"{shorten(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", field="size")
     sides = {"width": int(match[1]), "height": int(match[2])}
     for name, side in sides.items():
         if sampling.get(name) not in (None, side):
-            raise BadRequest(f"size: {size!r} contradicts {name} {shorten(sampling[name])}; give one of them", "size")
+            raise BadRequest(f"{size!r} contradicts {name} {shorten(sampling[name])}; give one of them", field="size")
     return sides
 
 
 def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], list[str]]:
-    """OpenAI's words that nothing here answers to: taken, and told in a warning."""
+    """Drop OpenAI's values that have no effect here, with a warning for each."""
     warnings = []
     if (word := sampling.get("quality")) in OPENAI_QUALITIES:
         sampling = {**sampling, "quality": None}
@@ -383,7 +383,7 @@ def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], lis
 
 
 def require_prompt(sampling: Mapping[str, Any]) -> None:
-    """Every request names what to show."""
+    """Check that the request has a prompt."""
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRequest(f"prompt: {shorten(prompt)} is not a text that says what to show", "prompt")
+        raise BadRequest(f"{shorten(prompt)} is not a text that says what to show", field="prompt")

@@ -29,7 +29,7 @@ from sgld.errors import (
     WorkerDied,
 )
 from sgld.log import job_context
-from sgld.messages import Event, Media, Note, Preview, Progress
+from sgld.messages import Event, Media, Note, OutputReady, Preview, Progress
 from sgld.server.http.auth import Identity, may_see
 from sgld.server.http.errors import INTERNAL
 from sgld.server.http.metrics import Metrics
@@ -44,7 +44,7 @@ from sgld.server.jobs.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
-SAVING = 2  # outputs that may be written while the next one is made
+SAVING = 2  # outputs that are written at once
 SWEEP_S = 30.0
 AGED_S = 1.0
 
@@ -107,7 +107,7 @@ class JobStore:
             job.publish("queued", self.state(job))
         if journal is not None:
             await uploads.sweep({name for job in self._jobs for name in job.inputs}, self.uploads)
-            await self.outputs.sweep()
+            await self.outputs.store.sweep()
         self._spawn(self._sweep())
 
     def _lost(self, job: Job) -> SgldError | None:
@@ -165,7 +165,9 @@ class JobStore:
         while (before := self._repeated(job)) is not None:
             if (writing := self._admitting.get(before)) is not None:
                 await writing.wait()  # whether it is taken at all
-            elif before.status != "completed" or await self.outputs.keeps(before.artifacts):
+            elif before.status != "completed" or await self.outputs.store.exists(
+                each.name for each in before.artifacts
+            ):
                 return before
             else:
                 self._release_key(before)  # its files have vanished: they are made anew
@@ -347,50 +349,46 @@ class JobStore:
     async def _generate(
         self, job: Job, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
     ) -> None:
-        started, names = time.monotonic(), job.file_names()
-        for index, params in enumerate(job.outputs):
+        def emit(event: Event) -> None:
+            self._hear(job, event, saves, previews)
 
-            def emit(event: Event, index: int = index) -> None:
-                self._hear(job, event, index, previews)
-
-            await self._saving.acquire()
-            try:
-                result = await self._engine.generate(job.id, params, emit, job.previews)
-            except BaseException:
-                self._saving.release()
-                raise
-            self._metrics.stages(result.timings)
-            job.prompt_tokens = result.tokens.prompt  # one prompt for all outputs
-            job.output_tokens += result.tokens.latent
-            saves.append(self._spawn(self._save(job, index, names[index], result)))
-            saves[-1].add_done_callback(partial(_stop_if_lost, job))
+        async with self._saving:  # while the outputs of jobs before it wait for the disk, none are added
+            started = time.monotonic()
+        await self._engine.generate(job.id, job.outputs, emit, job.previews)
         self._pace.learn(job.cost, time.monotonic() - started)
 
-    async def _save(self, job: Job, index: int, name: str, result: Media) -> Artifact:
-        try:
+    async def _save(self, job: Job, index: int, result: Media) -> Artifact:
+        async with self._saving:
             began = time.monotonic()
-            artifact = await self.outputs.save(job.outputs[index], result, name, job.output_format)
+            name, params = job.file_names()[index], job.outputs[index]
+            artifact = await self.outputs.save(params, result, name, job.output_format)
             self._metrics.saved("local", time.monotonic() - began)
             return artifact
-        finally:
-            self._saving.release()
 
-    def _hear(self, job: Job, event: Event, index: int, previews: list[asyncio.Task[None]]) -> None:
+    def _hear(
+        self, job: Job, event: Event, saves: list[asyncio.Task[Artifact]], previews: list[asyncio.Task[None]]
+    ) -> None:
         """A rank's event on the loop."""
         if job.settled:
             return
         if job.status == "queued":
             self._begin(job)
-        if isinstance(event, Note):
+        if isinstance(event, OutputReady):
+            self._metrics.stages(event.media.timings)
+            job.prompt_tokens = event.media.tokens.prompt  # one prompt for all outputs
+            job.output_tokens += event.media.tokens.latent
+            saves.append(self._spawn(self._save(job, event.item, event.media)))
+            saves[-1].add_done_callback(partial(_stop_if_lost, job))
+        elif isinstance(event, Note):
             if event.text not in job.notes:  # each output tells it
                 job.notes = (*job.notes, event.text)
         elif isinstance(event, Preview):
-            previews.append(self._spawn(self._show(job, event, index, previews[-1:])))
+            previews.append(self._spawn(self._show(job, event, previews[-1:])))
         elif isinstance(event, Progress) and event.stage in job.spec.stages:
-            job.advance(event, index)
+            job.advance(event)
             job.publish("progress", self.state(job))
 
-    async def _show(self, job: Job, preview: Preview, index: int, before: list[asyncio.Task[None]]) -> None:
+    async def _show(self, job: Job, preview: Preview, before: list[asyncio.Task[None]]) -> None:
         """Publish a preview as a picture of the job's format (a video's as webp), after those before it."""
         format = job.output_format if job.kind == "image" else "webp"
         quality = media.file_quality(format, job.params.output_quality, job.params.output_compression)
@@ -402,7 +400,7 @@ class JobStore:
         if before:
             await asyncio.wait(before)
         if not job.ended:
-            shown = {"index": preview.index, "output": index, "format": format, "b64_json": picture}
+            shown = {"index": preview.index, "output": preview.item, "format": format, "b64_json": picture}
             job.publish("preview", {**self.state(job), **shown})
 
     async def _finish(
@@ -438,7 +436,7 @@ class JobStore:
         """Remove what was written of a job that came to nothing."""
         if saves:
             await asyncio.wait(saves)
-        await self.outputs.remove(job.file_names())
+        await self.outputs.store.delete(job.file_names())
 
     async def _end(self, job: Job, error: SgldError | None) -> None:
         """Write a settled job's end down, then tell it."""
@@ -471,7 +469,7 @@ class JobStore:
 
     async def _remove_files(self, jobs: list[Job]) -> None:
         for job in jobs:
-            await self.outputs.remove([*job.file_names(), *job.picture_names()])
+            await self.outputs.store.delete([*job.file_names(), *job.picture_names()])
             if job.inputs:
                 await uploads.remove(job.inputs, self.uploads)
 
@@ -529,7 +527,7 @@ class JobStore:
     def _repeated(self, job: Job) -> Job | None:
         before = self._repeats.get((job.owner, job.idempotency_key)) if job.idempotency_key is not None else None
         if before is not None and before.digest != job.digest:
-            raise BadRequest("Idempotency-Key: it came before with another request; take a new one", "Idempotency-Key")
+            raise BadRequest("it came before with another request; take a new one", field="Idempotency-Key")
         return before
 
     def _enqueue(self, job: Job) -> None:

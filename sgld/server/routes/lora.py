@@ -109,12 +109,12 @@ def _asked(fields: SetLoraFields) -> list[LoraUse]:
     """One entry for each nickname; single values are everybody's, but for the path."""
     names = [fields.lora_nickname] if isinstance(fields.lora_nickname, str) else fields.lora_nickname or []
     if not names or "" in names:
-        raise BadRequest("lora_nickname: it names no adapter; give a name, or a list of names", "lora_nickname")
+        raise BadRequest("it names no adapter; give a name, or a list of names", field="lora_nickname")
     if len(set(names)) < len(names):
-        raise BadRequest(f"lora_nickname: {shorten(names)}: each adapter needs a name of its own", "lora_nickname")
+        raise BadRequest(f"{shorten(names)}: each adapter needs a name of its own", field="lora_nickname")
     if isinstance(fields.lora_path, str) and len(names) > 1:
         reason = f"a single path for {len(names)} nicknames; give a list with a path or null for each"
-        raise BadRequest(f"lora_path: {reason}", "lora_path")
+        raise BadRequest(f"{reason}", field="lora_path")
     count = len(names)
     paths = _each("lora_path", fields.lora_path, count)
     targets, strengths = _each("target", fields.target, count), _each("strength", fields.strength, count)
@@ -130,7 +130,7 @@ def _each(name: str, value: T | list[T], count: int) -> list[T]:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        raise BadRequest(f"{name}: {len(value)} given for {count} nicknames", name)
+        raise BadRequest(f"{len(value)} given for {count} nicknames", field=name)
     return value
 
 

@@ -147,7 +147,7 @@ async def create(request: web.Request) -> web.Response:
     fields = await _fields(request, EndpointFields)
     for name, value in attrs.asdict(fields).items():
         if value is None:
-            raise BadRequest(f"{name}: is missing; a webhook endpoint needs name, url and event_types", name)
+            raise BadRequest("is missing; a webhook endpoint needs name, url and event_types", field=name)
     endpoint = await request.app[WEBHOOKS].create(request[OWNER], **attrs.asdict(fields))
     return web.json_response(unstructure(view_with_secret(endpoint)))
 

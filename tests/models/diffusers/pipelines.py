@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ def pipeline(folder: Path, components: dict[str, Path] | None = None, **settings
 
 
 @attrs.frozen
-class Heard:
-    """What came of one request."""
+class Run:
+    """The output of one request, and the events on the way."""
 
     frames: Tensor | None
     stages: list[tuple[str, int, int]]
@@ -53,21 +55,21 @@ class Heard:
     context: RunContext
 
 
-def heard(model: DiffusersPipeline, request: Request, cancel_in: str | None = None) -> Heard:
-    """Make one output as a worker does; a cancel comes once its hook has told of that stage."""
+def run(model: DiffusersPipeline, request: Request, cancel_in: str | None = None) -> Run:
+    """Make one output as a worker does. A cancel arrives once the stage `cancel_in` is reported."""
     params = resolve(request, model.info).params
     ours, theirs = Pipe()
-    with ours, theirs:
-        context = RunContext("job", Mesh.solo(), theirs)
-        if cancel_in is not None:
-            told = context._tell
 
-            def tell() -> None:
-                told()
-                if context._stage == cancel_in:
+    class Context(RunContext):
+        @contextmanager
+        def stage(self, name: str, total: int = 1, done: int = 0) -> Iterator[None]:
+            with super().stage(name, total, done):
+                if name == cancel_in:
                     ours.send(Cancel("job"))
+                yield
 
-            context._tell = tell  # type: ignore[method-assign]
+    with ours, theirs:
+        context = Context("job", Mesh.solo(), theirs)
         frames = None
         try:
             frames, _ = sample(model, params, context)
@@ -77,7 +79,7 @@ def heard(model: DiffusersPipeline, request: Request, cancel_in: str | None = No
         while ours.poll():
             events.append(ours.recv())
     stages = [(e.stage, e.step, e.total) for e in events if isinstance(e, Progress)]
-    return Heard(frames, stages, [e.text for e in events if isinstance(e, Note)], context)
+    return Run(frames, stages, [e.text for e in events if isinstance(e, Note)], context)
 
 
 def refusal(model: DiffusersPipeline, kind: type[BadRequest] = BadRequest, **changes: Any) -> str:

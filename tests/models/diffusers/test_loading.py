@@ -42,10 +42,10 @@ def test_native_code_takes_no_diffusers_kwargs(twin: Callable[[str], Path]) -> N
 
 
 def test_auto_takes_native_code_first_then_diffusers_then_nothing(twin: Callable[[str], Path], tmp_path: Path) -> None:
-    assert load(twin("z-image")).info.backend == "sglang"
+    assert load(twin("z-image")).info.backend == "native"
     assert load(twin("ovis-image")).info.backend == "diffusers"
     with pytest.raises(ModelError, match="pipeline 'OvisImagePipeline' is not supported; did you mean ZImage"):
-        load(twin("ovis-image"), backend="sglang")
+        load(twin("ovis-image"), backend="native")
     folder = shutil.copytree(twin("ovis-image"), tmp_path / "model")
     set_class(folder, "NoSuchPipeline")
     with pytest.raises(ModelError, match="pipeline 'NoSuchPipeline' is not supported"):

@@ -19,7 +19,7 @@ from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.models.diffusers.call import ENGINE_ARGUMENTS, REQUEST_FIELDS, CallSignature
 from sgld.models.diffusers.running import DiffusersPipeline
 from sgld.resolve import resolve
-from tests.models.diffusers.pipelines import CLIP, REQUEST, heard, pipeline, refusal, set_class
+from tests.models.diffusers.pipelines import CLIP, REQUEST, pipeline, refusal, run, set_class
 from tests.models.parity import photo, picture
 
 CODE = """
@@ -173,7 +173,7 @@ def test_a_clip_s_length_is_the_call_s_own(twin: Callable[[str], Path]) -> None:
     model = pipeline(twin("ltx2"))
     assert "num_frames" in model.info.left_open and model.info.defaults["num_frames"] == 121
     request = {"prompt": "a red cat", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 7}
-    made = heard(model, request)
+    made = run(model, request)
     assert made.frames is not None and len(made.frames) == 121
 
 
@@ -236,7 +236,7 @@ def test_a_mask_that_the_call_has_no_argument_for(twin: Callable[[str], Path], t
 
 
 def test_a_step_counts_once(curious: DiffusersPipeline) -> None:
-    made = heard(curious, {"prompt": "a red cat", "seed": 7, "num_inference_steps": 2})
+    made = run(curious, {"prompt": "a red cat", "seed": 7, "num_inference_steps": 2})
     assert len(made.context.steps_ms) == 2
     assert curious.pipeline.seen["callback"] is None and curious.pipeline.seen["callback_on_step_end"] is not None
 
@@ -245,7 +245,7 @@ def test_a_stopped_call_leaves_nothing_on_the_device(ovis: DiffusersPipeline, mo
     freed = []
     original = ovis.pipeline.maybe_free_model_hooks
     monkeypatch.setattr(ovis.pipeline, "maybe_free_model_hooks", lambda: freed.append(original()))
-    assert heard(ovis, REQUEST | {"num_inference_steps": 50}, cancel_in="denoise").frames is None
+    assert run(ovis, REQUEST | {"num_inference_steps": 50}, cancel_in="denoise").frames is None
     assert freed == [None]
 
 

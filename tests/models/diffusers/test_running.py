@@ -17,7 +17,7 @@ from sgld.inputs import upright
 from sgld.models.diffusers.running import DiffusersPipeline
 from sgld.nn.lora import WeightedAdapter
 from sgld.nn.lora_formats import read_adapter
-from tests.models.diffusers.pipelines import CLIP, REQUEST, heard, load, pipeline, refusal
+from tests.models.diffusers.pipelines import CLIP, REQUEST, load, pipeline, refusal, run
 from tests.models.parity import apart, levels, make, photo, picture, quiet, theirs, write_lora
 from tools.twins import stable_diffusion
 
@@ -51,7 +51,7 @@ def test_what_it_says_of_itself(ovis: DiffusersPipeline) -> None:
 def test_a_native_family_is_the_same_either_way(
     twin: Callable[[str], Path], name: str, request_: dict[str, Any]
 ) -> None:
-    native, forced = (picture(load(twin(name), backend=b), request_) for b in ("sglang", "diffusers"))
+    native, forced = (picture(load(twin(name), backend=b), request_) for b in ("native", "diffusers"))
     assert apart(native, forced) <= 1
     assert apart(forced, picture(pipeline(twin(name)), request_ | {"seed": 8})) > 20
 
@@ -62,7 +62,7 @@ def test_a_video_is_what_diffusers_makes(twin: Callable[[str], Path]) -> None:
     model, reference = pipeline(twin("wan21")), quiet(WanPipeline.from_pretrained(twin("wan21")))
     given = {name: value for name, value in CLIP.items() if name != "seed"}
     expected = levels(reference(**given, generator=torch.Generator().manual_seed(7), output_type="np").frames[0])
-    made = heard(model, CLIP)
+    made = run(model, CLIP)
     assert made.frames is not None and apart(made.frames, expected) == 0
     assert made.notes == []
     info = model.info
@@ -117,7 +117,7 @@ def test_a_picture_to_start_from(tmp_path: Path) -> None:
     request = {name: value for name, value in REQUEST.items() if name not in ("height", "width")}
     request |= {"num_inference_steps": 4, "strength": 0.75}
     reference = quiet(StableDiffusionImg2ImgPipeline.from_pretrained(folder))
-    made = heard(model, request | {"image_path": [file]})
+    made = run(model, request | {"image_path": [file]})
     assert made.frames is not None and apart(made.frames, theirs(reference, request | {"image": upright(file)})) == 0
     assert ("denoise", 3, 3) in made.stages and made.notes == []
     with pytest.raises(NotBuilt, match="height: this model cannot use it: the call of StableDiffusionImg2Img"):
@@ -140,7 +140,7 @@ def test_sound(twin: Callable[[str], Path]) -> None:
 
 
 def test_progress_and_timings_are_told_as_of_any_model(ovis: DiffusersPipeline) -> None:
-    made = heard(ovis, REQUEST)
+    made = run(ovis, REQUEST)
     assert made.stages[0] == ("encode", 0, 1) and made.stages[-1] == ("decode", 1, 1)
     assert ("denoise", 0, 3) in made.stages and ("denoise", 3, 3) in made.stages
     assert set(made.context.stages_ms) == {"encode", "denoise", "decode"}
@@ -149,7 +149,7 @@ def test_progress_and_timings_are_told_as_of_any_model(ovis: DiffusersPipeline) 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise"])
 def test_a_cancel_is_heard_on_the_way(ovis: DiffusersPipeline, ovis_picture: Tensor, stage: str) -> None:
-    stopped = heard(ovis, REQUEST | {"num_inference_steps": 50}, cancel_in=stage)
+    stopped = run(ovis, REQUEST | {"num_inference_steps": 50}, cancel_in=stage)
     assert stopped.frames is None
     assert len(stopped.context.steps_ms) <= 1
     assert apart(picture(ovis, REQUEST), ovis_picture) == 0, "a stopped call leaves something behind"
@@ -160,10 +160,10 @@ def test_a_pipeline_without_callbacks_runs_and_can_be_stopped(
 ) -> None:
     arguments = {name: p for name, p in ovis.call.arguments.items() if not name.startswith("callback")}
     monkeypatch.setattr(ovis, "call", attrs.evolve(ovis.call, arguments=arguments))
-    made = heard(ovis, REQUEST)
+    made = run(ovis, REQUEST)
     assert made.frames is not None and made.context.steps_ms == []
     assert ("denoise", 1, 1) in made.stages
-    assert heard(ovis, REQUEST, cancel_in="denoise").frames is None
+    assert run(ovis, REQUEST, cancel_in="denoise").frames is None
 
 
 def test_a_field_that_the_call_does_not_take_is_refused(ovis: DiffusersPipeline) -> None:
@@ -177,13 +177,13 @@ def test_a_field_that_the_call_does_not_take_is_refused(ovis: DiffusersPipeline)
 
 
 def test_diffusers_kwargs_reach_the_call(ovis: DiffusersPipeline, ovis_picture: Tensor) -> None:
-    changed = heard(ovis, REQUEST | {"diffusers_kwargs": {"sigmas": [1.0, 0.7, 0.2]}})
+    changed = run(ovis, REQUEST | {"diffusers_kwargs": {"sigmas": [1.0, 0.7, 0.2]}})
     assert changed.frames is not None and apart(changed.frames, ovis_picture) > 5
     assert changed.notes == []
 
 
 def test_attention_arguments_go_by_the_pipeline_s_own_name(ovis: DiffusersPipeline, ovis_picture: Tensor) -> None:
-    made = heard(ovis, REQUEST | {"diffusers_kwargs": {"cross_attention_kwargs": {"scale": 0.5}}})
+    made = run(ovis, REQUEST | {"diffusers_kwargs": {"cross_attention_kwargs": {"scale": 0.5}}})
     assert made.frames is not None and apart(made.frames, ovis_picture) == 0  # no adapter is there to be scaled
     assert made.notes == [
         "diffusers_kwargs.cross_attention_kwargs: OvisImagePipeline names it joint_attention_kwargs",
@@ -240,4 +240,4 @@ def test_an_output_is_told_where_it_is_not_as_asked(ovis: DiffusersPipeline, mon
         return made
 
     monkeypatch.setattr(type(ovis.pipeline), "__call__", smaller)
-    assert heard(ovis, REQUEST).notes == ["size: OvisImagePipeline made 48x16, not 48x32"]
+    assert run(ovis, REQUEST).notes == ["size: OvisImagePipeline made 48x16, not 48x32"]

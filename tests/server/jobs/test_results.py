@@ -8,6 +8,7 @@ from sgld.config import Settings
 from sgld.messages import Audio, Media, SharedFrames, Timings
 from sgld.params import OutputParams
 from sgld.server.jobs.results import Outputs
+from sgld.storage.local import LocalResultStore
 from tests import media_files
 
 
@@ -15,7 +16,10 @@ async def test_sound_reaches_the_file(tmp_path: Path) -> None:
     tone = np.sin(np.arange(27000) / 10, dtype=np.float32)[None]
     frames = SharedFrames.of(np.zeros((9, 32, 32, 3), np.uint8))
     made = Media(frames, 8, 7, Timings({}, [], 0), audio=Audio(tone, 24000))
-    outputs, params = Outputs(tmp_path, "some/model", Settings()), OutputParams(seed=7, num_frames=9, fps=8)
+    outputs, params = (
+        Outputs(LocalResultStore(tmp_path), "some/model", Settings()),
+        OutputParams(seed=7, num_frames=9, fps=8),
+    )
     await outputs.save(params, made, "a.mp4", "mp4")
     heard = media_files.decode_sound(tmp_path / "a.mp4")
     assert heard is not None
