@@ -111,6 +111,10 @@ class Run:
             self._screen.line(f"{title} seed {output.seed}".strip())
             return self._screen.follow(title)
 
+        def stop_if_lost(saving: asyncio.Task[None]) -> None:
+            if not saving.cancelled() and saving.exception() is not None:
+                making.cancel()
+
         follow = announce()
 
         def emit(event: Event) -> None:
@@ -119,7 +123,7 @@ class Run:
                 follow(event)
                 return
             self._saving = asyncio.create_task(self._save(group[event.item][0], event.media, self._saving))
-            self._saving.add_done_callback(lambda saving: saving.exception() and making.cancel())
+            self._saving.add_done_callback(stop_if_lost)
             if event.item + 1 < len(group):
                 follow = announce()
 
