@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import attrs
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sgld.messages import Tokens, batch_key
 from sgld.models.base import Conditioning, DiffusionModel, OpaquePipeline, Sound
+from sgld.nn.runner import StepContext
 from sgld.params import OutputParams
 from sgld.worker.denoise_state import DenoiseState
 from sgld.worker.run_context import RunContext
@@ -52,6 +54,14 @@ class Trajectory:
     condition: Conditioning
     solver: Solver
     sdedit: SDEditStart | None
+    store: dict[str, Any] = attrs.field(factory=dict)  # of block runners, for all steps of this output
+
+    def step(self, index: int) -> StepContext:
+        """Return the context of one denoising step."""
+        solver = self.solver
+        return StepContext(
+            index, len(solver.timesteps), float(solver.sigmas[index]), store=self.store, agree=self.model.mesh.agree
+        )
 
 
 def sample(
@@ -115,7 +125,7 @@ def denoise(
             x, x0 = state.latents, None  # [1, C, ..., h, w]
             t, sigma = solver.timesteps[i], float(solver.sigmas[i])
             with context.step():
-                v, v_negative = model.velocities(x, t, path.condition)
+                v, v_negative = model.velocities(x, t, path.condition, path.step(i))
                 scale = model.guidance(t, params)
                 if i + 1 in shown:
                     x0 = x - sigma * _guide(path, v, v_negative, _preview_scale(scale, sigma))
@@ -144,7 +154,7 @@ def _preview_scale(scale: float, sigma: float) -> float:
 
 def _show(path: Trajectory, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
     """Decode a preview u8 [1, H, W, 3]."""
-    frames = path.model.preview(x0, raise_if_cancelled)
+    frames = path.model.preview(path.model.preview_latents(x0, path.condition), raise_if_cancelled)
     return frames if path.sdedit is None else path.sdedit.composite(frames)
 
 
@@ -153,14 +163,14 @@ def decode(path: Trajectory, state: DenoiseState, context: RunContext) -> tuple[
     """Decode the last state: frames u8 [N, H, W, 3] on the CPU, and sound. Other ranks than 0 may return no frames."""
     model = path.model
     with context.stage("decode"):
-        x = model.finalize_latents(state.latents, path.condition)
+        x, audio = model.streams(model.finalize_latents(state.latents, path.condition), path.condition)
         if model.parallel_decode:
             frames = model.decode(x, context.raise_if_cancelled_on_all_ranks)
         with context.rank0_alone():
             if not model.parallel_decode:
                 frames = model.decode(x, context.raise_if_cancelled)
             frames = frames if path.sdedit is None else path.sdedit.composite(frames)
-            return frames, model.sound(x, context.raise_if_cancelled)
+            return frames, None if audio is None else model.sound(audio, context.raise_if_cancelled)
 
 
 def preview_steps(total: int, previews: int) -> list[int]:

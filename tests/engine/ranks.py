@@ -20,6 +20,7 @@ from sgld.errors import ModelError
 from sgld.messages import Load, RankAssignment, SharedFrames
 from sgld.models.base import Conditioning, DiffusionModel
 from sgld.nn.parallel import Mesh
+from sgld.nn.runner import StepContext
 from sgld.params import ModelInfo, SamplingParams
 from sgld.worker.entry import serve
 
@@ -57,7 +58,9 @@ class FaultyFamily(DiffusionModel):
     def guidance(self, t: Tensor, params: SamplingParams) -> float:
         return 1.0
 
-    def velocities(self, x: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+    def velocities(
+        self, x: Tensor, t: Tensor, condition: Any, step: StepContext | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         self.step += 1
         time.sleep(self.fault.get("step_s", 0.0))
         if self.fault.get("step") == self.step and self.fault.get("rank", self.mesh.rank) == self.mesh.rank:
