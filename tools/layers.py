@@ -31,6 +31,7 @@ ONLY_IN = {  # said in one place only: import -> the files that may name it
     "torch.distributed": {"nn/parallel.py", "worker/entry.py"},
     "multiprocessing": {
         "engine/follow.py",
+        "engine/forkserver.py",
         "engine/group.py",
         "engine/node.py",
         "worker/entry.py",

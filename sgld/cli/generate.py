@@ -29,6 +29,9 @@ def run(words: list[str]) -> int:
         refuse_early(plan)
         if plan.settings.node_rank > 0:
             raise BadRequest("only node 0 makes outputs; run `sgld serve` on the others", field="node_rank")
+        from sgld.engine.forkserver import prepare
+
+        prepare(plan.settings.worker_start)
         from sgld.cli import make
         from sgld.cli.screen import warn
 

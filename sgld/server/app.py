@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def make_app(
     jobs = JobStore(engine, Outputs(store, model, settings), kept, settings, app[METRICS], app[WEBHOOKS])
     app[RESULTS], app[DOCUMENT] = store, DocumentCache()
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
-    app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
+    app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.status.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
         app.add_routes(module.routes)
     if settings.enable_metrics:
@@ -110,13 +111,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
 
 async def _keep_adapters(service: Service, journal: Journal) -> None:
     """Let the adapters that are set outlive the server, as its jobs do."""
-    for kept in await journal.restore(ADAPTERS, lambda record: LoraPlan.restore(record, service.settings)):
-        service.engine.kept = kept
-
-    async def keep(adapters: LoraPlan) -> None:
-        await journal.put(ADAPTERS, ADAPTERS, adapters.record())
-
-    service.engine.keep = keep
+    plans = await journal.restore(ADAPTERS, lambda record: LoraPlan.restore(record, service.settings))
+    service.engine.adapters.persist(plans[0] if plans else None, partial(journal.put, ADAPTERS, ADAPTERS))
 
 
 async def _release(app: web.Application) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +19,14 @@ import torch
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from sgld.config import environment
 from sgld.errors import ModelError
 from sgld.messages import Load, RankAssignment, SharedFrames
 from sgld.models.base import Conditioning, DiffusionModel
 from sgld.nn.parallel import Mesh
 from sgld.nn.runner import StepContext
 from sgld.params import ModelInfo, SamplingParams
-from sgld.worker.entry import serve
+from sgld.worker.entry import prepare_process, serve
 
 INFO = ModelInfo(
     "Faulty", "video", {"height": 16, "width": 16, "num_frames": 5, "fps": 8, "num_inference_steps": 4}, 8, 4, ()
@@ -105,6 +108,27 @@ def load_faulty(load: Load, mesh: Mesh, platform: object, progress: object) -> F
     if load.folder.name == "dies":
         os._exit(3)
     return FaultyFamily(mesh)
+
+
+def run_report(assignment: RankAssignment, connection: Connection) -> None:
+    """Send what this process is like, then end as the parent says: by an exception or a signal."""
+    prepare_process(assignment)
+    listener = assignment.listener
+    connection.send({
+        "parent": Path(f"/proc/{os.getppid()}/comm").read_text().strip(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "name": Path("/proc/self/comm").read_text().strip(),
+        "folder": str(Path.cwd()),
+        "policy": environment("OMP_WAIT_POLICY"),
+        "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        "stdin": str(Path("/proc/self/fd/0").readlink()),
+        "listens": listener is not None and listener.getsockname(),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+    })  # fmt: skip
+    how = connection.recv()
+    if isinstance(how, BaseException):
+        raise how
+    os.kill(os.getpid(), how)
 
 
 def run_faulty(assignment: RankAssignment, connection: Connection) -> None:

@@ -44,10 +44,10 @@ async def liveness(_: web.Request) -> web.Response:
 async def health(request: web.Request) -> web.Response:
     """Answer 200 once the model is loaded and warm; 503 before, during a restart of the workers, and at the end."""
     service = request.app[SERVICE]
-    state = service.engine.state if service.warm else "loading"
+    state: str = service.engine.state if service.warm else "loading"
     ready = service.ready and not service.jobs.draining
     state = "stopping" if service.jobs.draining else "ok" if ready else state
-    answer = Health(state, __version__, service.engine.group.restarts)
+    answer = Health(state, __version__, service.engine.status.restarts)
     return web.json_response(body(answer), status=200 if ready else 503)
 
 
@@ -102,7 +102,7 @@ async def server_info(request: web.Request) -> web.Response:
         version=__version__,
         state=service.engine.state,
         started_at=service.started_at,
-        restarts=service.engine.group.restarts,
+        restarts=service.engine.status.restarts,
         queue_depth=service.jobs.waiting,
         max_queue=service.settings.max_queue,
     )
