@@ -8,11 +8,10 @@ import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 
-from sgld.convert import fields_of, knob, knob_of, shorten, structure
+from sgld.convert import Kind, Values, fields_of, knob, knob_of, shorten, structure
 from sgld.errors import BadRequest, NotBuilt, nearest
 from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, MAX_LORAS, SamplingParams
 
@@ -124,9 +123,10 @@ class Settings:
     quantization: str | None = knob(None, "quantize weights while loading", group=MODEL, pending="quantized weights")
     backend: str = knob(
         "auto",
-        "native code (sglang), or a diffusers pipeline; auto takes native where it stands",
+        "native code, or a diffusers pipeline; auto takes native code where there is some; sglang is native",
         group=MODEL,
-        choices=("auto", "sglang", "diffusers"),
+        choices=("auto", "native", "diffusers"),
+        synonyms={"sglang": "native"},
     )
     trust_remote_code: bool = knob(False, "run a repository's own code", group=MODEL)
     model_overlay_registry: str | None = knob(
@@ -163,6 +163,13 @@ class Settings:
     )  # fmt: skip
     worker_retries: int = knob(
         0, "times that an output is tried again when a worker dies under it", group=PARALLEL, min=0, max=10
+    )
+    worker_start: str = knob(
+        "forkserver",
+        "start workers by forking a process that has imported torch once, or each as a new interpreter",
+        group=PARALLEL,
+        choices=("forkserver", "spawn"),
+        env="SGLANG_DIFFUSION_WORKER_START",
     )
     dist_timeout: int = knob(3600, "seconds until a collective gives up", group=PARALLEL, min=1)
     nnodes: int = knob(1, "machines that share the workers evenly", group=PARALLEL, min=1, max=1024)
@@ -209,7 +216,7 @@ class Settings:
         "transformer=fa,transformer.cross=torch_sdpa",
         group=ATTENTION,
     )
-    attention_backend_config: dict[str, Any] | None = knob(
+    attention_backend_config: Values | None = knob(
         None, "settings of the attention kernel; those that stand have none", group=ATTENTION
     )
     diffusers_attention_backend: str | None = knob(
@@ -356,17 +363,17 @@ class Settings:
     )
 
     def node_address(self) -> tuple[str, int]:
-        """Host and port of `dist_init_addr`. Raises BadRequest where there is none."""
+        """Split `dist_init_addr` into host and port. Raises BadRequest where there is none."""
         if self.dist_init_addr is None:
-            raise BadRequest("dist_init_addr: it is required when nnodes > 1", "dist_init_addr")
+            raise BadRequest("it is required when nnodes > 1", field="dist_init_addr")
         found = _ADDRESS.fullmatch(self.dist_init_addr)
         if not found or found[1] == "0.0.0.0" or not 0 < int(found[2]) < 2**16:
             told = f"{shorten(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
-            raise BadRequest(f"dist_init_addr: {told}", "dist_init_addr")
+            raise BadRequest(f"{told}", field="dist_init_addr")
         return found[1], int(found[2])
 
     def tiles(self, by_default: bool = False) -> bool:
-        """Whether the VAE works tile by tile, if a model that is not told does so `by_default`.
+        """Decide if the VAE works tile by tile; `by_default` is the model's own choice.
 
         Raises:
             BadRequest: it does not, but sizes of tiles are given.
@@ -377,12 +384,12 @@ class Settings:
         for name in ("min_height", "min_width", "stride_height", "stride_width"):
             if not tiled and getattr(vae, f"tile_sample_{name}") is not None:
                 path = f"vae_config.tile_sample_{name}"
-                raise BadRequest(f"{path}: it has no effect without vae_tiling", path)
+                raise BadRequest("it has no effect without vae_tiling", field=path)
         return tiled
 
     @property
     def parallel_decode(self) -> bool:
-        """Whether several workers decode together."""
+        """Check that several workers decode together."""
         return self.vae_sp or bool(self.vae_config.use_parallel_decode)
 
 
@@ -420,7 +427,7 @@ _INT_DIGITS = 4000  # Python reads no longer ones
 
 
 def _names() -> tuple[dict[str, type], dict[str, str]]:
-    """Every knob's section, and every alias's knob."""
+    """Map every knob to its class, and every alias to its knob."""
     sections: dict[str, type] = {}
     aliases: dict[str, str] = {}
     for cls in SECTIONS:
@@ -434,7 +441,7 @@ SECTION_OF, ALIASES = _names()
 
 
 def known_names() -> list[str]:
-    """Every key a config file may hold, aliases and component paths included."""
+    """List every key that a config file may hold, aliases and component paths included."""
     return [*SECTION_OF, *ALIASES, *(f"{component}_path" for component in COMPONENTS)]
 
 
@@ -442,8 +449,8 @@ _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
-def from_text(text: str, kind: Any) -> Any:
-    """A word of a command line or environment as a plain value; what does not parse stays text for the converter."""
+def from_text(text: str, kind: Kind) -> object:
+    """Convert a word of a command line or environment to a plain value; text that does not parse stays text."""
     options = [kind, *typing.get_args(kind)]
     if bool in options and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
@@ -454,13 +461,13 @@ def from_text(text: str, kind: Any) -> Any:
     return text
 
 
-def section(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Those of the merged values that belong to `cls`."""
+def section(values: Mapping[str, object], cls: type) -> Values:
+    """Select the merged values that belong to `cls`."""
     return {name: value for name, value in values.items() if SECTION_OF[name] is cls}
 
 
-def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Settings from merged values, with the rules that tie several fields together."""
+def settings_of(values: Mapping[str, object]) -> Settings:
+    """Build settings from merged values, and check the rules that tie several fields together."""
     settings = structure(section(values, Settings), Settings)
     _check_degrees(settings)
     _check_nodes(settings)
@@ -471,87 +478,81 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     _check_steps(settings)
     if settings.vae_config.parallel_decode_mode and not settings.parallel_decode:
         path = "vae_config.parallel_decode_mode"
-        raise BadRequest(f"{path}: it has no effect without vae_sp", path)
+        raise BadRequest("it has no effect without vae_sp", field=path)
     unknown = [name for name in settings.component_paths if name not in COMPONENTS]
     if unknown:
-        raise BadRequest(
-            f"component_paths: {unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", "component_paths"
-        )
+        raise BadRequest(f"{unknown[0]!r} is no component{nearest(unknown[0], COMPONENTS)}", field="component_paths")
     return settings
 
 
 def without_secrets(settings: Settings) -> Settings:
-    """The same as the workers may know it, who may be on another machine."""
-    secrets: dict[str, Any] = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
+    """Drop the secrets, for workers that may be on another machine."""
+    secrets: Values = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
     return attrs.evolve(settings, **secrets)
 
 
 def _check_tiles(settings: Settings) -> None:
-    """Tiling is asked for in one voice."""
+    """Check that `vae_tiling` and `vae_config.use_tiling` agree."""
     one, other = settings.vae_config.use_tiling, settings.vae_tiling
     if None not in (one, other) and one != other:
         told = f"{one} contradicts vae_tiling {other}".lower()
-        raise BadRequest(f"vae_config.use_tiling: {told}; leave one out", "vae_config.use_tiling")
+        raise BadRequest(f"{told}; leave one out", field="vae_config.use_tiling")
 
 
 def _check_offload(settings: Settings) -> None:
-    """Pinning is of offloaded weights."""
+    """Check that pinning is set only with offloaded weights."""
     flags = [name for name in fields_of(Settings) if name.endswith("_offload")]
     if not settings.pin_cpu_memory and not any(getattr(settings, flag) for flag in flags):
-        raise BadRequest(f"pin_cpu_memory: false has no effect without one of {', '.join(flags)}", "pin_cpu_memory")
+        raise BadRequest(f"false has no effect without one of {', '.join(flags)}", field="pin_cpu_memory")
 
 
 def _check_attention(settings: Settings) -> None:
-    """Names of kernels; whether they run is for the worker to say."""
+    """Check the names of kernels. The worker checks that they can run."""
     known = DENSE_ATTENTION + SPARSE_ATTENTION
     for component, name in settings.component_attention_backends.items():
         path = f"component_attention_backends.{component}"
         if name not in known:
-            raise BadRequest(f"{path}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}", path)
+            raise BadRequest(f"{name!r} is not one of {', '.join(known)}{nearest(name, known)}", field=path)
         if name in SPARSE_ATTENTION:
-            raise NotBuilt(f"{path}: {name} is not built yet in this version of sgld (sparse attention)", path)
+            raise NotBuilt(f"{name} is not built yet in this version of sgld (sparse attention)", field=path)
 
 
 def _check_steps(settings: Settings) -> None:
-    """At least one time, and each below the one before."""
+    """Check for at least one time, each below the one before."""
     steps = settings.dmd_denoising_steps
     if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
         shown = ",".join(map(str, steps)) or "none"
-        line = f"dmd_denoising_steps: {shown}: give falling numbers, as in 1000,757,522"
-        raise BadRequest(line, "dmd_denoising_steps")
+        raise BadRequest(f"{shown}: give falling numbers, as in 1000,757,522", field="dmd_denoising_steps")
 
 
 def _check_loras(settings: Settings) -> None:
-    """A name for each adapter, all unlike; strengths and targets for all at once, or for each."""
+    """Check that each adapter has a name of its own, and that strengths and targets are one, or one each."""
     paths, names = settings.lora_path or [], settings.lora_nickname
     if len(paths) > MAX_LORAS:
-        raise BadRequest(f"lora_path: {len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", "lora_path")
+        raise BadRequest(f"{len(paths)} adapters are too many; at most {MAX_LORAS} are allowed", field="lora_path")
     if "" in paths:
-        raise BadRequest("lora_path: it is empty; name a file, a folder or a Hugging Face id", "lora_path")
+        raise BadRequest("it is empty; name a file, a folder or a Hugging Face id", field="lora_path")
     for name in ("lora_nickname", "lora_scale", "lora_target"):
         given = getattr(settings, name)
         if given is None:
             continue
         if not paths:
-            raise BadRequest(f"{name}: it has no effect without lora_path", name)
+            raise BadRequest("it has no effect without lora_path", field=name)
         allowed = {len(paths)} if name == "lora_nickname" else {1, len(paths)}
         if len(given) not in allowed:
             raise BadRequest(
-                f"{name}: {len(given)} given for {len(paths)} in lora_path; allowed: "
-                f"{' or '.join(map(str, sorted(allowed)))}",
-                name,
+                f"{len(given)} given for {len(paths)} in lora_path; allowed: {' or '.join(map(str, sorted(allowed)))}",
+                field=name,
             )
     if names is not None and ("" in names or len(set(names)) < len(names)):
-        raise BadRequest(f"lora_nickname: {shorten(names)}: each adapter needs a name of its own", "lora_nickname")
+        raise BadRequest(f"{shorten(names)}: each adapter needs a name of its own", field="lora_nickname")
 
 
 def _check_degrees(settings: Settings) -> None:
-    """The workers are all used: num_gpus is 2 with enable_cfg_parallel, else 1, times ulysses and ring degrees."""
+    """Check num_gpus = (2 with enable_cfg_parallel, else 1) * ulysses_degree * ring_degree."""
     s = settings
     if s.enable_cfg_parallel and s.num_gpus % 2:
-        raise BadRequest(
-            f"enable_cfg_parallel: it needs an even number of workers; num_gpus is {s.num_gpus}", "enable_cfg_parallel"
-        )
+        raise BadRequest(f"it needs an even number of workers; num_gpus is {s.num_gpus}", field="enable_cfg_parallel")
     sequence = s.num_gpus // 2 if s.enable_cfg_parallel else s.num_gpus
     among = (
         f"the {sequence} that share a sequence (num_gpus {s.num_gpus}{', in 2 branches' * bool(s.enable_cfg_parallel)})"
@@ -560,46 +561,46 @@ def _check_degrees(settings: Settings) -> None:
     halves = s.enable_cfg_parallel is None and 2 * named == s.num_gpus
     hint = ", or set enable_cfg_parallel" * halves
     if s.sp_degree not in (None, sequence):
-        raise BadRequest(f"sp_degree: {s.sp_degree} workers are not {among}; leave it out{hint}", "sp_degree")
+        raise BadRequest(f"{s.sp_degree} workers are not {among}; leave it out{hint}", field="sp_degree")
     for name in ("ulysses_degree", "ring_degree"):
         degree = getattr(s, name)
         if degree is not None and sequence % degree:
-            raise BadRequest(f"{name}: {degree} workers do not divide {among}", name)
+            raise BadRequest(f"{degree} workers do not divide {among}", field=name)
     if s.ulysses_degree and s.ring_degree and s.ulysses_degree * s.ring_degree != sequence:
         product = f"{s.ulysses_degree} x ring_degree {s.ring_degree}"
-        raise BadRequest(f"ulysses_degree: {product} workers are not {among}; leave one out{hint}", "ulysses_degree")
+        raise BadRequest(f"{product} workers are not {among}; leave one out{hint}", field="ulysses_degree")
     if s.vae_sp and s.vae_config.use_parallel_decode is False:
         path = "vae_config.use_parallel_decode"
-        raise BadRequest(f"{path}: false contradicts vae_sp true; leave one out", path)
+        raise BadRequest("false contradicts vae_sp true; leave one out", field=path)
     if s.num_gpus % s.tp_size:
-        raise BadRequest(f"tp_size: {s.tp_size} does not divide num_gpus ({s.num_gpus})", "tp_size")
+        raise BadRequest(f"{s.tp_size} does not divide num_gpus ({s.num_gpus})", field="tp_size")
 
 
 def _check_nodes(settings: Settings) -> None:
-    """Several machines have a share of the workers each, a number each, and one place to meet."""
+    """Check that several machines share the workers evenly, have a number each, and one address to meet."""
     s = settings
     if s.node_rank >= s.nnodes:
-        raise BadRequest(f"node_rank: {s.node_rank} must be less than nnodes ({s.nnodes})", "node_rank")
+        raise BadRequest(f"{s.node_rank} must be less than nnodes ({s.nnodes})", field="node_rank")
     if s.num_gpus % s.nnodes:
-        raise BadRequest(f"nnodes: {s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes", "nnodes")
+        raise BadRequest(f"{s.nnodes} does not divide num_gpus ({s.num_gpus}), the total over nodes", field="nnodes")
     if s.nnodes > 1:
         s.node_address()
     elif s.dist_init_addr is not None:
-        raise BadRequest("dist_init_addr: it has no effect without nnodes above 1", "dist_init_addr")
+        raise BadRequest("it has no effect without nnodes above 1", field="dist_init_addr")
 
 
 def user_path(text: str, param: str) -> Path:
-    """A path as a user writes it: `~` and `~name` are homes. Raises BadRequest for what no path can be."""
+    """Expand `~` and `~name` in a path. Raises BadRequest for text that is no path."""
     if "\0" in text:
-        raise BadRequest(f"{param}: {shorten(text)} holds a NUL byte, which no path can", param)
+        raise BadRequest(f"{shorten(text)} holds a NUL byte, which no path can", field=param)
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise BadRequest(f"{param}: {shorten(text)}: there is no such user, so no such home", param) from None
+        raise BadRequest(f"{shorten(text)}: there is no such user, so no such home", field=param) from None
 
 
 def cache_root() -> Path:
-    """Where models that are made of an overlay and its source are kept: $SGLANG_DIFFUSION_CACHE_ROOT, if it is set."""
+    """Return the folder of models made of an overlay and its source: $SGLANG_DIFFUSION_CACHE_ROOT, if set."""
     name = "SGLANG_DIFFUSION_CACHE_ROOT"
     if os.environ.get(name):
         return user_path(os.environ[name], name).absolute()
@@ -607,7 +608,7 @@ def cache_root() -> Path:
 
 
 def environment(*names: str) -> dict[str, str]:
-    """Those of `names` that are set: the one way other modules see the environment."""
+    """Read the variables among `names` that are set. Other modules see the environment only by this."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -21,6 +21,7 @@ from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 
 T = TypeVar("T")
 Field: TypeAlias = "attrs.Attribute[Any]"
+Values: TypeAlias = dict[str, Any]  # plain values by name, from the wire or a file
 Kind: TypeAlias = object  # a class, or a form such as `list[int] | None`
 Hook: TypeAlias = Callable[[object, Kind], object]
 MAX_CHARACTERS = 32768
@@ -48,6 +49,7 @@ class Knob:
     serve_only: bool = False
     secret: bool = False
     shown_default: str | None = None
+    synonyms: Mapping[str, str] = attrs.field(factory=dict)  # other spelling of a choice -> the choice
 
 
 def knob(
@@ -67,17 +69,21 @@ def knob(
     serve_only: bool = False,
     secret: bool = False,
     shown_default: str | None = None,
+    synonyms: Mapping[str, str] | None = None,
 ) -> Any:
     """Declare an attrs field as a knob. Copy a list or dict default for each instance."""
     assert not (secret and choices), "an error about a choice shows the value"
     meta = Knob(
         help=help, group=group, choices=choices, min=min, max=max, above=above, aliases=aliases, env=env,
         pending=pending, built=built, per_model=per_model, serve_only=serve_only, secret=secret,
-        shown_default=shown_default,
+        shown_default=shown_default, synonyms=synonyms or {},
     )  # fmt: skip
+    common: dict[str, Any] = {"metadata": {"knob": meta}, "validator": _check, "repr": not secret}
+    if synonyms:
+        common["converter"] = lambda value: synonyms.get(value, value)
     if isinstance(default, list | dict):
-        return attrs.field(factory=default.copy, metadata={"knob": meta}, validator=_check, repr=not secret)
-    return attrs.field(default=default, metadata={"knob": meta}, validator=_check, repr=not secret)
+        return attrs.field(factory=default.copy, **common)
+    return attrs.field(default=default, **common)
 
 
 def _check(_: object, field: Field, value: object) -> None:
@@ -89,7 +95,7 @@ def _check(_: object, field: Field, value: object) -> None:
         if meta.choices and item not in meta.choices:
             allowed = ", ".join(meta.choices)
             raise BadRequest(
-                f"{field.name}: {shorten(item)} is not one of {allowed}{nearest(str(item), meta.choices)}", field.name
+                f"{shorten(item)} is not one of {allowed}{nearest(str(item), meta.choices)}", field=field.name
             )
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_range(field.name, item, meta)
@@ -97,11 +103,11 @@ def _check(_: object, field: Field, value: object) -> None:
 
 def _check_range(name: str, value: float, meta: Knob) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise BadRequest(f"{name}: {value} is not a finite number", name)
+        raise BadRequest(f"{value} is not a finite number", field=name)
     low = (meta.min is not None and value < meta.min) or (meta.above is not None and value <= meta.above)
     high = meta.max is not None and value > meta.max
     if low or high:
-        raise BadRequest(f"{name}: {shorten(value)} is out of range; allowed is {describe_range(meta)}", name)
+        raise BadRequest(f"{shorten(value)} is out of range; allowed is {describe_range(meta)}", field=name)
 
 
 def describe_range(meta: Knob) -> str:
@@ -328,14 +334,13 @@ def _first_error(error: BaseException, cls: type, path: str = "") -> SgldError:
     if isinstance(error, ForbiddenExtraKeysError):
         [name] = error.extra_fields
         full = f"{path}.{name}" if path else name
-        return UnknownField(f"unknown key {shorten(full)}{nearest(name, fields_of(error.cl))}", full)
+        return UnknownField(f"unknown key {shorten(full)}", full, hint=nearest(name, fields_of(error.cl)))
     if isinstance(error, SgldError):  # from a validator, which knows only the field's own name
-        prefix = f"{path}." if path else ""
-        return type(error)(f"{prefix}{error.message}", f"{prefix}{error.param}")
+        return error.renamed(f"{path}.{error.field}") if path else error
     field = fields_of(cls).get(path)
     if field is not None and knob_of(field).secret:
-        return BadRequest(f"{path}: its value is not a valid {type_name(field.type)}", path)
-    return BadRequest(f"{path}: {error}", path)
+        return BadRequest(f"its value is not a valid {type_name(field.type)}", field=path)
+    return BadRequest(f"{error}", field=path)
 
 
 @attrs.frozen
@@ -370,8 +375,9 @@ def refuse_unbuilt(*instances: object, spell: Callable[[str], str] = str) -> Non
         value, instead = f"{shorten(first.value)} is ", f"use {' or '.join(map(str, first.knob.built))}"
     also = f"; nor are {', '.join(spell(knob.name) for knob in others)}" if others else ""
     raise NotBuilt(
-        f"{spell(first.name)}: {value}not built yet in this version of sgld ({first.knob.pending}); {instead}{also}",
+        f"{value}not built yet in this version of sgld ({first.knob.pending}); {instead}{also}",
         first.name,
+        field=spell(first.name),
     )
 
 

@@ -1,7 +1,8 @@
-"""Every error a user can meet: one tree, each with its HTTP status and code.
+"""The errors that users meet: one tree, each with its HTTP status and code.
 
 SgldError                      500 internal_error      exit 1
 |- BadRequest                  400 invalid_value       exit 2
+|  |- MissingFile              400 invalid_value
 |  |- UnknownField             400 unknown_parameter
 |  `- NotBuilt                 400 not_supported
 |- Unauthorized                401 invalid_api_key
@@ -20,27 +21,50 @@ SgldError                      500 internal_error      exit 1
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
-_HINT_CHARACTERS = 64  # of a name; comparing takes their square, and ours are shorter
+_HINT_CHARACTERS = 64  # longest name to compare; the time grows with the square
 
 
 class SgldError(Exception):
-    """The root. `param` is the field at fault, where there is one."""
+    """The root. `param` is the field at fault, `file` the input file at fault.
+
+    The message of an error with a `field` is `field: reason`. The reason of an error with a `file` follows the quoted
+    file name directly: " is damaged", ": no such file".
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
-        self.message = message
-        self.param = param
+    def __init__(self, reason: str, param: str | None = None, *, field: str | None = None, file: str | None = None):
+        super().__init__(reason, param)
+        self.reason, self.field, self.file = reason, field, file
+        self.param = field if param is None else param
 
-    def __reduce__(self) -> tuple[type[SgldError], tuple[str, str | None]]:
-        return type(self), (self.message, self.param)
+    @property
+    def text(self) -> str:
+        """Return the message without its field."""
+        return self.reason if self.file is None else repr(self.file) + self.reason
+
+    @property
+    def message(self) -> str:
+        """Return the whole message, one line."""
+        return self.text if self.field is None else f"{self.field}: {self.text}"
+
+    def __str__(self) -> str:
+        return self.message
+
+    def renamed(self, field: str | None, text: str | None = None) -> Self:
+        """Return a copy that names another field, with another text after it where one is given."""
+        other = copy.copy(self)
+        other.field = other.param = field
+        if text is not None:
+            other.reason, other.file = text, None
+        return other
 
 
 class BadRequest(SgldError):
@@ -51,47 +75,55 @@ class BadRequest(SgldError):
     exit_code = 2
 
 
+class MissingFile(BadRequest):
+    """An input file that does not exist."""
+
+
 class UnknownField(BadRequest):
-    """A flag, key or parameter that does not exist."""
+    """A flag, key or parameter that does not exist. `hint` names the nearest known one."""
 
     code = "unknown_parameter"
 
+    def __init__(self, reason: str, param: str | None = None, *, hint: str = ""):
+        super().__init__(reason + hint, param)
+        self.hint = hint
+
 
 class NotBuilt(BadRequest):
-    """A documented knob whose feature does not stand yet, or that this model cannot use."""
+    """A documented knob whose feature is not built yet, or that this model cannot use."""
 
     code = "not_supported"
 
 
 class Unauthorized(SgldError):
-    """No API key, or one that is not known."""
+    """A missing or unknown API key."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class Forbidden(SgldError):
-    """A key that may not do this."""
+    """An API key without this permission."""
 
     status = 403
     code = "forbidden"
 
 
 class NotFound(SgldError):
-    """No such model, job or file."""
+    """A model, job or file that does not exist."""
 
     status = 404
     code = "not_found"
 
 
 class UnknownModel(NotFound):
-    """A model that this server does not run."""
+    """A model that this server does not serve."""
 
     code = "model_not_found"
 
 
 class TooLarge(SgldError):
-    """More bytes or pixels than the server takes, or more memory than it has."""
+    """More bytes, pixels or memory than the server allows."""
 
     status = 413
     code = "too_large"
@@ -99,7 +131,7 @@ class TooLarge(SgldError):
 
 
 class QueueFull(SgldError):
-    """Too many jobs wait; the client may try again after `retry_after` seconds."""
+    """A full queue. The client may try again after `retry_after` seconds."""
 
     status = 429
     code = "queue_full"
@@ -110,38 +142,38 @@ class QueueFull(SgldError):
 
 
 class ModelError(SgldError):
-    """A folder that is no model, a corrupt file, missing or extra tensors."""
+    """A folder without a model, a corrupt file, missing or extra tensors."""
 
     code = "model_error"
 
 
 class OutputError(SgldError):
-    """The result could not be written."""
+    """A result that could not be stored."""
 
     code = "output_error"
 
 
 class OutOfMemory(SgldError):
-    """The device or the host ran out of memory; the next job may fit."""
+    """A device or host without enough memory. The next job may fit."""
 
     code = "out_of_memory"
 
 
 class WorkerDied(SgldError):
-    """A rank crashed, was killed, or disagreed with its peers; the group was restarted."""
+    """A rank that crashed, was killed, or disagreed with its peers. The group was restarted."""
 
     code = "worker_died"
 
 
 class NotReady(SgldError):
-    """The server is loading or shutting down."""
+    """A server that is loading or shutting down."""
 
     status = 503
     code = "not_ready"
 
 
 class Cancelled(SgldError):
-    """The caller asked for the job to stop."""
+    """A job that its caller stopped."""
 
     status = 499
     code = "cancelled"
@@ -155,13 +187,13 @@ def _tree(root: type[SgldError]) -> Iterable[type[SgldError]]:
 
 
 def from_code(code: str, message: str, param: str | None = None) -> SgldError:
-    """The error that a rank reported by its code."""
-    by_code = {kind.code: kind for kind in _tree(SgldError)}
-    return by_code.get(code, SgldError)(message, param)
+    """Return the error that a record describes."""
+    kinds = (kind for kind in _tree(SgldError) if kind.code == code)
+    return next(kinds, SgldError)(message, param)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known name, or nothing when none is close."""
+    """Return `; did you mean X?` for the closest known name, or nothing if none is close."""
     if len(name) > _HINT_CHARACTERS:
         return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -169,5 +201,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What a library says is wrong, without the lines behind that."""
+    """Return the first line of a library's error message."""
     return (str(error).strip().splitlines() or [""])[0]

@@ -1,4 +1,4 @@
-"""Input pictures: read from local files, turned upright, laid on white, and cut to the size of the output."""
+"""Read input pictures: turn them upright, put them on white, and cut them to the size of the output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from sgld.errors import BadRequest, TooLarge
+from sgld.errors import BadRequest, MissingFile, TooLarge
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -35,17 +35,17 @@ class Input:
 
 
 def size_of(path: str) -> tuple[int, int]:
-    """Width and height of a picture once it is upright, told from its header. Raises BadRequest, TooLarge."""
+    """Read the width and height of an upright picture from its header. Raises BadRequest, TooLarge."""
     with opened(path, path, PICTURE) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         return (image.height, image.width) if turned else image.size
 
 
 def upright(path: str) -> Image.Image:
-    """A picture file as RGB, turned as its EXIF orientation says, on white; of an animation the first frame.
+    """Read a picture as RGB on white, turned as its EXIF orientation says. An animation gives its first frame.
 
     Raises:
-        BadRequest: it is missing, damaged or no picture.
+        BadRequest: the file is missing, damaged or no picture.
         TooLarge: it has more than `MAX_PIXELS` pixels.
     """
     with opened(path, path, PICTURE) as image:
@@ -53,27 +53,28 @@ def upright(path: str) -> Image.Image:
 
 
 def named(path: str, image: Image.Image) -> Image.Image:
-    """The image, for what `shown` tells of it."""
+    """Mark an image with its file, for `refused`."""
     image.info[PICTURE] = path
     return image
 
 
-def shown(image: Image.Image) -> str:
-    """An image in a message: its field, its file where `named` told it, and its size."""
+def refused(image: Image.Image, reason: str) -> BadRequest:
+    """Return an error about an image; it names the file that `named` gave it, and its size."""
     path = image.info.get(PICTURE)
-    return f"{PICTURE}: {'a picture' if path is None else repr(path)} of {image.width}x{image.height} pixels"
+    size = f"of {image.width}x{image.height} pixels {reason}"
+    return BadRequest(f"a picture {size}" if path is None else f" {size}", field=PICTURE, file=path)
 
 
 def read(picture: str, mask: str | None, width: int, height: int) -> Input:
-    """A picture file and its mask, if any, scaled to cover that size in pixels and cut to it about the centre.
+    """Read a picture and its mask, scale them to cover that size in pixels, and cut them about the centre.
 
-    Transparent pixels are laid on white; an animation gives its first frame. In a mask what is transparent is painted
-    anew; in a mask without transparency what is white is. Grey, or half transparent, is in between.
+    Transparent pixels become white. An animation gives its first frame. The transparent part of a mask is painted
+    anew; of a mask without transparency, the white part. Grey and half-transparent pixels are in between.
 
     Raises:
-        BadRequest: a file that is missing, damaged or no picture, a mask of another size than its picture, or one
-            that leaves nothing to paint.
-        TooLarge: more than `MAX_PIXELS` pixels.
+        BadRequest: a file is missing, damaged or no picture, or the mask has another size than its picture or leaves
+            nothing to paint.
+        TooLarge: a file has more than `MAX_PIXELS` pixels.
     """
     whole = upright(picture)
     pixels = _fit(whole, width, height, Image.Resampling.LANCZOS)
@@ -81,28 +82,28 @@ def read(picture: str, mask: str | None, width: int, height: int) -> Input:
         return Input(pixels, None)
     weights = _fit(read_mask(mask, whole.size), width, height, Image.Resampling.BOX)
     if weights.max() < PAINTED:
-        raise BadRequest(f"{MASK}: {mask!r} leaves nothing to paint once it is cut to {width}x{height} pixels", MASK)
+        raise BadRequest(f" leaves nothing to paint once it is cut to {width}x{height} pixels", field=MASK, file=mask)
     return Input(pixels, weights)
 
 
 def read_mask(path: str, size: tuple[int, int]) -> Image.Image:
-    """The mask of a picture of that width and height, as grey: white where it is painted anew. Raises as `read`."""
+    """Read the mask of a picture of that width and height as grey; white is painted anew. Raises as `read`."""
     with opened(path, path, MASK) as image:
         mask = _changes(ImageOps.exif_transpose(image))
     if mask.size != size:
-        told, wanted = ("x".join(map(str, sides)) for sides in (mask.size, size))
-        raise BadRequest(f"{MASK}: {path!r} is {told}; it must have the size of the picture, {wanted}", MASK)
+        own, wanted = ("x".join(map(str, sides)) for sides in (mask.size, size))
+        raise BadRequest(f" is {own}; it must have the size of the picture, {wanted}", field=MASK, file=path)
     if np.asarray(mask).max() < PAINTED:
-        raise BadRequest(f"{MASK}: {path!r} leaves nothing to paint: no pixel is transparent or white", MASK)
+        raise BadRequest(" leaves nothing to paint: no pixel is transparent or white", field=MASK, file=path)
     return mask
 
 
 @contextmanager
 def opened(file: str | BytesIO, name: str, param: str) -> Iterator[Image.Image]:
-    """An image whose header has been read; whatever goes wrong with it, while it is open too, tells that name.
+    """Open an image and read its header. Errors, also those of the body, name that file and field.
 
     Raises:
-        BadRequest: it is missing, damaged or no picture.
+        BadRequest: the file is missing, damaged or no picture.
         TooLarge: it has more than `MAX_PIXELS` pixels.
     """
     try:
@@ -112,22 +113,22 @@ def opened(file: str | BytesIO, name: str, param: str) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         allowed = ", ".join(FORMATS).lower()
-        raise BadRequest(f"{param}: {name!r} is no picture that is taken; allowed are {allowed}", param) from None
+        raise BadRequest(f" is no picture that is taken; allowed are {allowed}", field=param, file=name) from None
     except _BOMBS:
         raise _bomb(name, param) from None
     except FileNotFoundError:
-        raise BadRequest(f"{param}: {name!r}: no such file", param) from None
+        raise MissingFile(": no such file", field=param, file=name) from None
     except _DAMAGED as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BadRequest(f"{param}: {name!r} cannot be read: {reason}", param) from None
+        raise BadRequest(f" cannot be read: {reason}", field=param, file=name) from None
 
 
 def _bomb(name: str, param: str, size: str = "") -> TooLarge:
-    return TooLarge(f"{param}: {name!r}{size} has more than {MAX_PIXELS} pixels, which is the limit", param)
+    return TooLarge(f"{size} has more than {MAX_PIXELS} pixels, which is the limit", field=param, file=name)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, with white behind what is transparent."""
+    """Convert to RGB, with white behind transparent pixels."""
     if not image.has_transparency_data:
         return _eight_bits(image).convert("RGB")
     rgba = image.convert("RGBA")
@@ -136,7 +137,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _changes(image: Image.Image) -> Image.Image:
-    """A mask as grey, white where the picture changes. An alpha channel that is opaque throughout says nothing."""
+    """Convert a mask to grey, white where the picture changes. A fully opaque alpha channel is ignored."""
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema()[0] != _OPAQUE:
@@ -145,7 +146,7 @@ def _changes(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, which Pillow's own conversion clips, as grey of 8."""
+    """Convert grey of 16 bits to grey of 8; Pillow would clip it."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))

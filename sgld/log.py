@@ -38,7 +38,7 @@ def set_up(level: str, format: str = "text") -> None:
 
 
 def handler(format: str) -> logging.Handler:
-    """What writes lines of that format, text or json, to standard error."""
+    """Make a handler that writes lines of text or json to standard error."""
     made = logging.StreamHandler()
     made.addFilter(_name_job)
     made.setFormatter(JsonLines() if format == "json" else logging.Formatter(FORMAT))
@@ -47,7 +47,7 @@ def handler(format: str) -> logging.Handler:
 
 @contextmanager
 def job_context(job_id: str) -> Iterator[None]:
-    """What is logged inside, in tasks started there and in threads of `anyio.to_thread`, names this job."""
+    """Name this job in every line logged inside, in tasks started there and in threads of `anyio.to_thread`."""
     token = _job_id.set(job_id)
     try:
         yield
@@ -56,7 +56,7 @@ def job_context(job_id: str) -> Iterator[None]:
 
 
 def _name_job(record: logging.LogRecord) -> bool:
-    """Give a record its `job_id`, where `extra` has not, and how a plain line shows it."""
+    """Set the `job_id` of a record, unless `extra` has, and its form in a plain line."""
     job_id = record.__dict__.setdefault("job_id", _job_id.get())
     record.job = f"[{job_id}] " if job_id is not None else ""
     return True

@@ -126,30 +126,30 @@ def check_encodable(format: str, output: OutputSpec, metadata: Mapping[str, Any]
     spec = FORMATS[format]
     if spec.kind == IMAGE and output.frames != 1:
         raise BadRequest(
-            f"num_frames: {output.frames} frames do not fit in one {format}; give 1, or a video format",
-            "num_frames",
+            f"{output.frames} frames do not fit in one {format}; give 1, or a video format",
+            field="num_frames",
         )
     for field, side in (("height", output.height), ("width", output.width)):
         _check_side(format, field, side)
     if spec.max_fps and output.fps > spec.max_fps:
         raise BadRequest(
-            f"fps: {output.fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
-            "fps",
+            f"{output.fps}: a {format} shows at most {spec.max_fps} frames per second; choose mp4 or webm",
+            field="fps",
         )
     if spec.max_metadata and len(_ascii_json(metadata or {})) > spec.max_metadata:
         raise BadRequest(
-            f"prompt: too long for the metadata of a {format} ({spec.max_metadata} bytes); choose png or webp",
-            "prompt",
+            f"too long for the metadata of a {format} ({spec.max_metadata} bytes); choose png or webp",
+            field="prompt",
         )
 
 
 def _check_side(format: str, field: str, side: int) -> None:
     spec = FORMATS[format]
     if side > spec.max_side:
-        raise BadRequest(f"{field}: {side}: a {format} holds at most {spec.max_side} pixels a side", field)
+        raise BadRequest(f"{side}: a {format} holds at most {spec.max_side} pixels a side", field=field)
     if side % spec.side_multiple:
         nearest = " and ".join(str(even) for even in (side - 1, side + 1) if even)
-        raise BadRequest(f"{field}: {side}: a {format} needs an even size; nearest: {nearest}", field)
+        raise BadRequest(f"{side}: a {format} needs an even size; nearest: {nearest}", field=field)
 
 
 def encode(

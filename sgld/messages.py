@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgld.config import Settings
+from sgld.errors import SgldError
 from sgld.params import LoraUse, OutputParams
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
@@ -103,33 +104,23 @@ class Stop:
 
 @attrs.frozen
 class SetLora:
-    """Replace the adapters of every component that `loras` name. Their paths are local files or folders."""
+    """Replace the adapters of every component that `loras` target. The answer is a `LoraState` of these components.
+
+    Paths are files or folders of this machine.
+    """
 
     loras: tuple[LoraUse, ...]
     merge_mode: MergeMode = "auto"
 
 
 @attrs.frozen
-class MergeLora:
-    """Apply the adapters last set for `target` again, each with this strength."""
-
-    target: str = "all"
-    strength: float = 1.0
-
-
-@attrs.frozen
 class UnmergeLora:
-    """Remove the adapters of `target`. `MergeLora` can apply them again."""
+    """Take the adapters of `target` away. The answer is an empty `LoraState`."""
 
     target: str = "all"
 
 
-@attrs.frozen
-class ListLoras:
-    """Return the adapters that are set."""
-
-
-LoraCommand = SetLora | MergeLora | UnmergeLora | ListLoras
+LoraCommand = SetLora | UnmergeLora
 Command = Load | Generate | LoraCommand
 
 
@@ -139,20 +130,13 @@ class LoraPart:
 
     loras: tuple[LoraUse, ...]
     merge_mode: MergeMode  # as requested
-    applied: MergeMode | None  # merge or dynamic; None: removed
+    applied: MergeMode | None  # merge or dynamic; None: they were taken away
     skipped: int = 0  # keys that fit no layer
-
-    def commands(self) -> list[LoraCommand]:
-        """Return the commands that bring a freshly loaded model to this state."""
-        found: list[LoraCommand] = [SetLora(self.loras, self.merge_mode)]
-        if self.applied is None:
-            found.append(UnmergeLora(self.loras[0].target))
-        return found
 
 
 @attrs.frozen
 class LoraState:
-    """The adapters of requests that bring none; the answer to every LoRA command."""
+    """The adapters for requests without adapters of their own."""
 
     parts: dict[str, LoraPart] = attrs.field(factory=dict)  # by component
 
@@ -210,11 +194,9 @@ class Done:
 
 @attrs.frozen
 class Failed:
-    """The command failed with a typed error (see `errors.from_code`)."""
+    """The command failed with an error; `trace` is its traceback on the rank."""
 
-    code: str
-    message: str
-    param: str | None = None
+    error: SgldError
     trace: str = ""
 
 

@@ -43,7 +43,7 @@ class LoraUse:
 
     def __attrs_post_init__(self) -> None:
         if not (self.nickname or self.path):
-            raise BadRequest("nickname: it names no adapter; give a nickname or a path", "nickname")
+            raise BadRequest("it names no adapter; give a nickname or a path", field="nickname")
 
 
 @attrs.frozen
@@ -369,19 +369,20 @@ class ModelInfo:
     degrees: dict[str, int] = attrs.field(factory=dict)  # how many workers share what, such as ulysses
     attention: dict[str, str] = attrs.field(factory=dict)  # kernels by use, such as transformer.self
     left_open: tuple[str, ...] = ()  # fields whose value the pipeline's own code settles, unless somebody gives one
-    backend: str = "sglang"  # what makes it: native code ("sglang"), or a pipeline of "diffusers"
+    backend: str = "native"  # "native" code, or a pipeline of "diffusers"
 
     def memory_needs(self, params: SamplingParams) -> dict[str, int]:
         """Return the peak bytes of one output, by the field to lower when they are too many."""
         if (m := self.memory) is None:
             return {}
+        spec = OutputSpec.of(params)
         area = params.height * params.width
         tokens = area // self.size_multiple**2 * ((params.num_frames - 1) // self.frame_multiple + 1)
         denoise = m.denoiser_weights + m.token * max(tokens, min(2 * tokens, m.paired_tokens))
         denoise += m.picture * len(params.image_path or ())
         tile = min(area, m.tile_pixels or area)
         chunk = min(params.num_frames * tile, max(m.chunk_pixels, self.frame_multiple * tile))
-        decode = m.decoder_weights + m.pixel * params.num_frames * area + m.chunk_pixel * chunk
+        decode = m.decoder_weights + m.pixel * spec.pixels + m.chunk_pixel * chunk
         if params.image_path:
             decode = max(decode, m.decoder_weights + m.chunk_pixel * m.picture_pixels)
         longest = max(len((text or "").encode()) for text in (params.prompt, params.negative_prompt))
@@ -397,9 +398,9 @@ def check_loras(loras: Sequence[LoraUse], info: ModelInfo, param: str, target: s
     """Refuse adapters that this model cannot take, before any of them is looked up. Raises NotBuilt, BadRequest."""
     if loras and not info.lora_targets:
         reason = f": {why}" if (why := info.unsupported.get("loras")) else ""
-        raise NotBuilt(f"{param}: this model takes no LoRA adapters{reason}", param)
+        raise NotBuilt(f"this model takes no LoRA adapters{reason}", field=param)
     if len(loras) > MAX_LORAS:
-        raise BadRequest(f"{param}: {len(loras)} adapters are too many; at most {MAX_LORAS} are allowed", param)
+        raise BadRequest(f"{len(loras)} adapters are too many; at most {MAX_LORAS} are allowed", field=param)
     for lora in loras:
         check_lora_target(lora.target, info, target)
 
@@ -408,11 +409,11 @@ def check_lora_target(target: str, info: ModelInfo, param: str = "target") -> No
     """Refuse a component that this model does not have. Raises BadRequest."""
     allowed = ("all", *info.lora_targets)
     if target not in allowed:
-        raise BadRequest(f"{param}: {target!r}: this model has only {', '.join(allowed)}", param)
+        raise BadRequest(f"{target!r}: this model has only {', '.join(allowed)}", field=param)
 
 
 def check_picture(given: Mapping[str, Any]) -> None:
     """Refuse fields that have no effect without an input picture. Raises BadRequest."""
     for name in ("strength", "mask_path"):
         if given.get(name) is not None and not given.get("image_path"):
-            raise BadRequest(f"{name}: it needs a picture to start from", name)
+            raise BadRequest("it needs a picture to start from", field=name)

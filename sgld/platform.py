@@ -22,7 +22,7 @@ class Prefetcher(Protocol):
     """Reads weights beside the computation."""
 
     def start(self, read: Callable[[], T]) -> Callable[[], T]:
-        """Begin; the answer is called where the value is needed."""
+        """Begin to read. Return a function that waits for the value."""
 
 
 @attrs.frozen
@@ -38,7 +38,7 @@ class Platform(ABC):
 
     @abstractmethod
     def device(self, rank: int) -> torch.device:
-        """Where that rank computes."""
+        """Return the device of a rank."""
 
     @abstractmethod
     def set_up(self, rank: int, world: int) -> None:
@@ -47,35 +47,35 @@ class Platform(ABC):
     @property
     @abstractmethod
     def gpu(self) -> str | None:
-        """`sm90` for an NVIDIA GPU of compute capability 9.0, `rocm` for an AMD one."""
+        """Name the GPU: `sm90` for an NVIDIA one of compute capability 9.0, `rocm` for an AMD one."""
 
     @abstractmethod
     def pin(self, x: Tensor) -> Tensor:
-        """Host memory from which copies to the device run beside the computation."""
+        """Copy a tensor to host memory from which copies to the device run beside the computation."""
 
     @abstractmethod
     def prefetcher(self) -> Prefetcher:
-        """One that keeps the order of its reads."""
+        """Make a prefetcher, which keeps the order of its reads."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
 
     @abstractmethod
     def peak_memory(self) -> int:
-        """Most bytes this process has held so far."""
+        """Return the most bytes that this process has held so far."""
 
     @abstractmethod
     def free_memory(self) -> int:
-        """Bytes that this rank, with those that share its memory, could still take."""
+        """Return the bytes that this rank, with all that share its memory, could still take."""
 
     @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether the allocator gave up."""
+        """Check that an error means: the allocator is out of memory."""
 
     @abstractmethod
     def release_memory(self) -> None:
-        """Hand unused memory back, as after an allocator gave up."""
+        """Hand unused memory back to the device."""
 
 
 @attrs.frozen
@@ -135,7 +135,7 @@ class Cuda(Platform):
 
     def set_up(self, rank: int, world: int) -> None:
         if world > (devices := torch.cuda.device_count()):
-            raise BadRequest(f"num_gpus: {world} for this machine, which has {devices}", "num_gpus")
+            raise BadRequest(f"{world} for this machine, which has {devices}", field="num_gpus")
         torch.cuda.set_device(rank)
 
     @property
@@ -196,17 +196,17 @@ class _Stream:
 
 
 def available_memory(file: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that Linux could give to processes without swapping."""
+    """Return the bytes that Linux could give to processes without swapping."""
     return 1024 * int(_fields(file)["MemAvailable"].split()[0])
 
 
 def _fields(file: Path) -> dict[str, str]:
-    """A file of lines such as `VmHWM:  123 kB`."""
+    """Parse a file of lines such as `VmHWM:  123 kB`."""
     return dict(line.split(":", 1) for line in file.read_text().splitlines())
 
 
 def room_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Bytes left under each memory limit of the control groups (v2 and v1) that this process is in."""
+    """Yield the bytes left under each memory limit of this process's control groups (v2 and v1)."""
     for line in groups.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -225,5 +225,5 @@ def room_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
 
 
 def choose_platform() -> Platform:
-    """CUDA where a GPU answers, else the CPU."""
+    """Choose CUDA if a GPU answers, else the CPU."""
     return Cuda() if torch.cuda.is_available() else Cpu()

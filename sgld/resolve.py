@@ -95,13 +95,13 @@ def resolve(
     asked = {**(base or {}), **own}
     for name, reason in info.unsupported.items():
         if name in asked and asked[name] != default_of(fields_of(SamplingParams)[name]):
-            raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
+            raise NotBuilt(f"this model cannot use it: {reason}", field=name)
     params = structure({**info.defaults, **asked}, SamplingParams)
     refuse_unbuilt(params)
     seeds = _seeds(params)
     check_loras(params.loras, info, "loras", "loras.target")
     _check_steps(params, info)
-    if not info.pictures.starts_denoising and info.backend == "sglang":  # a pipeline's call tells which ones it lacks
+    if not info.pictures.starts_denoising and info.backend == "native":  # a pipeline's call tells which ones it lacks
         _refuse_start(asked)
     params = _with_picture(params, own, info)
     notes: list[str] = []
@@ -123,7 +123,7 @@ def _seeds(params: SamplingParams) -> list[int]:
     if isinstance(params.seed, list):
         if len(params.seed) != count:
             raise BadRequest(
-                f"seed: {len(params.seed)} seeds for {count} outputs per prompt; give one, or one for each", "seed"
+                f"{len(params.seed)} seeds for {count} outputs per prompt; give one, or one for each", field="seed"
             )
         return params.seed
     first = random.SystemRandom().randrange(2**32) if params.seed is None else params.seed
@@ -142,7 +142,7 @@ def _refuse_start(asked: Mapping[str, Any]) -> None:
     for name in ("strength", "mask_path"):
         if name in asked:
             reason = "it looks at pictures and begins with noise, not with one of them"
-            raise NotBuilt(f"{name}: this model cannot use it: {reason}", name)
+            raise NotBuilt(f"this model cannot use it: {reason}", field=name)
 
 
 def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
@@ -151,7 +151,7 @@ def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInf
     if not least <= count <= most:
         takes = f"takes {least} to {most}" if 0 < least < most else f"takes {most}"
         takes = takes if most else "makes pictures from text alone and takes none"
-        raise BadRequest(f"image_path: {count or 'none'} given; this model {takes}", "image_path")
+        raise BadRequest(f"{count or 'none'} given; this model {takes}", field="image_path")
     check_picture(own)
     if not count or not info.pictures.starts_denoising:
         return attrs.evolve(params, strength=None, mask_path=params.mask_path if count else None)
@@ -159,8 +159,8 @@ def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInf
     steps = params.num_inference_steps
     if params.first_step == steps:
         raise BadRequest(
-            f"strength: {params.strength} of {steps} steps is less than one step; give {_least(steps)} or more",
-            "strength",
+            f"{params.strength} of {steps} steps is less than one step; give {_least(steps)} or more",
+            field="strength",
         )
     return params
 
@@ -183,18 +183,16 @@ def _shaped(params: SamplingParams, picture: tuple[int, int], info: ModelInfo) -
 def _check_steps(params: SamplingParams, info: ModelInfo) -> None:
     if info.fixed_steps not in (None, params.num_inference_steps):
         raise BadRequest(
-            f"num_inference_steps: {params.num_inference_steps}: this model takes {info.fixed_steps} steps and no "
-            "other number",
-            "num_inference_steps",
+            f"{params.num_inference_steps}: this model takes {info.fixed_steps} steps and no other number",
+            field="num_inference_steps",
         )
 
 
 def _check_tokens(params: SamplingParams, info: ModelInfo) -> None:
     if info.max_tokens is not None and params.max_sequence_length > info.max_tokens:
         raise BadRequest(
-            f"max_sequence_length: {params.max_sequence_length} is more than this model takes; "
-            f"allowed is 1 to {info.max_tokens}",
-            "max_sequence_length",
+            f"{params.max_sequence_length} is more than this model takes; allowed is 1 to {info.max_tokens}",
+            field="max_sequence_length",
         )
 
 
@@ -202,10 +200,10 @@ def _check_memory(params: SamplingParams, info: ModelInfo) -> None:
     for name, needed in info.memory_needs(params).items():
         if info.memory is not None and needed > info.memory.free:
             raise TooLarge(
-                f"{name}: {getattr(params, name)}: {params.num_frames} frames of {params.width}x{params.height} with "
+                f"{getattr(params, name)}: {params.num_frames} frames of {params.width}x{params.height} with "
                 f"max_sequence_length {params.max_sequence_length} need about {needed / 2**30:.1f} GiB of memory; "
                 f"there are {info.memory.free / 2**30:.1f} GiB; ask for less",
-                name,
+                field=name,
             )
 
 
@@ -218,9 +216,9 @@ def _check_size(params: SamplingParams, info: ModelInfo) -> None:
             min(longest, max(multiple, _nearest(side, multiple))) for side in (params.width, params.height)
         )
         raise BadRequest(
-            f"{name}: {getattr(params, name)} is not a multiple of {multiple}; the nearest valid size is "
+            f"{getattr(params, name)} is not a multiple of {multiple}; the nearest valid size is "
             f"{width}x{height} (width x height)",
-            name,
+            field=name,
         )
 
 
@@ -232,11 +230,11 @@ def _nearest(value: int, multiple: int) -> int:
 def _fit_frames(params: SamplingParams, info: ModelInfo) -> tuple[SamplingParams, list[str]]:
     multiple, asked = info.frame_multiple, params.num_frames
     if info.kind == "image" and asked != 1:
-        raise BadRequest(f"num_frames: {asked}: this model makes single pictures; allowed is 1", "num_frames")
+        raise BadRequest(f"{asked}: this model makes single pictures; allowed is 1", field="num_frames")
     fitted = 1 + ((asked - 1) // multiple * multiple if params.num_frames_round_down else _nearest(asked - 1, multiple))
     if fitted == asked:
         return params, []
     rule = f"this model makes {multiple}k+1 frames"
     if not params.adjust_frames:
-        raise BadRequest(f"num_frames: {asked} cannot be made: {rule}; the nearest is {fitted}", "num_frames")
+        raise BadRequest(f"{asked} cannot be made: {rule}; the nearest is {fitted}", field="num_frames")
     return attrs.evolve(params, num_frames=fitted), [f"num_frames: {asked} becomes {fitted}: {rule}"]

@@ -38,6 +38,7 @@ class Knobs:
     switch: bool = knob(False, "switch")
     name: str | None = knob(None, "name")
     colour: str = knob("red", "colour", choices=("red", "green"), pending="colours", built=("red",))
+    shape: str = knob("round", "shape", choices=("round", "square"), synonyms={"box": "square"})
     sizes: list[int] = knob([], "sizes", max=5)
     seed: int | list[int] | None = knob(None, "seed")
     extra: dict[str, Any] | None = knob(None, "extra")
@@ -54,6 +55,7 @@ class Knobs:
         ({"switch": True}, "switch", True),
         ({"name": "浣熊"}, "name", "浣熊"),
         ({"count": None}, "count", 1),
+        ({"shape": "box"}, "shape", "square"),
         ({"sizes": (1, 2)}, "sizes", [1, 2]),
         ({"seed": 3}, "seed", 3),
         ({"seed": [3, 4]}, "seed", [3, 4]),
@@ -76,6 +78,7 @@ def test_values_that_fit(values: dict[str, Any], field: str, value: Any) -> None
         ({"count": True}, "count: True is not a valid int"),
         ({"count": 0}, "count: 0 is out of range; allowed is 1 to 10"),
         ({"count": 11}, "count: 11 is out of range; allowed is 1 to 10"),
+        ({"shape": "boxes"}, "shape: 'boxes' is not one of round, square"),
         ({"share": 0}, "share: 0.0 is out of range; allowed is more than 0"),
         ({"share": float("nan")}, "share: nan is not a finite number"),
         ({"share": float("inf")}, "share: inf is not a finite number"),

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests import media_files
+from tests.processes import ranks_of
 from tools.judge import Scene, draw_prompts, judge_file
 
 DEMO = Path(__file__).parents[1] / "sgld" / "demo"
@@ -94,7 +94,7 @@ def test_a_worker_killed_under_generate_is_one_line_and_exit_1(tmp_path: Path) -
         assert run.stderr is not None
         while not run.stderr.readline().startswith("encode"):
             pass
-        (rank,) = [c for c in psutil.Process(run.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+        (rank,) = ranks_of(run.pid)
         rank.kill()
         told = run.stderr.read().splitlines()
         assert run.wait(60) == 1

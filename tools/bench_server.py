@@ -105,7 +105,7 @@ class Server:
 
     def worker(self) -> psutil.Process:
         """Rank 0."""
-        return next(child for child in self.process.children() if "spawn_main" in " ".join(child.cmdline()))
+        return next(child for child in self.process.children(recursive=True) if child.name() == "sgld-rank0")
 
 
 @asynccontextmanager

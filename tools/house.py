@@ -33,39 +33,47 @@ MIRRORS = {  # classes that may have more fields, and what each mirrors field fo
 SHOWN = 12  # places listed of each fault
 
 _VERBS = """
-accept access add adjust admit align allocate allow announce answer append apply arrange ask assemble assert assign
-attach attend authenticate await balance batch begin bind blend block borrow bound break bring broadcast build bundle
-cache calculate call cancel capture carry cast catch change charge check choose clamp clean clear clip clone close
-collapse collect combine compare compile complete compose compress compute concatenate configure confirm connect
-construct consume continue convert copy correct count cover create crop cut deal decide declare decode decompress
-decorate decrypt define delay delete deliver denoise denote dequantize derive describe deserialize detach detect
-determine disable discard dispatch display divide do double download draw drop dump duplicate embed emit enable encode
-encrypt end enqueue ensure enter enumerate erase escape estimate evaluate evict exclude execute exit expand expect
-expire explain export expose extend extract fail feed fetch fill filter finalize find finish fit fix flag flatten
-flush fold follow forbid force forget fork format forward free freeze fuse gather generate get give go grant group
-guard guess halt halve hand handle hash hide hint hold identify ignore import include increase increment index infer
-inform inherit initialize inject insert inspect install interleave interpolate interpret interrupt introduce
-invalidate invert invoke iterate join jump keep kill label launch lay leave lend let level limit link list listen load
-locate lock log look loop lower make map mark mask match materialize mean measure merge migrate mirror mix modify
-modulate monitor mount move multiply mute name narrow negotiate normalize note notify number observe obtain offer
-offload open order overlap override own pack pad page parse partition pass patch patchify pause perform permute
-persist pick pin place plan play poll pool pop prefetch prefix prepare prepend present preserve prevent preview print
-process produce profile project promote propagate protect prove provide prune publish pull push put quantize query
-queue quit quote raise read rebuild receive recognize recompute reconstruct record recover reduce refer refill refuse
-register reject release reload remap remember remove rename render reopen repeat replace replay reply report request
-require reserve reset reshape resize resolve respond restart restore restrict resume retire retry return reuse reverse
-rewrite rotate round route run sample satisfy save say scale scan scatter schedule score search seed select send
-separate serialize serve set shard share shift shorten show shuffle shut sign silence simulate skip sleep slice smooth
-snapshot solve sort spawn specify split spread stack stage stamp start state stay step stop store stream strip
-structure submit subtract suggest sum summarize supply support suppress swap sweep switch synchronize tag take talk
-tear tell terminate test tile tokenize total touch trace track train transfer transform translate transpose traverse
-treat trim truncate try tune turn type unblock undo unescape unfold unfuse unload unlock unmerge unpack unpatchify
-unregister unstructure unwrap update upgrade upload upscale use validate verify view visit wait wake walk warm warn
-watch weigh weight widen wire withdraw work wrap write yield zero
+accept access accumulate add adjust admit advance align allocate allow announce answer append apply arrange ask
+assemble assert assess assign attach attend authenticate average await balance batch begin bind blend block borrow
+bound bracket break bring broadcast build bundle cache calculate call cancel capture carry cast catch center change
+charge check choose chunk clamp classify clean clear clip clone close coalesce collapse collect combine compare
+compile complete compose compress compute concatenate condition configure confirm connect construct consult consume
+continue convert copy correct correlate count cover create crop crossfade cut deal decide declare decode decompress
+decorate decrypt deduplicate define delay delete deliver demand denoise denote deny dequantize derive describe
+deserialize detach detect determine disable discard dispatch display divide do double download downsample draw drop
+dump duplicate embed emit emulate enable encapsulate encode encrypt end enforce enqueue ensure enter enumerate erase
+escape estimate evaluate evict exchange exclude execute exit expand expect expire explain export expose express extend
+extract fail feed fetch fill filter finalize find finish fit fix flag flatten flush fold follow forbid force forget
+fork format forward free freeze fuse gather generate get give go grant group guarantee guard guess halt halve hand
+handle hash hide hint hoist hold identify ignore imitate import include increase increment index infer inform inherit
+initialize inject inline insert inspect install interleave interpolate interpose interpret interrupt intersect
+introduce invalidate invert invoke iterate join jump keep kill label launch lay leave lend let level limit link list
+listen load locate lock log look lookup loop lower make map mark mask match materialize mean measure mention merge
+migrate mirror mix modify modulate monitor mount move multiplex multiply mute name narrow negate negotiate normalize
+note notify number observe obtain offer offload open order overlap override own pack pad page parametrize parse
+partition pass patch patchify pause perform permute persist pick pin pipe place plan play poll pool pop post
+precompute predict prefer prefetch prefix preload prepare prepend present preserve prevent preview print probe process
+produce profile project promote propagate protect prove provide prune publish pull push put quantize query queue quit
+quote raise rank read reap rearrange reason rebuild receive recognize recompute reconnect reconstruct record recover
+redirect reduce refer refill refresh refuse regenerate register reject relate relay release reload remap remember
+remove rename render renew reopen reorder repack repeat replace replay reply report request require rescale reserve
+reset reshape resize resolve respell respond restart restore restrict resume retire retry return reuse reverse rewind
+rewrite roll rollback rotate round route run sample sanitize satisfy save say scale scan scatter schedule score search
+seed seek select send separate serialize serve set shard share shift shorten show shuffle shut sign signal silence
+simplify simulate skip sleep slice slide smooth snapshot solve sort spawn specify spell splice split spread squeeze
+stack stage stamp start state stay step stitch stop store stream strip structure submit subscribe substitute subtract
+suggest sum summarize supply support suppress survive suspend swallow swap sweep switch sync synchronize tag take talk
+tally tear tell terminate test tie tighten tile timestamp toggle tokenize total touch trace track train transfer
+transform translate transpose traverse treat trim truncate try tune turn type unblock undo unescape unfold unfuse
+unload unlock unmerge unpack unpatchify unpin unregister unstructure unsubscribe untie unwrap update upgrade upload
+upsample upscale use validate vary verify view visit vote wait wake walk warm warn watch weigh weight widen wind wire
+withdraw work wrap write yield zero zip
 """
 VERBS = frozenset(_VERBS.split())
 NOT_AFTER_A_VERB = frozenset(["of", "that", "which", "whose", "is", "are", "per"])
 """Words that show a noun before them: `Name of the room` is no order, `Name the room` is one."""
+
+CLAUSES = {("check", "that"), ("ensure", "that"), ("verify", "that"), ("assert", "that")}
 
 
 class Figure(NamedTuple):
@@ -112,8 +120,9 @@ def _code_lines(text: str, tree: ast.Module) -> frozenset[int]:
 
 def is_imperative(docstring: str) -> bool:
     """Check that the first word is a verb in its base form, and not a noun spelled like one."""
-    first, *others = docstring.split()[:2] or [""]
-    return first.lower().rstrip(",;:.") in VERBS and not (others and others[0].lower() in NOT_AFTER_A_VERB)
+    first, second, *_ = [*docstring.lower().split()[:2], "", ""]
+    is_noun = second in NOT_AFTER_A_VERB and (first, second) not in CLAUSES
+    return first.rstrip(",;:.") in VERBS and not is_noun
 
 
 def functions_of(sources: Iterable[Source]) -> Iterator[tuple[Source, Function]]:

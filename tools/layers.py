@@ -31,6 +31,7 @@ ONLY_IN = {  # said in one place only: import -> the files that may name it
     "torch.distributed": {"nn/parallel.py", "worker/entry.py"},
     "multiprocessing": {
         "engine/follow.py",
+        "engine/forkserver.py",
         "engine/group.py",
         "engine/node.py",
         "worker/entry.py",
@@ -44,7 +45,7 @@ NEVER_IN = {"torch": ("server/", "engine/", "cli/", "hub/", "deploy/")}  # the p
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import, those inside functions included."""
+    """Yield the line and dotted name of every import, inside functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -53,7 +54,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def dotted(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every attribute such as `os.environ`."""
+    """Yield the line and text of every attribute such as `os.environ`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield node.lineno, f"{node.value.id}.{node.attr}"
@@ -66,7 +67,7 @@ def room_of(module: str) -> str:
 
 
 def faults(path: Path, root: Path) -> Iterator[str]:
-    """What is wrong in one file."""
+    """List the faults of one file."""
     relative = path.relative_to(root).as_posix()
     tree = ast.parse(path.read_text())
     own = room_of("sgld." + relative.removesuffix(".py").replace("/", "."))
@@ -85,12 +86,12 @@ def faults(path: Path, root: Path) -> Iterator[str]:
 
 
 def _may_import(own: str, target: str) -> bool:
-    """Lower rungs, and the ground floor among itself."""
+    """Allow lower rungs, and the ground floor among itself."""
     return RUNG[target] < RUNG[own] or RUNG[target] == RUNG[own] == 1
 
 
 def cycles(root: Path) -> list[str]:
-    """Import cycles between modules, function-level imports included."""
+    """List import cycles between modules, function-level imports included."""
     graph: dict[str, set[str]] = {}
     for path in root.rglob("*.py"):
         name = ".".join(("sgld", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
@@ -115,7 +116,7 @@ def _reaches(start: str, goal: str, graph: dict[str, set[str]], seen: set[str]) 
 
 
 def check(root: Path = ROOT) -> list[str]:
-    """Every fault in the tree under `root`."""
+    """List every fault in the tree under `root`."""
     return [fault for path in sorted(root.rglob("*.py")) for fault in faults(path, root)] + cycles(root)
 
 

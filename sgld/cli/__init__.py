@@ -30,7 +30,7 @@ VERSION = ("version", "--version", "-V")
 
 
 def main() -> int:
-    """`dispatch` as a process of its own: SIGTERM is ^C, and standard streams that are missing or gone do no harm."""
+    """Run a command as a process: SIGTERM is ^C, and missing or closed standard streams do no harm."""
     _repair_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _leave_downloads(code: int) -> None:
-    """An interrupted download goes on in its thread, and the interpreter would wait for it."""
+    """Exit at once if an interrupted download goes on in its thread, for the interpreter would wait."""
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.stderr.flush()
         os._exit(code)
@@ -91,7 +91,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _guarded(name: str, words: list[str]) -> int:
-    """Run it; every failure is one line."""
+    """Run a command, and print every failure as one line."""
     try:
         return _command(name)(words)
     except KeyboardInterrupt:
@@ -110,12 +110,12 @@ def _guarded(name: str, words: list[str]) -> int:
 
 
 def _debugging(words: list[str]) -> bool:
-    """Whether debug is the level of the log, or would have been."""
+    """Check that debug is the level of the log, or was asked for."""
     asked = "--log-level debug" in " ".join(words).replace("=", " ").replace("_", "-")
     return asked or logging.getLogger("sgld").isEnabledFor(logging.DEBUG)
 
 
 def complain(message: str, code: int) -> int:
-    """One line on standard error."""
+    """Print an error as one line. Return the exit code."""
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

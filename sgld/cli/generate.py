@@ -28,7 +28,10 @@ def run(words: list[str]) -> int:
         log.set_up(plan.settings.log_level, plan.settings.log_format)
         refuse_early(plan)
         if plan.settings.node_rank > 0:
-            raise BadRequest("node_rank: only node 0 makes outputs; run `sgld serve` on the others", "node_rank")
+            raise BadRequest("only node 0 makes outputs; run `sgld serve` on the others", field="node_rank")
+        from sgld.engine.forkserver import prepare
+
+        prepare(plan.settings.worker_start)
         from sgld.cli import make
         from sgld.cli.screen import warn
 

@@ -1,4 +1,4 @@
-"""Plan: what a `sgld generate` asks for, checked as far as it can be before the model is loaded."""
+"""Plan a run of `sgld generate`, and check it as far as possible before the model is loaded."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where the files go."""
+        """Return the folder of the files."""
         if self.options.output_file_path is not None:
             return config.user_path(self.options.output_file_path, "output_file_path").parent
         return config.user_path(self.settings.output_path, "output_path")
 
     @property
     def file_name(self) -> str | None:
-        """The name the user chose."""
+        """Return the name that the user chose."""
         if self.options.output_file_path is not None:
             return self.options.output_file_path.rpartition("/")[2]
         return self.options.output_file_name
 
     @property
     def report(self) -> Path | None:
-        """Where the performance report goes."""
+        """Return the path of the performance report."""
         path = self.options.perf_dump_path
         return None if path is None else config.user_path(path, "perf_dump_path")
 
     @property
     def format(self) -> str | None:
-        """What extension, `return_frames` and `data_type` ask for; None leaves it to the number of frames."""
+        """Return the format by extension, `return_frames` and `data_type`; None leaves it to the number of frames."""
         if self.options.return_frames:
             return "npy"
         return _extension(self.file_name) or DEFAULT_FORMATS.get(self.options.data_type or "")
 
     def format_for(self, num_frames: int) -> str:
-        """The format of an output with so many frames."""
+        """Return the format of an output with that many frames."""
         return self.format or ("png" if num_frames == 1 else "mp4")
 
 
@@ -66,7 +66,7 @@ def _extension(name: str | None) -> str | None:
 
 
 def plan_of(layer: Layer) -> Plan:
-    """The typed parts of a merged configuration.
+    """Build the plan of a merged configuration.
 
     Raises:
         BadRequest: a wrong type or range, or options that contradict each other.
@@ -82,23 +82,23 @@ def plan_of(layer: Layer) -> Plan:
 
 
 def refuse_early(plan: Plan) -> None:
-    """Refuse what cannot be made, whatever the model. Raises NotBuilt or BadRequest."""
+    """Refuse a plan that no model can make. Raises NotBuilt, BadRequest."""
     own = {name: value for name, value in plan.spelled.values.items() if name not in serve_only()}
     sampling = [structure(values, SamplingParams) for values in plan.sampling]
     refuse_unbuilt(config.settings_of(own), *sampling[:1], spell=plan.spelled.spell)
     for values in plan.sampling:
         check_picture(values)
     if not plan.prompts:
-        raise BadRequest("prompt: say what to show with --prompt or --prompt-path", "prompt")
+        raise BadRequest("say what to show with --prompt or --prompt-path", field="prompt")
 
 
 def serve_only() -> dict[str, Knob]:
-    """The knobs that `generate` has no use for."""
+    """Return the knobs that `generate` ignores."""
     return {name: meta for name, field in fields_of(Settings).items() if (meta := knob_of(field)).serve_only}
 
 
 def ignored(layer: Layer) -> list[str]:
-    """Those of them that the command line or the config file sets; the environment is shared, and stays unmentioned."""
+    """Return the ignored knobs of the command line and the config file. The environment is shared with `serve`."""
     given = {name: spelled for name, spelled in layer.spelled.items() if name in serve_only()}
     return [spelled for name, spelled in given.items() if spelled != serve_only()[name].env]
 
@@ -106,34 +106,34 @@ def ignored(layer: Layer) -> list[str]:
 def _prompts(prompt: Any, path: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
-        raise BadRequest(f"prompt: {prompt!r} is not a valid text or list of text", "prompt")
+        raise BadRequest(f"{prompt!r} is not a valid text or list of text", field="prompt")
     if path is not None:
         if prompts:
-            raise BadRequest("prompt_path: give --prompt or --prompt-path, not both", "prompt_path")
+            raise BadRequest("give --prompt or --prompt-path, not both", field="prompt_path")
         prompts = _lines(path)
     if not all(item.strip() for item in prompts):
-        raise BadRequest("prompt: it is empty; say what to show", "prompt")
+        raise BadRequest("it is empty; say what to show", field="prompt")
     return prompts
 
 
 def _lines(path: str) -> list[str]:
     file = config.user_path(path, "prompt_path")
     if file.suffix.lower() != ".txt":
-        raise BadRequest(f"prompt_path: {path!r} must be a .txt file with one prompt a line", "prompt_path")
+        raise BadRequest(f"{path!r} must be a .txt file with one prompt a line", field="prompt_path")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise BadRequest(f"prompt_path: {path!r} cannot be read: {error.strerror}", "prompt_path") from None
+        raise BadRequest(f"{path!r} cannot be read: {error.strerror}", field="prompt_path") from None
     except UnicodeDecodeError as error:
-        raise BadRequest(f"prompt_path: {path!r} is not UTF-8 text: {error}", "prompt_path") from None
+        raise BadRequest(f"{path!r} is not UTF-8 text: {error}", field="prompt_path") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise BadRequest(f"prompt_path: {path!r} holds no prompt", "prompt_path")
+        raise BadRequest(f"{path!r} holds no prompt", field="prompt_path")
     return prompts
 
 
 def _with_full_paths(given: dict[str, Any]) -> dict[str, Any]:
-    """Input files as absolute paths: they are read by other processes, and shown in errors."""
+    """Make the paths of input files absolute, for other processes and for errors."""
     full = dict(given)
     if isinstance(paths := given.get("image_path"), list) and all(isinstance(path, str) for path in paths):
         full["image_path"] = [_full(path, "image_path") for path in paths]
@@ -147,14 +147,14 @@ def _full(path: str, param: str) -> str:
 
 
 def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, Any]]:
-    """The values of each prompt; lists of pictures or seeds for several prompts are dealt out in order."""
+    """Return the values of each prompt. Lists of pictures or seeds for several prompts are distributed in order."""
     shared = [{**given, "prompt": prompt} for prompt in prompts]
     pictures = given.get("image_path") or []
     if len(pictures) > 1 and len(prompts) > 1:
         if len(pictures) != len(prompts):
             raise BadRequest(
-                f"image_path: {len(pictures)} pictures for {len(prompts)} prompts; give one, or one for each prompt",
-                "image_path",
+                f"{len(pictures)} pictures for {len(prompts)} prompts; give one, or one for each prompt",
+                field="image_path",
             )
         shared = [{**values, "image_path": [picture]} for values, picture in zip(shared, pictures, strict=True)]
     seeds, each = given.get("seed"), given.get("num_outputs_per_prompt", 1)
@@ -162,9 +162,9 @@ def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, 
         return shared
     if len(seeds) not in (each, each * max(1, len(prompts))):
         raise BadRequest(
-            f"seed: {len(seeds)} seeds for {len(prompts)} x {each} outputs; "
+            f"{len(seeds)} seeds for {len(prompts)} x {each} outputs; "
             "give one, one for each output of a prompt, or one for each output",
-            "seed",
+            field="seed",
         )
     if len(seeds) == each:
         return shared
@@ -176,23 +176,23 @@ def _check_options(plan: Plan) -> None:
     for param in ("output_file_path", "perf_dump_path"):
         path: str | None = getattr(options, param)
         if path is not None and path.rpartition("/")[2] in ("", ".", ".."):
-            raise BadRequest(f"{param}: {path!r} names no file; end it with a name", param)
+            raise BadRequest(f"{path!r} names no file; end it with a name", field=param)
     if not options.return_file_paths_only:
         raise NotBuilt(
-            "return_file_paths_only: false is not possible; paths are what is printed, and return_frames writes frames",
-            "return_file_paths_only",
+            "false is not possible; paths are what is printed, and return_frames writes frames",
+            field="return_file_paths_only",
         )
     if options.output_file_name is not None and options.output_file_path is not None:
-        raise BadRequest("output_file_path: it names folder and file; leave output_file_name out", "output_file_path")
+        raise BadRequest("it names folder and file; leave output_file_name out", field="output_file_path")
     if options.return_frames and not options.save_output:
-        raise BadRequest("return_frames: it writes a file; save_output false forbids that", "return_frames")
+        raise BadRequest("it writes a file; save_output false forbids that", field="return_frames")
     others = {"video": IMAGE_FORMATS, "image": VIDEO_FORMATS}.get(options.data_type or "", ())
     if _extension(name) in others and not options.return_frames:
-        raise BadRequest(f"data_type: {options.data_type!r} does not go with the name {name!r}", "data_type")
+        raise BadRequest(f"{options.data_type!r} does not go with the name {name!r}", field="data_type")
 
 
 def _with_one_frame(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
-    """Asking for an image asks for one frame; what the command line says beats a number of frames in a file."""
+    """Set one frame if an image is asked for. The command line wins over a number of frames in the config file."""
     asks = "data_type" if plan.options.data_type == "image" else None
     if plan.format in IMAGE_FORMATS and asks is None:
         asks = "output_file_path" if plan.options.output_file_path is not None else "output_file_name"
@@ -201,8 +201,7 @@ def _with_one_frame(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
     frames = values.get("num_frames", 1)
     if frames != 1 and plan.spelled.is_flag("num_frames") >= plan.spelled.is_flag(asks):
         raise BadRequest(
-            f"num_frames: {frames} frames do not fit in one image; give 1, or a name that ends in "
-            f"{', '.join(VIDEO_FORMATS)}",
-            "num_frames",
+            f"{frames} frames do not fit in one image; give 1, or a name that ends in {', '.join(VIDEO_FORMATS)}",
+            field="num_frames",
         )
     return {**values, "num_frames": 1}

@@ -22,18 +22,18 @@ def put(text: str) -> None:
 
 
 def unwritable(error: OSError) -> OutputError:
-    """Give up standard output, which failed so; what to raise."""
+    """Give up standard output after a failed write. Return the error to raise."""
     drop(sys.stdout)
     return OutputError(f"cannot write to standard output: {error.strerror or error}")
 
 
 def drop(stream: IO[str]) -> None:
-    """Send nowhere whatever is still written to that stream."""
+    """Send all further output of a stream nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
-    """Those signals that were not ignored when we were started, as `nohup` and a script's `command &` have it."""
+    """List the signals that were not ignored at the start, unlike under `nohup` and a script's `command &`."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

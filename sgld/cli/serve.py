@@ -7,7 +7,7 @@ import errno
 import logging
 import signal
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sgld import config, log
 from sgld.cli import flags, show
@@ -15,7 +15,7 @@ from sgld.cli.plan import ignored
 from sgld.cli.process import heeded, put
 from sgld.cli.sources import gather
 from sgld.config import RunOptions, Settings
-from sgld.convert import refuse_unbuilt, structure
+from sgld.convert import Values, refuse_unbuilt, structure
 from sgld.errors import BadRequest, SgldError
 from sgld.params import SamplingParams
 
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
         settings, sampling = config.settings_of(layer.values), config.section(layer.values, SamplingParams)
         checked = structure(sampling, SamplingParams)
         for name in config.section(layer.values, RunOptions):
-            raise BadRequest(f"{name}: only `sgld generate` has this; each request asks for its own", name)
+            raise BadRequest("only `sgld generate` has this; each request asks for its own", field=name)
         if parsed.print_config:
             put(show.merged(layer, settings, [Settings, SamplingParams]))
             return 0
@@ -52,6 +52,9 @@ def run(words: list[str]) -> int:
             for flag in ignored(layer):
                 logger.warning("%s: ignored; only node 0 runs the HTTP server", flag)
             return follow(settings)
+        from sgld.engine.forkserver import prepare
+
+        prepare(settings.worker_start)
         from sgld.server.http.auth import check_exposure, load_keys
 
         keys = load_keys(settings)
@@ -60,20 +63,20 @@ def run(words: list[str]) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises SgldError when the address cannot be had; a busy port never moves."""
+    """Open a listening socket. Raises SgldError for an address that cannot be had; a busy port never moves."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
     except socket.gaierror as error:
-        raise SgldError(f"host: {host!r} is no address of this machine: {error.strerror}", "host") from None
+        raise SgldError(f"{host!r} is no address of this machine: {error.strerror}", field="host") from None
     except OSError as error:
         reasons = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
         reason = reasons.get(error.errno or 0, error.strerror or str(error))
         param = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
-        raise SgldError(f"{param}: cannot listen on {host}:{port}: {reason}", param) from None
+        raise SgldError(f"cannot listen on {host}:{port}: {reason}", field=param) from None
 
 
-async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> int:
+async def _serve(settings: Settings, sampling: Values, keys: Keys) -> int:
     from aiohttp import web
 
     from sgld.server.app import load, make_app
@@ -99,7 +102,7 @@ async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> in
 
 
 async def _until_stopped(loading: asyncio.Task[None], stopping: asyncio.Event, engine: Engine) -> None:
-    """Return when asked to stop; raise what the model could not be loaded for."""
+    """Wait for the request to stop. Raise the error of a model that cannot be loaded."""
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():

@@ -12,7 +12,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from sgld import config
-from sgld.convert import fields_of, knob_of, once
+from sgld.convert import Values, fields_of, knob_of, once
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 MAP_SUFFIXES = (".json", ".yaml", ".yml")
@@ -25,11 +25,11 @@ _WRAPPERS = ("pipeline_config",)  # the replaced system nests vae_config in it
 class Layer:
     """Values from one place, or from several laid over each other, and how each was written there."""
 
-    values: dict[str, Any]
+    values: Values
     spelled: dict[str, str]  # knob -> `--num-gpus`, `config.yaml: num_gpus` or `SGLANG_S3_BUCKET_NAME`
 
     def spell(self, name: str) -> str:
-        """How the user wrote a knob; of a map's entry, how they wrote the map; of a map, how its first entry."""
+        """Return the user's spelling of a knob, of an entry's map, or of a map's first entry."""
         if name not in self.spelled and _SPARE.get(name) in self.spelled:
             name = _SPARE[name]
         head, dot, rest = name.partition(".")
@@ -37,40 +37,36 @@ class Layer:
         return self.spelled.get(name) or [*entries, self.spelled.get(head, head) + dot + rest][0]
 
     def is_flag(self, name: str) -> bool:
-        """Whether the command line set it."""
+        """Check that the command line set a knob."""
         return self.spelled.get(name, "").startswith("--")
 
     @contextmanager
     def spelling(self) -> Iterator[None]:
-        """Errors in the body name each knob as the user wrote it."""
+        """Respell the knob in errors raised inside as the user wrote it."""
         try:
             yield
         except SgldError as error:
             raise self._respelled(error) from error
 
     def _respelled(self, error: SgldError) -> SgldError:
-        name = error.param or ""
-        unknown = f"unknown key {name!r}"
-        if name and error.message.startswith(unknown):
-            return type(error)(f"{self.spell(name)}: unknown key{error.message.removeprefix(unknown)}", name)
-        if not name or not error.message.startswith(f"{name}:"):
-            return error
-        return type(error)(self.spell(name) + error.message.removeprefix(name), name)
+        if isinstance(error, UnknownField) and error.field is None and error.param is not None:
+            return error.renamed(self.spell(error.param), f"unknown key{error.hint}")
+        return error if error.field is None else error.renamed(self.spell(error.field))
 
 
 def gather(file: str | None, typed: Layer) -> Layer:
-    """Config file < environment < command line."""
+    """Merge config file < environment < command line."""
     return stack(*([read_file(file)] if file is not None else []), read_environment(), typed)
 
 
 def stack(*layers: Layer) -> Layer:
-    """Later layers win."""
+    """Lay layers over each other; later ones win."""
     given = (name for layer in layers for name in layer.spelled.items())
     return Layer(merge(*(layer.values for layer in layers)), dict(given))
 
 
-def normalize(values: Mapping[str, Any], where: str) -> Layer:
-    """Plain values under the knobs' own names: dashes, aliases, dotted and component keys resolved; null left out.
+def normalize(values: Mapping[str, object], where: str) -> Layer:
+    """Rename keys to the knobs' names: resolve dashes, aliases, dotted and component keys; drop null.
 
     Raises:
         UnknownField: naming the key, its place and the nearest known one.
@@ -93,8 +89,8 @@ def normalize(values: Mapping[str, Any], where: str) -> Layer:
     return merged
 
 
-def _placed(name: str, value: Any, key: str, where: str) -> tuple[dict[str, Any], str]:
-    """One value in its place, and the dotted name of that place."""
+def _placed(name: str, value: object, key: str, where: str) -> tuple[Values, str]:
+    """Place one value; return it with its dotted name."""
     head, _, rest = name.partition(".")
     if rest and head in _WRAPPERS:
         return _placed(rest, value, key, where)
@@ -111,41 +107,42 @@ def _placed(name: str, value: Any, key: str, where: str) -> tuple[dict[str, Any]
     return {name: value}, name
 
 
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win; null never does; maps of knobs are merged key by key."""
-    merged: dict[str, Any] = {}
+def merge(*layers: Mapping[str, object]) -> Values:
+    """Merge layers: later ones win, null never does, and maps of knobs are merged key by key."""
+    merged: Values = {}
     for layer in layers:
         for name, value in layer.items():
             if value is None:
                 continue
             old = merged.get(name)
-            both = name in DOTTED and isinstance(old, Mapping) and isinstance(value, Mapping)
-            merged[name] = merge(old, value) if both and isinstance(old, Mapping) else value
+            if name in DOTTED and isinstance(old, Mapping) and isinstance(value, Mapping):
+                value = merge(old, value)
+            merged[name] = value
     return merged
 
 
 def read_file(path: str) -> Layer:
-    """The values of a JSON or YAML config file, normalized."""
+    """Read a JSON or YAML config file and normalize its keys."""
     values = read_map(path, "--config")
     return normalize(values, path)
 
 
-def read_map(path: str, param: str) -> dict[str, Any]:
-    """The map of names to values in a .json, .yaml or .yml file."""
+def read_map(path: str, param: str) -> Values:
+    """Read the map of names to values in a .json, .yaml or .yml file."""
     file = config.user_path(path, param)
     if file.suffix.lower() not in MAP_SUFFIXES:
-        raise BadRequest(f"{param}: {path!r} must end in {' or '.join(MAP_SUFFIXES)}", param)
+        raise BadRequest(f"{path!r} must end in {' or '.join(MAP_SUFFIXES)}", field=param)
     try:
         text = file.read_text(encoding="utf-8-sig")
         json_file = file.suffix.lower() == ".json"
         values = json.loads(text, object_pairs_hook=once) if json_file else yaml.load(text, _Yaml)
     except OSError as error:
-        raise BadRequest(f"{param}: {path!r} cannot be read: {error.strerror}", param) from None
+        raise BadRequest(f"{path!r} cannot be read: {error.strerror}", field=param) from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         kind = file.suffix[1:].lower()
-        raise BadRequest(f"{param}: {path!r} is not valid {kind}: {_one_line(error)}", param) from None
+        raise BadRequest(f"{path!r} is not valid {kind}: {_one_line(error)}", field=param) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise BadRequest(f"{param}: {path!r} must hold a map of names to values", param)
+        raise BadRequest(f"{path!r} must hold a map of names to values", field=param)
     return values
 
 
@@ -166,7 +163,7 @@ def _one_line(error: Exception) -> str:
 
 
 def read_environment() -> Layer:
-    """The knobs that documented environment variables set."""
+    """Read the knobs that environment variables set."""
     fields = {name: field for cls in config.SECTIONS for name, field in fields_of(cls).items()}
     variables = {name: env for name, field in fields.items() if (env := knob_of(field).env)}
     found = config.environment(*variables.values())

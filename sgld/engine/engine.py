@@ -6,30 +6,30 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
+import attrs
 
 from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
+from sgld.engine.forkserver import prepare
 from sgld.engine.group import Emit, WorkerGroup
-from sgld.engine.lora import AdapterNames, LoraPlan, at_start
+from sgld.engine.lora import LoraRegistry, at_start
 from sgld.engine.node import NodeListener
-from sgld.errors import ModelError, NotReady, SgldError, WorkerDied
+from sgld.errors import BadRequest, ModelError, NotReady, SgldError, WorkerDied
 from sgld.hub.hub import resolve_model
 from sgld.messages import (
     Event,
     Generate,
     Item,
-    ListLoras,
     Load,
     LoraCommand,
     LoraState,
-    MergeLora,
     MergeMode,
     OutputReady,
     Preview,
@@ -41,7 +41,17 @@ from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+State = Literal["new", "loading", "ready", "restarting", "failed", "stopped"]
 REVIVALS = 3  # tries to get a group back before the engine says failed
+
+
+@attrs.frozen
+class EngineStatus:
+    """An engine as its users read it."""
+
+    state: State
+    restarts: int  # of the ranks, since the start
+    pids: tuple[int, ...]  # of the ranks on this machine, rank 0 first
 
 
 class Engine:
@@ -52,20 +62,28 @@ class Engine:
 
     def __init__(self, settings: Settings, group: WorkerGroup | None = None):
         self.settings = settings
-        self.state = "new"
+        self.state: State = "new"
         self.info: ModelInfo | None = None
-        self.adapters = AdapterNames()
-        self.kept: LoraPlan | None = None  # the adapters of the server before this one
-        self.keep: Callable[[LoraPlan], Awaitable[None]] = _forget
+        self.adapters = LoraRegistry(settings)
         node_listener = NodeListener(settings) if settings.nnodes > 1 else None
-        self.group = group or WorkerGroup(
-            settings.num_gpus, run_rank, dist_timeout_s=settings.dist_timeout, node_listener=node_listener
+        self._group = group or WorkerGroup(
+            settings.num_gpus,
+            run_rank,
+            dist_timeout_s=settings.dist_timeout,
+            node_listener=node_listener,
+            worker_start=settings.worker_start,
         )
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
         self._reviving: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self._steady = asyncio.Lock()
+
+    @property
+    def status(self) -> EngineStatus:
+        """Return the present status. The executor thread replaces the part of the group as a whole."""
+        group = self._group.status
+        return EngineStatus(self.state, group.restarts, group.pids)
 
     async def __aenter__(self) -> Engine:
         return self
@@ -76,8 +94,9 @@ class Engine:
         await self.stop()
 
     async def load(self, emit: Emit) -> ModelInfo:
-        """Resolve the model and its adapters (downloads run in a thread), start the workers and load them."""
+        """Resolve the model and its adapters, start the workers and load them. Downloads run in a thread."""
         self.state = "loading"
+        await anyio.to_thread.run_sync(prepare, self.settings.worker_start)
         command = await anyio.to_thread.run_sync(resolve_model, self.settings)
         loras = at_start(self.settings)
         found = await self.adapters.resolve(loras, "lora_path", local=True)
@@ -86,11 +105,11 @@ class Engine:
         except WorkerDied as error:
             log.warning("%s while the model was loaded; it is tried once more", error)
             self.info = await self._bring_up(command, found, emit)
-        if self.kept is None:
+        if not self.adapters.restored:
             self.adapters.register(loras, found)
-        await self._remember()
+        await self.adapters.save()
         self._become_ready()
-        if self.info.backend != "sglang" and self.settings.backend == "auto":
+        if self.info.backend != "native" and self.settings.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
         if self.settings.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
@@ -100,28 +119,19 @@ class Engine:
         return self.info
 
     async def _bring_up(self, command: Load, loras: list[LoraUse], emit: Emit) -> ModelInfo:
-        """Workers with the model, and with the adapters of the settings or those that outlived the server before."""
-        info = await self._in_executor(self.group.load, command, self._on_loop(emit))
-        if self.kept is not None:
-            await self._restore(self.kept)
+        """Load the model, and the adapters of the earlier server, or those of the settings."""
+        info = await self._in_executor(self._group.load, command, self._on_loop(emit))
+        if self.adapters.restored:
+            await self.adapters.refind()
+            for reason in await self._in_executor(self._replay_loras):
+                raise ModelError(
+                    f"the adapters that were set over HTTP cannot be set again: {reason.message}; put them back, or"
+                    " give others with --lora-path, or another --output-path"
+                )
         elif loras:
             check_loras(loras, info, "lora_path", "lora_target")
-            await self._in_executor(self.group.run, SetLora(tuple(loras)))
+            await self._in_executor(self._change_loras, [SetLora(tuple(loras))])
         return info
-
-    async def _restore(self, kept: LoraPlan) -> None:
-        """Jobs that outlived a server are made with the adapters they were asked for, or not at all."""
-        self.adapters.known.update(kept.known)
-        state = await self.adapters.sought_again(kept.state)
-        for reason in await self._in_executor(self.group.restore, state):
-            raise ModelError(
-                f"the adapters that were set over HTTP cannot be set again: {reason.message}; put them back, or give"
-                " others with --lora-path, or another --output-path"
-            )
-
-    async def _remember(self) -> None:
-        settings = self.settings
-        await self.keep(LoraPlan(settings.model_path, at_start(settings), dict(self.adapters.known), self.group.loras))
 
     async def generate(self, job_id: str, items: Sequence[OutputParams], emit: Emit, previews: int = 0) -> None:
         """Make one output for each of `items`, in turn. Jobs run one at a time, in the order of their calls.
@@ -168,11 +178,11 @@ class Engine:
                 if deaths > self.settings.worker_retries or self.state == "stopped":
                     raise
                 log.warning("%s; the output is tried again", error)
-                error.__traceback__ = None  # it holds this frame, and with it what the next try makes
+                error.__traceback__ = error.__context__ = None  # they hold `emit`, and all that it collects
 
     async def _generate(self, command: Generate, emit: Emit) -> None:
         token = CancelToken()  # a queued job holds no descriptor
-        future = self._submit(self.group.run, command, self._on_loop(emit), token)
+        future = self._submit(self._group.run, command, self._on_loop(emit), token)
         future.add_done_callback(lambda _: token.close())
         try:
             await asyncio.shield(future)
@@ -181,50 +191,58 @@ class Engine:
             raise
 
     async def set_lora(self, loras: Sequence[LoraUse], merge_mode: MergeMode = "auto") -> LoraState:
-        """Let these adapters hold from now on, in the parts of the model that they are for, and know them by name.
+        """Replace the adapters of the components that `loras` target, and register the nicknames.
 
-        Files are sought and downloaded at once; the change waits for its turn among the generations.
+        Files are looked up and downloaded at once. The change waits for its turn among the generations.
 
         Raises:
-            BadRequest: an adapter that is not there, or does not fit; nothing has changed then.
+            BadRequest: an adapter is missing or does not fit. Nothing has changed then.
         """
         check_loras(loras, self._loaded(), "lora_path")
         found = await self.adapters.resolve(loras, "lora_path", local=True)
-        return await self._adapt(SetLora(tuple(found), merge_mode), lambda: self.adapters.register(loras, found))
+        commands: list[LoraCommand] = [SetLora(tuple(found), merge_mode)]
+        return await self._adapt(lambda: commands, lambda: self.adapters.register(loras, found))
 
     async def merge_lora(self, target: str = "all", strength: float = 1.0) -> LoraState:
-        """Let the adapters that were last set hold again, with this strength. Raises BadRequest if there are none."""
+        """Apply the adapters that were last set for `target`, with this strength. Raise BadRequest without any."""
         check_lora_target(target, self._loaded())
-        return await self._adapt(MergeLora(target, strength))
+        return await self._adapt(lambda: self.adapters.merging(target, strength))
 
     async def unmerge_lora(self, target: str = "all") -> LoraState:
-        """Take all adapters of `target` away: every weight is what it was."""
+        """Take all adapters of `target` away. Every weight is restored."""
         check_lora_target(target, self._loaded())
-        return await self._adapt(UnmergeLora(target))
-
-    async def list_loras(self) -> LoraState:
-        """What the workers say that holds; `group.loras` is the same without waiting for a turn."""
-        return await self._adapt(ListLoras())
+        return await self._adapt(lambda: [UnmergeLora(target)])
 
     def steady(self) -> asyncio.Lock:
-        """While this is held, no adapters are set or taken away: all outputs of a job are made alike."""
+        """Return the lock that keeps the adapters as they are, so that all outputs of a job are made alike."""
         return self._steady
 
-    async def _adapt(self, command: LoraCommand, then: Callable[[], None] = lambda: None) -> LoraState:
-        """Carry it out to its end, even if the caller is cancelled meanwhile; `then` follows a success."""
+    async def _adapt(
+        self, commands: Callable[[], list[LoraCommand]], then: Callable[[], None] = lambda: None
+    ) -> LoraState:
+        """Carry out the commands of that turn, even if the caller is cancelled. Call `then` after a success."""
 
-        async def change() -> LoraState:
-            state: LoraState = await self._submit(self.group.run, command)
+        async def change() -> None:
+            await self._submit(self._change_loras, commands())
             then()
-            await self._remember()
-            return state
+            await self.adapters.save()
 
         async with self._steady, self._turn:
             changing = asyncio.create_task(change())
             changing.add_done_callback(_retrieve)
-            state = await asyncio.shield(changing)
+            await asyncio.shield(changing)
         self._note_return()
-        return state
+        return self.adapters.state
+
+    def _change_loras(self, commands: list[LoraCommand]) -> None:
+        """Carry out each command and keep the plan of new ranks in step. Runs on the executor thread."""
+        for command in commands:
+            changed = self.adapters.update(command, self._group.run(command))
+            self._group.set_replay(self.adapters.commands(), changed)
+
+    def _replay_loras(self) -> list[BadRequest]:
+        self._group.set_replay(self.adapters.commands())
+        return self._group.catch_up()
 
     def _loaded(self) -> ModelInfo:
         if self.info is None:
@@ -232,26 +250,26 @@ class Engine:
         return self.info
 
     def _note_return(self) -> None:
-        """The group is back after a death, whoever got it there."""
+        """Become ready again once a command has found the group back."""
         if self.state in ("restarting", "failed"):
             self._become_ready()
 
     async def stop(self) -> None:
-        """Let the running job end, stop the workers, and free the thread; once."""
+        """Let the running job end, stop the workers and free the thread. A second call does nothing."""
         if self.state == "stopped":
             return
         self.state = "stopped"
-        self.group.close()
+        self._group.close()
         self._unwatch()
         if self._reviving is not None and not self._reviving.done():
             self.kill()
             await asyncio.wait([self._reviving])
-        await self._in_executor(self.group.stop)
+        await self._in_executor(self._group.stop)
         self._executor.shutdown(wait=False)  # idle now, and joining it would block the loop
 
     def kill(self) -> None:
-        """End the workers at once, from the loop: the command under way fails with `WorkerDied`."""
-        for pid in self.group.pids:
+        """Kill the workers from the loop. The command under way fails with `WorkerDied`."""
+        for pid in self.status.pids:
             with suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(pid, signal.SIGKILL)
 
@@ -261,7 +279,7 @@ class Engine:
         return future
 
     async def _in_executor(self, function: Callable[..., T], *args: Any) -> T:
-        """`function` on the executor thread; it runs to its end even if the caller is cancelled."""
+        """Run `function` on the executor thread, to its end even if the caller is cancelled."""
         return await asyncio.shield(self._submit(function, *args))
 
     def _on_loop(self, emit: Emit) -> Emit:
@@ -275,15 +293,16 @@ class Engine:
     def _become_ready(self) -> None:
         if self.state != "stopped":
             self.state = "ready"
-            self._unwatch()
-            self._watch()
+            self._submit(self._group.sentinels).add_done_callback(self._watch)
 
-    def _watch(self) -> None:
-        """Hear of a death while idle: the loop watches copies of the sentinels; it never talks to a rank."""
-        loop = asyncio.get_running_loop()
-        self._watched = [os.dup(sentinel) for sentinel in self.group.sentinels]
+    def _watch(self, sentinels: asyncio.Future[list[int]]) -> None:
+        """Let the loop hear of a death while the group is idle."""
+        self._unwatch()
+        self._watched = sentinels.result()
         for descriptor in self._watched:
-            loop.add_reader(descriptor, self._on_death)
+            asyncio.get_running_loop().add_reader(descriptor, self._on_death)
+        if self.state == "stopped":
+            self._unwatch()
 
     def _unwatch(self) -> None:
         for descriptor in self._watched:
@@ -299,7 +318,7 @@ class Engine:
     async def _revive(self) -> None:
         for _ in range(REVIVALS):
             try:
-                await self._in_executor(self.group.revive)
+                await self._in_executor(self._group.revive)
             except WorkerDied as error:
                 if self.state != "stopped":
                     log.warning("a worker died while the model was loaded again: %s", error)
@@ -314,11 +333,7 @@ class Engine:
         self.state = "failed"
 
 
-async def _forget(_: LoraPlan) -> None:
-    """For an engine whose adapters end with it."""
-
-
 def _retrieve(done: asyncio.Future[Any]) -> None:
-    """Take note of a failure whose awaiter may be gone."""
+    """Log a failure whose awaiter may be gone."""
     if not done.cancelled() and (error := done.exception()):
         log.debug("a command ended with %r", error)

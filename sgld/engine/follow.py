@@ -1,15 +1,14 @@
-"""follow: what `sgld serve` does on every node but the first. It runs ranks, and never imports torch."""
+"""follow: `sgld serve` on every node but the first. It runs ranks, and never imports torch."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from typing import cast
 
 from sgld.config import Settings
-from sgld.engine.group import interrupts_blocked, spawn
+from sgld.engine.forkserver import RankProcess, Target, prepare, start_rank
 from sgld.engine.node import Handshake, PeerConnection, call, numbers
 from sgld.errors import BadRequest
 from sgld.messages import RankAssignment, Refused
@@ -17,16 +16,17 @@ from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
 RETRY_S = 0.5  # between two tries to reach node 0
-TO_STOP_S = 5.0  # for ranks that were told to stop, from when the first has ended
+TO_STOP_S = 5.0  # for the other ranks, once the first has stopped
 
 
-def follow(settings: Settings, target: Callable[[RankAssignment, Connection], None] = run_rank) -> int:
-    """Be one group's ranks of this node after the other's, until node 0 stops them, or an interrupt comes.
+def follow(settings: Settings, target: Target = run_rank) -> int:
+    """Run the ranks of this node for one group after the other, until node 0 stops them or an interrupt comes.
 
     Raises BadRequest when node 0 was started with other settings.
     """
+    prepare(settings.worker_start)
     try:
-        while not _one_group(settings, target):
+        while not _run_group(settings, target):
             log.warning("the group is gone; its workers here were killed")
             time.sleep(RETRY_S)
     except KeyboardInterrupt:
@@ -34,71 +34,73 @@ def follow(settings: Settings, target: Callable[[RankAssignment, Connection], No
     return 0
 
 
-def _one_group(settings: Settings, target: Callable[[RankAssignment, Connection], None]) -> bool:
-    """Run the ranks of one group to its end; whether they were told to stop."""
-    each = settings.num_gpus // settings.nnodes
-    ranks = range(each * settings.node_rank, each * (settings.node_rank + 1))
-    lines: list[PeerConnection] = []
-    processes: list[BaseProcess] = []
+def _run_group(settings: Settings, target: Target) -> bool:
+    """Run the ranks of one group to its end. Return true when node 0 stopped them."""
+    per_node = settings.num_gpus // settings.nnodes
+    ranks = range(per_node * settings.node_rank, per_node * (settings.node_rank + 1))
+    peers: list[PeerConnection] = []
+    processes: list[RankProcess] = []
     try:
         for rank in ranks:
-            lines.append(_reach(settings.node_address(), Handshake.of(settings, rank)))
+            peers.append(_reach(settings.node_address(), Handshake.of(settings, rank)))
         try:
-            seats = _seats(lines)
+            assignments = _receive_assignments(peers)
         except (EOFError, OSError):
             return False
         log.info("node %d joins with workers %s", settings.node_rank, numbers(ranks))
-        with interrupts_blocked():
-            for line in lines:
-                processes.append(spawn(target, seats[line.connection], line.connection))
-        return _were_stopped(processes, lines)
+        for peer in peers:
+            assignment = assignments[peer.connection]
+            processes.append(start_rank(settings.worker_start, target, assignment, peer.connection))
+        return _were_stopped(processes, peers)
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.join()
             process.close()
-        for line in lines:
-            line.close()
+        for peer in peers:
+            peer.close()
 
 
-def _reach(address: tuple[str, int], hello: Handshake) -> PeerConnection:
-    """A line to node 0, however long it takes."""
-    told = False
+def _reach(address: tuple[str, int], handshake: Handshake) -> PeerConnection:
+    """Connect to node 0, however long it takes."""
+    logged = False
     while True:
         try:
-            return call(address, hello)
+            return call(address, handshake)
         except OSError as error:
-            if not told:
+            if not logged:
                 log.info("waiting for node 0 at %s:%d (%s)", *address, error.strerror or error)
-            told = True
+            logged = True
         time.sleep(RETRY_S)
 
 
-def _seats(lines: list[PeerConnection]) -> dict[Connection, RankAssignment]:
-    """What node 0 says on each line once all nodes are there. Raises EOFError or OSError when it goes meanwhile."""
-    seats: dict[Connection, RankAssignment] = {}
-    while len(seats) < len(lines):
-        for connection in wait([line.connection for line in lines if line.connection not in seats]):
-            assert isinstance(connection, Connection)
+def _receive_assignments(peers: list[PeerConnection]) -> dict[Connection, RankAssignment]:
+    """Receive what node 0 sends once all nodes are connected.
+
+    Raises EOFError or OSError when node 0 goes away, and BadRequest when it refuses a rank.
+    """
+    assignments: dict[Connection, RankAssignment] = {}
+    while len(assignments) < len(peers):
+        for ready in wait([peer.connection for peer in peers if peer.connection not in assignments]):
+            connection = cast(Connection, ready)
             assignment = connection.recv()
             if isinstance(assignment, Refused):
                 raise BadRequest(assignment.reason)
-            seats[connection] = assignment
-    return seats
+            assignments[connection] = assignment
+    return assignments
 
 
-def _were_stopped(processes: list[BaseProcess], lines: list[PeerConnection]) -> bool:
-    """Wait until a rank has ended or node 0 hung up. Ranks end with 0 only when they were told to."""
+def _were_stopped(processes: list[RankProcess], peers: list[PeerConnection]) -> bool:
+    """Wait until a rank ends or node 0 hangs up. Ranks end with 0 only when they were stopped."""
     running = {process.sentinel: process for process in processes}
-    wait([*running, *(line.hangup for line in lines)])
+    wait([*running, *(peer.hangup for peer in peers)])
     deadline = time.monotonic() + TO_STOP_S
     while running and (ended := wait(list(running), max(0.0, deadline - time.monotonic()))):
         for sentinel in ended:
-            assert isinstance(sentinel, int)
-            process = running.pop(sentinel)
+            process = running.pop(cast(int, sentinel))
             process.join()
             if process.exitcode:
-                log.warning("%s ended with exit code %d", process.name, process.exitcode)
+                log.warning("process %s ended with exit code %d", process.pid, process.exitcode)
                 return False
     return len(running) < len(processes)

@@ -1,32 +1,29 @@
-"""WorkerGroup: spawned ranks and the one blocking call that gives them a command.
+"""WorkerGroup: ranks, and the one blocking call that gives them a command.
 
 Only the executor thread calls into a group. Every command is answered by one terminal event from every rank;
 anything else (a dead rank, a rank that fails while its peers wait in a collective, a cancel that is not heeded)
-kills the whole group, and the next command finds a new one with the same model loaded.
-
-torch.multiprocessing's spawn context is `multiprocessing`'s own plus reducers for tensors. No tensor crosses here,
-so the parent takes the plain context and never imports torch.
+kills the whole group, and the next command finds a new one with the same model loaded. No tensor crosses the pipes,
+so the parent never imports torch. Other threads read `status`, and call `close`.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
-import signal
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from sgld.engine.cancel import CancelToken
+from sgld.engine.forkserver import RankProcess, Target, start_rank
 from sgld.engine.node import NodeListener, Remote, listen
-from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied, from_code
+from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied
 from sgld.errors import Cancelled as CancelledError
 from sgld.messages import (
     Cancel,
@@ -37,32 +34,34 @@ from sgld.messages import (
     Failed,
     Generate,
     Load,
-    LoraCommand,
-    LoraState,
-    MergeLora,
     Progress,
     RankAssignment,
-    SetLora,
     SharedFrames,
     Stop,
     Terminal,
-    UnmergeLora,
     frames_of,
 )
 from sgld.params import ModelInfo
 
 log = logging.getLogger(__name__)
 Emit = Callable[[Event], None]
-Target = Callable[[RankAssignment, Connection], None]
 
 
 def _ignore(_: Event) -> None:
-    """An emit for commands whose events nobody follows."""
+    """Drop the event."""
+
+
+@attrs.frozen
+class GroupStatus:
+    """A group as other threads read it."""
+
+    restarts: int = 0
+    pids: tuple[int, ...] = ()  # of the ranks on this machine, rank 0 first
 
 
 @attrs.frozen
 class Patience:
-    """How long a group waits before it gives its ranks up, in seconds."""
+    """Seconds that a group waits before it gives its ranks up."""
 
     after_failure: float = 10.0  # for the peers of a rank that failed
     after_cancel: float = 30.0  # for a cancelled step to end; at least three times the last step
@@ -71,10 +70,10 @@ class Patience:
 
 @attrs.define
 class _Rank:
-    """A rank on this machine; `Remote` is one on another."""
+    """A rank on this machine. `Remote` is its counterpart on another."""
 
     number: int
-    process: BaseProcess
+    process: RankProcess
     connection: Connection
 
     @property
@@ -100,7 +99,7 @@ class _Rank:
 
 
 class WorkerGroup:
-    """`size` ranks that each run `target(assignment, connection)`; a `node_listener` brings those of other nodes."""
+    """`size` ranks that each run `target(assignment, connection)`. A `node_listener` brings those of other nodes."""
 
     def __init__(
         self,
@@ -110,34 +109,30 @@ class WorkerGroup:
         dist_timeout_s: int = 3600,
         patience: Patience | None = None,
         node_listener: NodeListener | None = None,
+        worker_start: str = "forkserver",
     ):
         self.size = size
-        self.restarts = 0
+        self.status = GroupStatus()
         self._target = target
+        self._worker_start = worker_start
         self._dist_timeout_s = dist_timeout_s
         self._patience = patience or Patience()
-        self._gate = node_listener
+        self._node_listener = node_listener
         self._ranks: list[_Rank | Remote] = []
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
         self._load: Load | None = None
-        self._loaded = False  # whether the present ranks hold the model, and its adapters
-        self.loras = LoraState()
-        self._missing: set[str] = set()  # components whose adapters are set, and the present ranks lack
+        self._loaded = False  # true once the present ranks hold the model
+        self._replay: dict[str, Command] = {}
+        self._due: set[str] = set()  # of `_replay`: those that the present ranks have not carried out
         self._closed = False
 
-    @property
     def sentinels(self) -> list[int]:
-        """One descriptor per rank, readable once that rank is gone."""
-        return [rank.sentinel for rank in self._ranks]
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids on this machine, rank 0 first."""
-        return [rank.process.pid or 0 for rank in self._ranks if isinstance(rank, _Rank)]
+        """Return one new descriptor per rank, readable once that rank is gone. The caller closes them."""
+        return [os.dup(rank.sentinel) for rank in self._ranks]
 
     def load(self, command: Load, emit: Emit = _ignore) -> ModelInfo:
-        """Load a model, without adapters; a restarted group loads it again."""
-        self.loras, self._missing = LoraState(), set()
+        """Load a model, and nothing else. A restarted group loads it again."""
+        self._replay, self._due = {}, set()
         info: ModelInfo = self._call(command, emit, None)
         self._load, self._loaded = command, True
         return info
@@ -146,70 +141,54 @@ class WorkerGroup:
         """Give every rank `command`, block until all have answered, and return rank 0's value.
 
         Raises:
-            CancelledError: the token was set; before the command was sent, no rank ever hears of it.
+            CancelledError: the token was set. A command that was not sent yet never reaches a rank.
             WorkerDied: the group was killed; the next call starts a new one.
-            NotReady: the adapters that are set could not be set again in a new group, and the output needs them.
+            NotReady: new ranks lack the adapters that the output needs.
             SgldError: what the ranks failed with.
         """
         self.revive()
         if token is not None and token.is_set:
             raise CancelledError("cancelled before it started")
-        if isinstance(command, Generate) and not all(item.params.loras for item in command.items):
-            self._set_again()
-            if self._missing:
-                raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
-        value = self._call(command, emit, token)
-        if isinstance(command, SetLora | MergeLora | UnmergeLora):
-            self._hold(value, command)
-        return value
+        if _needs_configured(command) and self.catch_up():
+            raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
+        return self._call(command, emit, token)
 
     def revive(self) -> None:
-        """Replace the group when a rank has died, and load the model and its adapters again."""
-        dead = self._ranks and wait(self.sentinels, 0)
-        if dead:
-            log.warning("%s; restarting the workers", self._first_death())
-            self.restarts += 1
-            self.kill()
+        """Replace the group when a rank has died, load the model again, and replay the commands of `set_replay`."""
+        if first := next((rank for rank in self._ranks if wait([rank.sentinel], 0)), None):
+            log.warning("%s; restarting the workers", first.died())
+            self._restart()
         if self._load is not None and not self._loaded:
             self._call(self._load, _ignore, None)
-            self._loaded = True
-            self.restore(self.loras)
+            self._loaded, self._due = True, set(self._replay)
+            self.catch_up()
 
-    def restore(self, loras: LoraState) -> list[BadRequest]:
-        """Set these adapters in ranks without any; the reasons why some cannot be, without which no output is made."""
-        self.loras, self._missing = loras, set(loras.parts)
-        return self._set_again()
+    def set_replay(self, commands: Mapping[str, Command], done: Collection[str] | None = None) -> None:
+        """Let new ranks carry out these commands after the model is loaded.
 
-    def _set_again(self) -> list[BadRequest]:
-        reasons: list[BadRequest] = []
-        for name in sorted(self._missing):
-            part = self.loras.parts[name]
+        The present ranks have carried out those of `done`, and none of them without `done`.
+        """
+        self._replay = dict(commands)
+        self._due = set(commands) if done is None else (self._due & commands.keys()).difference(done)
+
+    def catch_up(self) -> list[BadRequest]:
+        """Replay the commands that the present ranks lack. Return the errors of those that fail."""
+        errors: list[BadRequest] = []
+        for name in sorted(self._due):
             try:
-                for command in part.commands():
-                    self._call(command, _ignore, None)
+                self._call(self._replay[name], _ignore, None)
+                self._due.discard(name)
             except BadRequest as error:
-                if part.applied is not None:
-                    log.error("the adapters that were set for %s cannot be set again: %s", name, error)
-                    reasons.append(error)
-                    continue
-                log.warning("the adapters that were taken away from %s cannot be merged again: %s", name, error)
-                self.loras = LoraState({other: each for other, each in self.loras.parts.items() if other != name})
-            self._missing.discard(name)
-        return reasons
-
-    def _hold(self, state: LoraState, command: LoraCommand) -> None:
-        """Take note of what the ranks hold after a command; what they lack stays wanted, unless it was taken away."""
-        if isinstance(command, UnmergeLora):
-            self._missing -= self._missing if command.target == "all" else {command.target}
-        self._missing -= state.parts.keys()
-        self.loras = LoraState({name: self.loras.parts[name] for name in self._missing} | state.parts)
+                log.error("the adapters that were set for %s cannot be set again: %s", name, error)
+                errors.append(error)
+        return errors
 
     def close(self) -> None:
-        """Start no ranks any more; safe to call from any thread."""
+        """Start no more ranks. Safe to call from any thread."""
         self._closed = True
 
     def stop(self) -> None:
-        """Let the ranks end by themselves; kill those that do not."""
+        """Ask the ranks to stop, and kill those that do not."""
         for rank in self._ranks:
             try:
                 rank.connection.send(Stop())
@@ -219,8 +198,8 @@ class WorkerGroup:
         for rank in self._ranks:
             rank.join(max(0.0, deadline - time.monotonic()))
         self.kill()
-        if self._gate is not None:
-            self._gate.close()
+        if self._node_listener is not None:
+            self._node_listener.close()
 
     def kill(self) -> None:
         """End every rank now and leave nothing behind."""
@@ -232,23 +211,34 @@ class WorkerGroup:
         if self._rendezvous is not None:
             self._rendezvous.cleanup()
             self._rendezvous = None
+        self._publish()
+
+    def _restart(self) -> None:
+        self.status = attrs.evolve(self.status, restarts=self.status.restarts + 1)
+        self.kill()
+
+    def _publish(self) -> None:
+        pids = tuple(rank.process.pid or 0 for rank in self._ranks if isinstance(rank, _Rank))
+        self.status = attrs.evolve(self.status, pids=pids)
 
     def _start(self) -> None:
         if self._closed:
             raise WorkerDied("the workers are stopped")
         try:
-            if self._gate is not None:
-                self._start_nodes(self._gate)
+            if self._node_listener is not None:
+                self._start_nodes(self._node_listener)
                 return
             self._rendezvous = tempfile.TemporaryDirectory(prefix="sgld-") if self.size > 1 else None
             store = Path(self._rendezvous.name) / "store" if self._rendezvous is not None else Path()
-            self._spawn([RankAssignment(number, self.size, store, self._dist_timeout_s) for number in range(self.size)])
+            self._start_ranks(
+                [RankAssignment(number, self.size, store, self._dist_timeout_s) for number in range(self.size)]
+            )
         except BaseException:
             self.kill()
             raise
 
     def _start_nodes(self, node_listener: NodeListener) -> None:
-        """Once the ranks of all other nodes wait at the gate, give every rank its seat."""
+        """Send every rank its assignment once the ranks of all other nodes are connected."""
         self._ranks += node_listener.gather(lambda: self._closed)
         host = node_listener.address[0]
         with listen(host, 0) as listener:
@@ -260,21 +250,21 @@ class WorkerGroup:
             except OSError as error:
                 raise WorkerDied(f"another node has gone while the workers were started ({error.strerror})") from None
             local = range(self.size // node_listener.nnodes)
-            self._spawn([RankAssignment(n, self.size, store, *rest, listener if n == 0 else None) for n in local])
+            self._start_ranks([RankAssignment(n, self.size, store, *rest, listener if n == 0 else None) for n in local])
         self._ranks.sort(key=lambda rank: rank.number)
 
-    def _spawn(self, seats: list[RankAssignment]) -> None:
-        with interrupts_blocked():
-            for assignment in seats:
-                ours, theirs = multiprocessing.Pipe()
-                try:
-                    process = spawn(self._target, assignment, theirs)
-                except BaseException:
-                    ours.close()
-                    raise
-                finally:
-                    theirs.close()
-                self._ranks.append(_Rank(assignment.rank, process, ours))
+    def _start_ranks(self, assignments: list[RankAssignment]) -> None:
+        for assignment in assignments:
+            ours, theirs = multiprocessing.Pipe()
+            try:
+                process = start_rank(self._worker_start, self._target, assignment, theirs, lambda: self._closed)
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                theirs.close()
+            self._ranks.append(_Rank(assignment.rank, process, ours))
+            self._publish()
 
     def _call(self, command: Command, emit: Emit, token: CancelToken | None) -> Any:
         if not self._ranks:
@@ -283,8 +273,7 @@ class WorkerGroup:
         try:
             return call.result()
         except _GroupLost as lost:
-            self.kill()
-            self.restarts += 1
+            self._restart()
             raise lost.error from None
         except SgldError:
             raise  # every rank has answered
@@ -292,12 +281,14 @@ class WorkerGroup:
             self.kill()
             raise
 
-    def _first_death(self) -> str:
-        return next(rank.died() for rank in self._ranks if wait([rank.sentinel], 0))
+
+def _needs_configured(command: Command) -> bool:
+    """Return true when an output of `command` brings no adapters of its own."""
+    return isinstance(command, Generate) and not all(item.params.loras for item in command.items)
 
 
 class _GroupLost(Exception):
-    """The ranks can no longer be trusted; `error` is what the caller hears."""
+    """The ranks can no longer be trusted. The caller gets `error`."""
 
     def __init__(self, error: SgldError):
         super().__init__(str(error))
@@ -305,7 +296,7 @@ class _GroupLost(Exception):
 
 
 class _Call:
-    """One command under way: who has answered what, and how long the rest may still take."""
+    """One command under way: the answers so far, and the time left for the rest."""
 
     def __init__(
         self, ranks: list[_Rank | Remote], command: Command, emit: Emit, token: CancelToken | None, patience: Patience
@@ -398,9 +389,7 @@ class _Call:
             raise self._lost(rank) from None
 
     def _lost(self, rank: _Rank | Remote) -> _GroupLost:
-        reasons = [
-            f", after worker {n} failed ({a.message})" for n, a in self._answers.items() if isinstance(a, Failed)
-        ]
+        reasons = [f", after worker {n} failed ({a.error})" for n, a in self._answers.items() if isinstance(a, Failed)]
         return _GroupLost(WorkerDied(f"{rank.died()} during the job{''.join(reasons)}"))
 
     def _out_of_patience(self) -> _GroupLost:
@@ -409,31 +398,11 @@ class _Call:
             if isinstance(answer, Failed):
                 if isinstance(self._command, Load):
                     return _GroupLost(self._error(answer))
-                reason = f"worker {number} failed alone ({answer.message}) and worker {silent} could not go on"
+                reason = f"worker {number} failed alone ({answer.error}) and worker {silent} could not go on"
                 return _GroupLost(WorkerDied(reason))
         return _GroupLost(CancelledError(f"cancelled; worker {silent} did not stop in time and was killed"))
 
     def _error(self, failed: Failed) -> SgldError:
         if failed.trace:
             log.debug("a worker failed:\n%s", failed.trace)
-        return from_code(failed.code, failed.message, failed.param)
-
-
-def spawn(target: Target, assignment: RankAssignment, connection: Connection) -> BaseProcess:
-    """A process that runs `target(assignment, connection)`, with a copy of `connection`."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(
-        target=target, args=(assignment, connection), name=f"sgld-rank{assignment.rank}", daemon=True
-    )
-    process.start()
-    return process
-
-
-@contextmanager
-def interrupts_blocked() -> Iterator[None]:
-    """Children inherit a mask without ^C: a terminal's interrupt is the parent's to handle."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return failed.error

@@ -1,10 +1,10 @@
-"""LoRA adapters by name: references to files and folders, and the names that were given to them."""
+"""LoRA adapters: references to files and folders, nicknames, and the plan of what the model holds."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ from cattrs import BaseValidationError, Converter
 
 from sgld.config import Settings, user_path
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
-from sgld.hub.hub import download
-from sgld.messages import LoraPart, LoraState
+from sgld.hub.reference import Reference
+from sgld.messages import Command, LoraCommand, LoraPart, LoraState, MergeMode, SetLora, UnmergeLora
 from sgld.params import LoraUse
 
 log = logging.getLogger(__name__)
@@ -33,40 +33,41 @@ DEFAULT_NAME = "default"
 
 
 def resolve_adapter(reference: str, param: str = "lora_path", *, local: bool = True) -> Path:
-    """A file or folder: of this machine where `local`, or downloaded from Hugging Face unless the cache holds it.
+    """Find the file or folder of an adapter on this machine, if `local`, or download it from Hugging Face. Blocks.
 
-    Of the hub it takes `owner/name`, `owner/name:file`, `owner/name/file` and the address of a page. Blocks.
+    References to the hub are `owner/name`, `owner/name:file`, `owner/name/file` and the address of a page. A file in
+    the hub's cache is not downloaded again.
 
     Raises:
-        BadRequest: none of these; or no such repository or file; or several files to choose from.
+        BadRequest: another kind of reference, no such repository or file, or several files to choose from.
     """
     if local and reference and (path := user_path(reference, param)).exists():
         return path.resolve()
     found = _URL.fullmatch(reference) or _ID.fullmatch(reference)
     if found is None or ".." in PurePosixPath(reference.replace(":", "/")).parts:
         kinds = "it is neither a file or folder nor a" if local else "it is no"
-        raise BadRequest(f"{param}: {reference!r}: {kinds} Hugging Face id (owner/name or owner/name:file)", param)
+        raise BadRequest(f"{reference!r}: {kinds} Hugging Face id (owner/name or owner/name:file)", field=param)
     parts = found.groupdict()
     try:
         return _download(parts["id"], parts["file"], parts.get("revision"), param)
     except ModelError as error:
-        raise BadRequest(error.message, param) from None
+        raise BadRequest(error.text, param, field=error.field) from None
 
 
 def _download(name: str, inside: str | None, revision: str | None, param: str) -> Path:
-    """A file or folder of the repository, or all of it."""
+    """Download a file or folder of a repository, or all of it."""
     if inside is None:
         _check_single(name, revision, param)
-        return download(name, revision, param, ADAPTER_FILES)
+        return Reference(name, revision, param).download(ADAPTER_FILES)
     suffix = PurePosixPath(inside).suffix
     if suffix in PICKLES:
-        raise BadRequest(f"{param}: {inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", param)
+        raise BadRequest(f"{inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", field=param)
     folder = inside if suffix != SUFFIX else str(PurePosixPath(inside).parent)
     files = inside if suffix == SUFFIX else f"{folder}/*{SUFFIX}"
     config = str(PurePosixPath(folder) / "adapter_config.json")
-    path = download(name, revision, param, {"allow_patterns": [files, config]}) / inside
+    path = Reference(name, revision, param).download({"allow_patterns": [files, config]}) / inside
     if not path.exists():
-        raise BadRequest(f"{param}: {name!r} has no {inside!r}", param)
+        raise BadRequest(f"{name!r} has no {inside!r}", field=param)
     return path
 
 
@@ -83,17 +84,17 @@ def _check_single(name: str, revision: str | None, param: str) -> None:
     if len(found) == 1:
         return
     if not adapters:
-        raise BadRequest(f"{param}: {name!r} holds no {SUFFIX} file", param)
+        raise BadRequest(f"{name!r} holds no {SUFFIX} file", field=param)
     several = found or adapters
     shown = ", ".join(several[:5]) + (", ..." if len(several) > 5 else "")
-    raise BadRequest(f"{param}: {name!r} holds {shown}; name one as {name}:{several[0]}", param)
+    raise BadRequest(f"{name!r} holds {shown}; name one as {name}:{several[0]}", field=param)
 
 
 @attrs.frozen
 class NamedAdapter:
-    """Where the adapter of a nickname lies, and how it was to be read."""
+    """The adapter that a nickname stands for, and how to read it."""
 
-    reference: str  # as it was given
+    reference: str  # as the client wrote it
     path: Path
     alpha: float | None = None
     strict: bool = True
@@ -101,31 +102,31 @@ class NamedAdapter:
 
 @attrs.frozen
 class LoraPlan:
-    """The adapters of a server, for the next one: what was set, and the names that were given."""
+    """The adapters of an engine as a document that the next server restores."""
 
     model: str
-    at_start: list[LoraUse]  # by the settings; whoever starts with other ones wants those
-    known: dict[str, NamedAdapter]
+    at_start: list[LoraUse]  # of the settings: a server started with others ignores this plan
+    known: dict[str, NamedAdapter]  # by nickname
     state: LoraState
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the plan as JSON."""
         record: dict[str, Any] = _CONVERTER.unstructure(self)
         return record
 
     @classmethod
     def restore(cls, record: dict[str, Any], settings: Settings) -> LoraPlan | None:
-        """What `record` wrote, unless the settings name another model or other adapters.
+        """Read what `record` wrote. Return None when the settings name another model or other adapters.
 
         Raises `SgldError` for a record of another version.
         """
         try:
-            kept = _CONVERTER.structure(record, cls)
+            plan = _CONVERTER.structure(record, cls)
         except (BaseValidationError, SgldError):
             raise SgldError("its form is that of another version of sgld") from None
-        if (kept.model, kept.at_start) == (settings.model_path, at_start(settings)):
-            return kept
-        if kept.state.parts:
+        if (plan.model, plan.at_start) == (settings.model_path, at_start(settings)):
+            return plan
+        if plan.state.parts:
             log.warning("the adapters that were set over HTTP are left out: --model-path or --lora-path has changed")
         return None
 
@@ -133,18 +134,76 @@ class LoraPlan:
 _CONVERTER = Converter(forbid_extra_keys=True)
 
 
-class AdapterNames:
-    """The nicknames of adapters, kept on the loop. A reference is sought once; only `give` names anything."""
+class LoraRegistry:
+    """The one owner of an engine's adapters: their nicknames, and what each component of the model holds.
 
-    def __init__(self) -> None:
+    Nicknames are registered on the loop. `state` is frozen, and replaced on the executor thread as ranks carry out a
+    change. Ranks hold no plan of their own: new ones get `commands()`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
         self.known: dict[str, NamedAdapter] = {}
+        self.state = LoraState()
+        self.restored = False  # from the plan of an earlier server
+        self._settings = settings
+        self._save: Callable[[dict[str, Any]], Awaitable[None]] | None = None
         self._found: dict[tuple[str, bool], Path] = {}
 
+    # ------------------------------------------------------------------------------------------- what ranks hold
+
+    def persist(self, plan: LoraPlan | None, save: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+        """Start from `plan`, the last one that was saved, and save every later one. Call it before the model loads."""
+        self._save = save
+        if plan is not None:
+            self.known, self.state, self.restored = dict(plan.known), plan.state, True
+
+    async def save(self) -> None:
+        """Save the present plan."""
+        if self._save is not None:
+            plan = LoraPlan(self._settings.model_path, at_start(self._settings), dict(self.known), self.state)
+            await self._save(plan.record())
+
+    def commands(self) -> dict[str, Command]:
+        """Return the command that gives new ranks the adapters of each component."""
+        parts = self.state.parts.items()
+        return {name: SetLora(part.loras, part.merge_mode) for name, part in parts if part.applied is not None}
+
+    def merging(self, target: str, strength: float) -> list[LoraCommand]:
+        """Return the commands that apply the adapters last set for `target` again, with another strength.
+
+        Raises `BadRequest` when none were set.
+        """
+        by_mode: dict[MergeMode, list[LoraUse]] = {}
+        for part in self._parts(target).values():
+            by_mode.setdefault(part.merge_mode, []).extend(attrs.evolve(lora, strength=strength) for lora in part.loras)
+        if not by_mode:
+            raise BadRequest(f"no adapter was set for {target!r}; set one first", field="target")
+        return [SetLora(tuple(loras), mode) for mode, loras in by_mode.items()]
+
+    def update(self, command: LoraCommand, answer: LoraState) -> Collection[str]:
+        """Note that all ranks have carried out `command`. Return the components whose adapters they changed."""
+        changed = answer.parts
+        if isinstance(command, UnmergeLora):
+            changed = {name: attrs.evolve(part, applied=None) for name, part in self._parts(command.target).items()}
+        self.state = LoraState({**self.state.parts, **changed})
+        return changed
+
+    def _parts(self, target: str) -> dict[str, LoraPart]:
+        return {name: part for name, part in self.state.parts.items() if target in ("all", name)}
+
+    # ---------------------------------------------------------------------------------------------- names and files
+
+    def register(self, requested: Sequence[LoraUse], resolved: Sequence[LoraUse]) -> None:
+        """Let the nicknames of the requested adapters stand for the resolved ones."""
+        for asked, found in zip(requested, resolved, strict=True):
+            if asked.path is not None and found.nickname is not None and found.path is not None:
+                self.known[found.nickname] = NamedAdapter(asked.path, Path(found.path), asked.alpha, asked.strict)
+
     async def resolve(self, loras: Sequence[LoraUse], param: str, *, local: bool) -> list[LoraUse]:
-        """The same, each with the path of its file or folder; `local`: paths of this machine are taken too.
+        """Return the adapters with the path of a file or folder each. `local` admits paths of this machine.
 
         Raises:
-            BadRequest: a nickname that nobody gave, or as `resolve_adapter` does.
+            BadRequest: an unknown nickname, or as `resolve_adapter` does.
         """
         return [await self._resolve(lora, param, local) for lora in loras]
 
@@ -156,34 +215,34 @@ class AdapterNames:
         if lora.nickname not in self.known:
             names = ", ".join(sorted(self.known)) or "none"
             hint = nearest(lora.nickname, self.known) or f"; known: {names}"
-            raise BadRequest(f"{param}: no adapter is called {lora.nickname!r}{hint}", param)
-        known = await self._known(lora.nickname)
+            raise BadRequest(f"no adapter is called {lora.nickname!r}{hint}", field=param)
+        known = await self._present(lora.nickname)
         alpha = known.alpha if lora.alpha is None else lora.alpha
         return attrs.evolve(lora, path=str(known.path), alpha=alpha, strict=lora.strict and known.strict)
 
-    async def _known(self, nickname: str) -> NamedAdapter:
-        """What a nickname stands for; a file that has gone is sought anew, for it may have been a download."""
+    async def _present(self, nickname: str) -> NamedAdapter:
+        """Return a named adapter. Look its reference up again when the file is gone: it may have been a download."""
         known = self.known[nickname]
         if not await anyio.Path(known.path).exists():
             try:
                 path = await self._find(known.reference, "lora_path", local=True)
-            except BadRequest as error:  # whoever reads the file will say that it is not there
+            except BadRequest as error:  # whoever reads the file reports that it is missing
                 log.warning("the adapter %r has gone: %s", nickname, error)
             else:
                 known = self.known[nickname] = attrs.evolve(known, path=path)
         return known
 
-    async def sought_again(self, state: LoraState) -> LoraState:
-        """The same, with files that have gone sought anew by their nicknames."""
-        names = {lora.nickname for part in state.parts.values() for lora in part.loras}
-        known = {name: each for name, each in self.known.items() if name in names}
-        now = {str(each.path): str((await self._known(name)).path) for name, each in known.items()}
+    async def refind(self) -> None:
+        """Look up the files of the state again that are gone, by their nicknames."""
+        used = {lora.nickname for part in self.state.parts.values() for lora in part.loras}
+        before = {name: str(known.path) for name, known in self.known.items() if name in used}
+        moved = {old: str((await self._present(name)).path) for name, old in before.items()}
 
         def present(part: LoraPart) -> LoraPart:
-            loras = [attrs.evolve(lora, path=now.get(lora.path or "", lora.path)) for lora in part.loras]
+            loras = [attrs.evolve(lora, path=moved.get(lora.path or "", lora.path)) for lora in part.loras]
             return attrs.evolve(part, loras=tuple(loras))
 
-        return LoraState({name: present(part) for name, part in state.parts.items()})
+        self.state = LoraState({name: present(part) for name, part in self.state.parts.items()})
 
     async def _find(self, reference: str, param: str, local: bool) -> Path:
         path = self._found.get((reference, local))
@@ -192,15 +251,9 @@ class AdapterNames:
             path = self._found[reference, local] = await anyio.to_thread.run_sync(find, limiter=_SEARCHES)
         return path
 
-    def register(self, given: Sequence[LoraUse], resolved: Sequence[LoraUse]) -> None:
-        """From now on these nicknames stand for what they were found to be."""
-        for asked, found in zip(given, resolved, strict=True):
-            if asked.path is not None and found.nickname is not None and found.path is not None:
-                self.known[found.nickname] = NamedAdapter(asked.path, Path(found.path), asked.alpha, asked.strict)
-
 
 def at_start(settings: Settings) -> list[LoraUse]:
-    """The adapters that the settings name; their lists are of one length (see `config.settings_of`)."""
+    """Return the adapters that the settings name. Their lists have one length (see `config.settings_of`)."""
     paths = settings.lora_path or []
     names = settings.lora_nickname or [
         DEFAULT_NAME if i == 1 else f"{DEFAULT_NAME}_{i}" for i in range(1, len(paths) + 1)
@@ -213,6 +266,6 @@ def at_start(settings: Settings) -> list[LoraUse]:
 
 
 def _each(values: list[T] | None, count: int, default: T) -> list[T]:
-    """One value for each adapter: a single one is everybody's."""
-    given = values or [default]
-    return given * count if len(given) == 1 else given
+    """Return one value for each adapter. A single value holds for all."""
+    found = values or [default]
+    return found * count if len(found) == 1 else found

@@ -53,16 +53,15 @@ def load_family(
     index = read_json(file)
     for component in load.component_folders:
         if component not in index:
-            raise ModelError(
-                f"component_paths: {component!r} is not in {file}{nearest(component, index)}", "component_paths"
-            )
+            raise ModelError(f"{component!r} is not in {file}{nearest(component, index)}", field="component_paths")
     name, backend = index.get("_class_name"), load.settings.backend
     native = REGISTRY.get(name) if isinstance(name, str) else None
     if backend == "diffusers" or (backend == "auto" and native is None):
-        from sgld.models.diffusers.backend import Pipeline, has_pipeline
+        from sgld.models.diffusers.loading import has_pipeline
+        from sgld.models.diffusers.running import DiffusersPipeline
 
         if has_pipeline(name):
-            return Pipeline(load, mesh, platform, progress)
+            return DiffusersPipeline(load, mesh, platform, progress)
         if backend == "diffusers":
             raise ModelError(f"{file}: diffusers has no pipeline {name!r}")
     if native is None:
@@ -83,6 +82,4 @@ def _refuse_kernels(settings: Settings) -> None:
     for param in ("diffusers_attention_backend", "attention_backend"):
         if (name := getattr(settings, param)) in DIFFUSERS_ATTENTION_BACKENDS:
             reason = "is of diffusers pipelines, and this model runs as native code"
-            raise BadRequest(
-                f"{param}: {name!r} {reason}; use attention_backend torch_sdpa, or backend diffusers", param
-            )
+            raise BadRequest(f"{name!r} {reason}; use attention_backend torch_sdpa, or backend diffusers", field=param)

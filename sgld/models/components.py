@@ -79,7 +79,7 @@ class ComponentLoader:
         self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
         check_precisions(self.settings, len(self.encoders))
         if self.settings.dmd_denoising_steps and not few_steps:
-            raise BadRequest("dmd_denoising_steps: it is of Wan checkpoints; leave it out", "dmd_denoising_steps")
+            raise BadRequest("it is of Wan checkpoints; leave it out", field="dmd_denoising_steps")
         self.offloader = Offloader.of(self.settings, platform, self.names)
         self.kernels: dict[str, str] = {}  # by transformer and role
         self._chooser = Chooser(self.settings, platform)
@@ -228,7 +228,7 @@ def check_precisions(settings: Settings, encoders: int) -> None:
     given = settings.text_encoder_precisions
     if given is not None and len(given) != encoders:
         told = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
-        raise BadRequest(f"text_encoder_precisions: {told}", "text_encoder_precisions")
+        raise BadRequest(f"{told}", field="text_encoder_precisions")
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:

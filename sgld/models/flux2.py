@@ -19,7 +19,7 @@ from PIL.Image import Image, Resampling
 from torch import Generator, Tensor, nn
 
 from sgld import inputs
-from sgld.errors import BadRequest, ModelError
+from sgld.errors import ModelError
 from sgld.messages import Load
 from sgld.models.base import Conditioning, NativeModel, Schedule
 from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader
@@ -413,11 +413,10 @@ def reference(picture: Image, multiple: int) -> Tensor:
         BadRequest: too small, or too long.
     """
     width, height = picture.size
-    told = inputs.shown(picture)
     if min(width, height) < REFERENCE_SIDE:
-        raise BadRequest(f"{told} is too small; each side needs {REFERENCE_SIDE} or more", inputs.PICTURE)
+        raise inputs.refused(picture, f"is too small; each side needs {REFERENCE_SIDE} or more")
     if max(width, height) > REFERENCE_ASPECT * min(width, height):
-        raise BadRequest(f"{told} is too long; one side may be {REFERENCE_ASPECT} times the other", inputs.PICTURE)
+        raise inputs.refused(picture, f"is too long; one side may be {REFERENCE_ASPECT} times the other")
     if width * height > REFERENCE_PIXELS:
         scale = math.sqrt(REFERENCE_PIXELS / (width * height))
         picture = picture.resize((int(width * scale), int(height * scale)), Resampling.LANCZOS)

@@ -93,7 +93,7 @@ def text_encoder(
     parts.torch_only(name, "its attention is built into it")
     axis = parts.mesh.axis(parts.settings.tp_size)
     if axis.size > 1 and not layers:
-        raise BadRequest(f"tp_size: {axis.size} workers cannot share this model's {name}; use 1", "tp_size")
+        raise BadRequest(f"{axis.size} workers cannot share this model's {name}; use 1", field="tp_size")
     make = partial(_read, cls, parts.path(name), parts.dtype(name), layers, part, axis)
     module = make()
     if (keeper := parts.offloader.keeper(name)) is not None:
@@ -150,9 +150,9 @@ def share(blocks: nn.Module, axis: Axis) -> None:
     if both % axis.size:
         allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
         raise BadRequest(
-            f"tp_size: {axis.size} workers cannot share the attention heads and hidden channels of the text encoder "
+            f"{axis.size} workers cannot share the attention heads and hidden channels of the text encoder "
             f"evenly; allowed: {allowed}",
-            "tp_size",
+            field="tp_size",
         )
     for name, layer in blocks.named_modules():
         leaf = name.rpartition(".")[2]
@@ -289,7 +289,7 @@ def _check_shared_in_tiles(s: Settings) -> None:
     """Refuse settings for a decode that is shared otherwise: its norms see the whole picture."""
     if not s.tiles(by_default=True):
         path = "vae_config.use_tiling" if s.vae_tiling is None else "vae_tiling"
-        raise BadRequest(f"{path}: false: this model's decode is shared tile by tile; leave it or vae_sp out", path)
+        raise BadRequest("false: this model's decode is shared tile by tile; leave it or vae_sp out", field=path)
     if (mode := s.vae_config.parallel_decode_mode) not in (None, "auto", "tiled"):
         path = "vae_config.parallel_decode_mode"
-        raise BadRequest(f"{path}: {mode!r}: this model's decode is shared tile by tile; use auto or tiled", path)
+        raise BadRequest(f"{mode!r}: this model's decode is shared tile by tile; use auto or tiled", field=path)

@@ -170,7 +170,7 @@ class LTX2(DiffusionModel):
         """Encode the first frame as normalized latents [1, n]."""
         picture, params = request.pictures[0], request.params
         if min(picture.size) < 2:
-            raise BadRequest(f"{inputs.shown(picture)} is too small; each side needs 2 or more", inputs.PICTURE)
+            raise inputs.refused(picture, "is too small; each side needs 2 or more")
         self.parts.offloader.need("vae")
         request.raise_if_cancelled()
         frame = Image.fromarray(through_h264(np.asarray(picture), PICTURE_RATE_FACTOR))
@@ -202,8 +202,8 @@ class LTX2(DiffusionModel):
         registers = self.connectors.config.video_connector_num_learnable_registers or 1
         if length % registers:
             raise BadRequest(
-                f"max_sequence_length: {length} is not a multiple of {registers}, as this model needs",
-                "max_sequence_length",
+                f"{length} is not a multiple of {registers}, as this model needs",
+                field="max_sequence_length",
             )
         n = states.shape[1]
         padded = states.new_zeros(1, length, *states.shape[2:], dtype=self.connectors.dtype)

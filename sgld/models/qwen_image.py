@@ -238,7 +238,7 @@ class PromptEncoder:
         """
         counts = [int(n) // self.processor.merge_size**2 for n in seen["image_grid_thw"].prod(-1)] if seen else []
         if counts and PAD in prompt:
-            raise BadRequest(f"prompt: it holds {PAD}, which stands for a picture", "prompt")
+            raise BadRequest(f"it holds {PAD}, which stands for a picture", field="prompt")
         before = self.form.system + self.form.marks(counts)
         found, own = self.tokens(before + prompt + ASSISTANT), len(self.tokens(before))
         note = None
@@ -471,8 +471,7 @@ def check_shapes(pictures: Sequence[Image]) -> None:
     """Raise `BadRequest` for a picture too long to be seen."""
     for picture in pictures:
         if max(picture.size) > LONGEST * min(picture.size):
-            told = inputs.shown(picture)
-            raise BadRequest(f"{told} is too long; one side may be {LONGEST} times the other", inputs.PICTURE)
+            raise inputs.refused(picture, f"is too long; one side may be {LONGEST} times the other")
 
 
 def config_of(parts: ComponentLoader) -> QwenImageConfig:

@@ -255,9 +255,9 @@ def check_shares(c: UMT5Config, ranks: int) -> None:
     if both % ranks:
         allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
         raise BadRequest(
-            f"tp_size: {ranks} workers cannot share the {c.num_heads} heads and {c.d_ff} hidden channels of the text "
+            f"{ranks} workers cannot share the {c.num_heads} heads and {c.d_ff} hidden channels of the text "
             f"encoder evenly; allowed: {allowed}",
-            "tp_size",
+            field="tp_size",
         )
 
 

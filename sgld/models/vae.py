@@ -305,7 +305,7 @@ class Vae:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
         if (mode := settings.vae_config.parallel_decode_mode) == "tiled":
             path = "vae_config.parallel_decode_mode"
-            raise BadRequest(f"{path}: {mode!r}: this model's decode is shared row by row; use auto or spatial", path)
+            raise BadRequest(f"{mode!r}: this model's decode is shared row by row; use auto or spatial", field=path)
         c = vae_config(folder / "config.json")
         self.config = c
         self.channels, self.spatial, self.temporal = c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal

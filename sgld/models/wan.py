@@ -150,7 +150,7 @@ class Wan(DiffusionModel):
         if self.expands_times:
             return ImageConditioning(first=encode(clip_of(pictures, 1)))
         if frames < len(pictures):
-            raise BadRequest(f"num_frames: {frames}: it is too few for {len(pictures)} pictures", "num_frames")
+            raise BadRequest(f"{frames}: it is too few for {len(pictures)} pictures", field="num_frames")
         tokens = None if self.image_encoder is None else self.image_encoder.encode(pictures)
         return ImageConditioning(channels_of(pictures, frames, encode), tokens=tokens)
 

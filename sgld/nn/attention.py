@@ -201,8 +201,8 @@ class Chooser:
                 roles = [f"{c}.{r}" for c in components if c in TRANSFORMERS for r in ATTENTION_ROLES]
                 allowed = [*components, *roles]
                 raise BadRequest(
-                    f"component_attention_backends: {name!r} is none of {', '.join(allowed)}{nearest(name, allowed)}",
-                    "component_attention_backends",
+                    f"{name!r} is none of {', '.join(allowed)}{nearest(name, allowed)}",
+                    field="component_attention_backends",
                 )
 
     def torch_only(self, component: str, why: str) -> None:
@@ -210,13 +210,13 @@ class Chooser:
         name = self.settings.component_attention_backends.get(component, "torch_sdpa")
         if name != "torch_sdpa":
             path = f"component_attention_backends.{component}"
-            raise BadRequest(f"{path}: {name} cannot be used: {why}; use torch_sdpa", path)
+            raise BadRequest(f"{name} cannot be used: {why}; use torch_sdpa", field=path)
 
     def refuse(self, name: str, why: str) -> None:
         """Raise `BadRequest` where a backend is chosen for what this model has not."""
         if name in self.settings.component_attention_backends:
             path = f"component_attention_backends.{name}"
-            raise BadRequest(f"{path}: this model has no such attention: {why}; leave it out", path)
+            raise BadRequest(f"this model has no such attention: {why}; leave it out", field=path)
 
     def choose(self, component: str, role: str, dtype: torch.dtype, head: int, ring: bool = False) -> Backend:
         """The backend for a transformer's attention to itself, maybe in a `ring` of workers, or across.
@@ -238,9 +238,9 @@ class Chooser:
             flash = [n for n in FLASH if n in runs]
             name = next(iter(flash), FLASH[-1] if name else "torch_sdpa")
         if name not in BACKENDS:
-            raise NotBuilt(f"{param}: {name} is not built yet in this version of sgld; use torch_sdpa", param)
+            raise NotBuilt(f"{name} is not built yet in this version of sgld; use torch_sdpa", field=param)
         if reason := BACKENDS[name].obstacle(self.platform, dtype, head, ring):
-            raise BadRequest(f"{param}: {wanted} cannot run here: {reason}; these can: {', '.join(runs)}", param)
+            raise BadRequest(f"{wanted} cannot run here: {reason}; these can: {', '.join(runs)}", field=param)
         self._check_keys(name)
         return BACKENDS[name].make()
 
@@ -249,6 +249,6 @@ class Chooser:
         for key in self.settings.attention_backend_config or {}:
             if key not in keys:
                 raise BadRequest(
-                    f"attention_backend_config: {key!r} is no setting of {name}; it has {', '.join(keys) or 'none'}",
-                    "attention_backend_config",
+                    f"{key!r} is no setting of {name}; it has {', '.join(keys) or 'none'}",
+                    field="attention_backend_config",
                 )

@@ -41,7 +41,7 @@ class WeightedAdapter:
     @strength.validator
     def _is_finite(self, attribute: Any, value: float) -> None:
         if not math.isfinite(value):
-            raise BadRequest(f"strength: {value}; a finite number is needed", "strength")
+            raise BadRequest(f"{value}; a finite number is needed", field="strength")
 
 
 @attrs.frozen(eq=False)
@@ -330,7 +330,7 @@ class LoraLayers:
             return "merge" if mode == "auto" else mode
         dtype = str(self.module.get_parameter(odd[0].weight).dtype).removeprefix("torch.")
         if mode == "merge":
-            raise NotBuilt(f"merge_mode: weights of type {dtype} cannot be merged; use dynamic", "merge_mode")
+            raise NotBuilt(f"weights of type {dtype} cannot be merged; use dynamic", field="merge_mode")
         if any(delta.magnitude is not None for delta in odd):
             raise NotBuilt(f"lora_path: DoRA on weights of type {dtype} is not built yet in this version of sgld")
         return "dynamic"

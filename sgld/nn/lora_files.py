@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sgld.errors import BadRequest
+from sgld.errors import BadRequest, MissingFile
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -15,7 +15,7 @@ def find_file(path: Path) -> Path:
     if path.is_dir():
         return _only_file(path)
     if not path.is_file():
-        raise BadRequest(f"lora_path: {str(path)!r}: no such file or folder", "lora_path")
+        raise MissingFile(": no such file or folder", field="lora_path", file=str(path))
     return _safetensors(path)
 
 
@@ -47,7 +47,7 @@ def _safetensors(file: Path) -> Path:
 
 
 def bad_file(file: Path, reason: str) -> BadRequest:
-    return BadRequest(f"lora_path: {file.name!r} {reason}", "lora_path")
+    return BadRequest(f"{file.name!r} {reason}", field="lora_path")
 
 
 def listed_names(names: Sequence[str], limit: int = 5) -> str:

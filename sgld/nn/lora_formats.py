@@ -179,7 +179,7 @@ def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) ->
         try:
             config = read_json(config_file)
         except ModelError as error:
-            raise BadRequest(f"lora_path: {error}", "lora_path") from None
+            raise BadRequest(f"{error}", field="lora_path") from None
     _check_kind(file, config)
     named = {name: metadata[name] for name in ("lora_alpha", "network_alpha", "alpha") if name in metadata}
     if config.get("lora_alpha") is not None:
@@ -207,8 +207,8 @@ def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         parts.setdefault(component, {})[name] = value
     if len({json.dumps(_alpha_keys(part), sort_keys=True) for part in parts.values()}) > 1:
         raise NotBuilt(
-            f"lora_path: {file.name!r} has other alphas for each transformer; save each in a file of its own",
-            "lora_path",
+            f"{file.name!r} has other alphas for each transformer; save each in a file of its own",
+            field="lora_path",
         )
     return next(iter(parts.values()), {})
 
@@ -220,11 +220,11 @@ def _alpha_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise NotBuilt(f"lora_path: {file.name!r} is a {kind} adapter; only LoRA and DoRA are built", "lora_path")
+        raise NotBuilt(f"{file.name!r} is a {kind} adapter; only LoRA and DoRA are built", field="lora_path")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         reason = f"was started with {start!r}, which changes the model's own weights; convert it to a plain LoRA"
-        raise NotBuilt(f"lora_path: {file.name!r} {reason}", "lora_path")
+        raise NotBuilt(f"{file.name!r} {reason}", field="lora_path")
 
 
 def _check_pattern(file: Path, pattern: str) -> None:

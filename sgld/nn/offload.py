@@ -149,7 +149,7 @@ class Offloader:
         asked = {flag: names for flag, names in OFFLOADED.items() if getattr(settings, flag)}
         for flag, names in asked.items():
             if not any(name in components for name in names):
-                raise BadRequest(f"{flag}: this model has no {names[0]}; leave it out", flag)
+                raise BadRequest(f"this model has no {names[0]}; leave it out", field=flag)
         layerwise = asked.pop("dit_layerwise_offload", ())
         return cls(platform, settings.pin_cpu_memory, set(itertools.chain(*asked.values())), layerwise)
 

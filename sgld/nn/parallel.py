@@ -184,9 +184,9 @@ class Degrees:
                 name, given, rest = "ring_degree", f"{s.ring_degree} leaves ulysses_degree {ulysses}, and so many", ""
                 allowed = [sequence // d for d in reversed(fit)]
             raise BadRequest(
-                f"{name}: {given} workers cannot share {heads} attention heads evenly; allowed for "
+                f"{given} workers cannot share {heads} attention heads evenly; allowed for "
                 f"{sequence} workers: {', '.join(map(str, allowed))}{rest}",
-                name,
+                field=name,
             )
         return cls(cfg, sequence // ulysses, ulysses)
 

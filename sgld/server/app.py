@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from sgld.server.routes import images, info, lora, openapi, videos, webhooks
 from sgld.server.routes.openapi import DOCUMENT, DocumentCache
 from sgld.server.routes.webhooks import WEBHOOKS
 from sgld.server.service import SERVICE, Service
+from sgld.storage.local import LocalResultStore
 
 log = logging.getLogger(__name__)
 WARMUP_PROMPT = "warm-up"
+RESULTS = web.AppKey("results", LocalResultStore)
 JOURNAL, ADAPTERS = Path(".sgld") / "journal.db", "adapters"
 
 
@@ -55,13 +58,13 @@ def make_app(
     app[KEYS], app[METRICS] = keys if keys is not None else load_keys(settings), Metrics()
     app[WEBHOOKS] = Webhooks(Fetcher(settings.allow_private_urls))  # slow endpoints hold up nobody's pictures
     model = settings.served_model_name or settings.model_path
-    outputs = Outputs(_output_folder(settings), model, settings)
-    results = outputs.root if _keeps_journal(settings) else None
+    store = LocalResultStore(_output_folder(settings))
+    results = store.root if _keeps_journal(settings) else None
     kept = uploads.folder(user_path(settings.input_save_path, "input_save_path"), results)
-    jobs = JobStore(engine, outputs, kept, settings, app[METRICS], app[WEBHOOKS])
-    app[DOCUMENT] = DocumentCache()
+    jobs = JobStore(engine, Outputs(store, model, settings), kept, settings, app[METRICS], app[WEBHOOKS])
+    app[RESULTS], app[DOCUMENT] = store, DocumentCache()
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
-    app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.group.restarts)
+    app[METRICS].watch(lambda: jobs.waiting, lambda: jobs.running, lambda: engine.status.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
         app.add_routes(module.routes)
     if settings.enable_metrics:
@@ -87,11 +90,11 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     """Open the journal, and at the end stop jobs, deliveries and workers in this order."""
     service, hooks = app[SERVICE], app[WEBHOOKS]
     keeps = _keeps_journal(service.settings)
-    journal = await Journal.open(service.jobs.outputs.root / JOURNAL) if keeps else None
+    journal = await Journal.open(app[RESULTS].root / JOURNAL) if keeps else None
     async with contextlib.AsyncExitStack() as stack:
         if not service.settings.output_path:
-            await service.jobs.outputs.make_private()
-            stack.push_async_callback(service.jobs.outputs.clear)
+            await app[RESULTS].create_folder()
+            stack.push_async_callback(app[RESULTS].delete_folder)
         if journal is not None:
             stack.push_async_callback(journal.close)
             await _keep_adapters(service, journal)
@@ -108,13 +111,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
 
 async def _keep_adapters(service: Service, journal: Journal) -> None:
     """Let the adapters that are set outlive the server, as its jobs do."""
-    for kept in await journal.restore(ADAPTERS, lambda record: LoraPlan.restore(record, service.settings)):
-        service.engine.kept = kept
-
-    async def keep(adapters: LoraPlan) -> None:
-        await journal.put(ADAPTERS, ADAPTERS, adapters.record())
-
-    service.engine.keep = keep
+    plans = await journal.restore(ADAPTERS, lambda record: LoraPlan.restore(record, service.settings))
+    service.engine.adapters.persist(plans[0] if plans else None, partial(journal.put, ADAPTERS, ADAPTERS))
 
 
 async def _release(app: web.Application) -> None:
@@ -141,7 +139,7 @@ async def load(service: Service) -> None:
             log.warning("%s while it warmed up; it is tried once more", error)
             await service.engine.generate("warmup", [params], _log_progress)
         except SgldError as error:
-            if service.info.backend == "sglang":
+            if service.info.backend == "native":
                 raise
             log.warning("warmup: %s; what clients ask for may work all the same", error)  # a pipeline may want more
     service.warm = True

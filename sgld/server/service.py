@@ -1,35 +1,63 @@
-"""What the handlers share, under a typed application key."""
+"""Turn requests into jobs: the state that all handlers share."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anyio.to_thread
 import attrs
 from aiohttp import web
 
+from sgld import media
 from sgld.config import Settings
 from sgld.convert import default_of, fields_of, shorten
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
 from sgld.params import ModelInfo, SamplingParams
-from sgld.resolve import Resolved, resolve, values_of
+from sgld.resolve import Resolved, resolve
 from sgld.server.http.auth import IDENTITY, OWNER
-from sgld.server.http.body import Body
+from sgld.server.http.body import Body, as_sent, read_body
 from sgld.server.http.fetch import Fetcher
+from sgld.server.http.pictures import Source, check_sources, find_sources, read_sources
 from sgld.server.http.schema import CommonFields
 from sgld.server.jobs import inputs as uploads
+from sgld.server.jobs.inputs import StoredPictures
 from sgld.server.jobs.job import Job
 from sgld.server.jobs.store import JobStore
 
-MAX_KEY_CHARACTERS = 255
+F = TypeVar("F", bound=CommonFields)
+KEY, MAX_KEY_CHARACTERS = "Idempotency-Key", 255
+
+
+@attrs.frozen
+class ParsedRequest(Generic[F]):
+    """A request in sgld's own fields."""
+
+    fields: F
+    sampling: dict[str, Any]
+    format: str
+    previews: int
+    notes: list[str]
+
+
+@attrs.frozen
+class RequestSpec(Generic[F]):
+    """What is particular to one kind of request."""
+
+    kind: str  # image or video
+    fields: type  # of the body, beside SamplingParams
+    parse: Callable[[Service, dict[str, Any], Sequence[Source]], ParsedRequest[F]]
+    pictures: tuple[str, ...] = ()  # fields of the body that bring pictures
+    before: Job | None = None  # the job that a remix repeats
 
 
 @attrs.define
 class Service:
-    """The engine, its jobs, and the model's description once it is loaded."""
+    """The engine, its jobs, and the description of the model once it is loaded."""
 
     settings: Settings
     sampling: dict[str, Any]  # the operator's defaults, over the model's and under a request's
@@ -50,86 +78,98 @@ class Service:
 
     @property
     def uploads(self) -> Path:
-        """The folder of pictures that requests brought."""
+        """Return the folder of the pictures that clients sent."""
         return self.jobs.uploads
 
-    def params(self, given: dict[str, Any], picture: tuple[int, int] | None = None) -> Resolved:
-        """A request's values, fitted to the model, with a seed for each output. Raises NotReady while it loads.
-
-        `picture` is the width and height of its first picture.
-        """
-        return resolve(given, self.loaded(), base=self.sampling, picture=picture)
-
-    def again(self, before: Job, prompt: str) -> Resolved:
-        """A job's values, seeds included, with another prompt, fitted to the model as it stands now.
-
-        Raises BadRequest for a job of another model, and what `resolve` raises.
-        """
-        info = self.loaded()
-        if before.model != self.model_id:
-            raise BadRequest(
-                f"id: {before.id!r} was made by {before.model!r}, and this server runs {self.model_id!r}", "id"
-            )
-        kept = {name: value for name, value in values_of(before.outputs).items() if name not in info.unsupported}
-        return resolve({**kept, "prompt": prompt}, info)
-
     def loaded(self) -> ModelInfo:
-        """The model's description. Raises NotReady while it loads."""
+        """Return the description of the model. Raises NotReady while it loads."""
         if self.info is None or not self.warm:
             raise NotReady(f"the model is {self.engine.state}; try again soon")
         return self.info
 
     def default(self, name: str) -> Any:
-        """What a request that does not name this sampling field gets."""
+        """Return the value of a sampling field that a request does not give."""
         own = self.info.defaults if self.info is not None else {}
         return {**own, **self.sampling}.get(name, default_of(fields_of(SamplingParams)[name]))
 
-    async def adapted(self, resolved: Resolved) -> Resolved:
-        """With the files of its adapters: named ones, or downloaded now. Raises BadRequest; local paths are none."""
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that this server does not serve. Raises UnknownModel."""
+        if name not in (None, self.model_id, self.settings.model_path):
+            raise UnknownModel(f"{shorten(name)} is not served here; {self.model_id!r} is", field="model")
+
+    async def submit(self, request: web.Request, spec: RequestSpec[F]) -> tuple[Job, F]:
+        """Queue the job of a request, or return the job that its Idempotency-Key belongs to.
+
+        Nothing of the body is held while the job waits.
+
+        Raises:
+            SgldError: a refusal; its field is one of the body.
+        """
+        body = await read_body(request, spec.fields)
+        sources = find_sources(body, spec.pictures)
+        asked = spec.parse(self, body.values, sources)
+        info = self.loaded()
+        check_sources(sources, info.pictures.max, self.model_id)
+        async with self._pictures(sources, spec.before) as pictures:
+            with as_sent(body.values):
+                resolved = self._resolve(asked, pictures, spec)
+            if spec.before is None:
+                resolved = await self._find_adapters(resolved)
+            job = await self._new_job(request, spec, asked, resolved, pictures.names, body)
+            queued = await self.jobs.submit(job)
+        if queued is not job:
+            await uploads.remove(pictures.names, self.uploads)
+        return queued, asked.fields
+
+    def _pictures(self, sources: Sequence[Source], before: Job | None) -> AbstractAsyncContextManager[StoredPictures]:
+        if before is not None:  # which may be deleted before this one ends
+            return uploads.copied(before.params, self.uploads)
+        return uploads.stored(read_sources(sources, self.fetcher), self.uploads, self.loaded().pictures.shape_from)
+
+    def _resolve(self, asked: ParsedRequest[F], pictures: StoredPictures, spec: RequestSpec[F]) -> Resolved:
+        base = self.sampling if spec.before is None else {}
+        given = {**asked.sampling, **pictures.sampling}
+        resolved = resolve(given, self.loaded(), base=base, picture=pictures.size)
+        media.check_encodable(asked.format, resolved.spec, self.jobs.outputs.describe(resolved.params))
+        return resolved
+
+    async def _find_adapters(self, resolved: Resolved) -> Resolved:
+        """Add the files of the adapters: registered ones, or downloaded now. Raises BadRequest for local paths."""
         if not resolved.params.loras:
             return resolved
-        found = await self.engine.adapters.resolve(resolved.params.loras, "loras", local=False)
-        return resolved.evolve(loras=found)
+        return resolved.evolve(loras=await self.engine.adapters.resolve(resolved.params.loras, "loras", local=False))
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model that this server does not run."""
-        if name not in (None, self.model_id, self.settings.model_path):
-            raise UnknownModel(f"model: {shorten(name)} is not served here; {self.model_id!r} is", "model")
-
-    async def submit(self, job: Job) -> Job:
-        """Queue it; where its Idempotency-Key brought another one before, that one, and its own pictures go."""
-        queued = await self.jobs.submit(job)
-        if queued is not job:
-            await uploads.remove(job.inputs, self.uploads)
-        return queued
-
-    async def new_job(
+    async def _new_job(
         self,
         request: web.Request,
-        kind: str,
-        fields: CommonFields,
+        spec: RequestSpec[F],
+        asked: ParsedRequest[F],
         resolved: Resolved,
+        inputs: list[str],
         body: Body,
-        **own: Any,
     ) -> Job:
-        """A job for this caller. Raises Forbidden for a priority that its key may not have."""
-        if fields.priority == "high" and not request[IDENTITY].admin:
-            raise Forbidden("priority: high needs an admin key; low and normal are allowed", "priority")
-        key = request.headers.get("Idempotency-Key")
+        priority = asked.fields.priority
+        if priority == "high" and not request[IDENTITY].admin:
+            raise Forbidden("high needs an admin key; low and normal are allowed", field="priority")
+        key = request.headers.get(KEY)
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
-            raise BadRequest(f"Idempotency-Key: 1 to {MAX_KEY_CHARACTERS} characters are allowed", "Idempotency-Key")
+            raise BadRequest(f"1 to {MAX_KEY_CHARACTERS} characters are allowed", field=KEY)
         digest = "" if key is None else f"{request.method} {request.path} {await anyio.to_thread.run_sync(body.digest)}"
         return Job(
-            f"{kind}_{uuid.uuid4().hex}",
-            kind,
+            f"{spec.kind}_{uuid.uuid4().hex}",
+            spec.kind,
             request[OWNER],
             resolved.outputs,
+            asked.format,
             cost=resolved.cost,
             model=self.model_id,
-            priority=fields.priority,
+            priority=priority,
+            previews=asked.previews,
+            remixed_from=spec.before.id if spec.before is not None else None,
+            inputs=tuple(inputs),
             idempotency_key=key,
             digest=digest,
-            **own,
+            notes=(*asked.notes, *resolved.notes),
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from sgld.errors import BadRequest
-from sgld.messages import LoraPart, LoraState, MergeLora, MergeMode, SetLora, UnmergeLora
+from sgld.messages import LoraPart, LoraState, MergeMode, SetLora, UnmergeLora
 from sgld.nn.lora import AdapterCache, LoraLayers, WeightedAdapter
 from sgld.nn.lora_formats import Adapter
 from sgld.nn.parallel import Mesh
@@ -21,155 +21,138 @@ SHOWN_KEYS = 5
 
 
 @attrs.frozen
-class Setting:
-    """What one component shall hold."""
+class ComponentAdapters:
+    """The adapters of one component, fitted to its layers."""
 
-    part: LoraPart
-    uses: tuple[WeightedAdapter, ...]
+    merge_mode: MergeMode = "auto"
+    loras: tuple[LoraUse, ...] = ()
+    weighted: tuple[WeightedAdapter, ...] = ()
+    skipped: int = 0  # keys that fit no layer
 
-    @property
-    def active(self) -> tuple[WeightedAdapter, ...]:
-        """The adapters, unless they were taken away."""
-        return self.uses if self.part.applied is not None else ()
+    def add(self, lora: LoraUse, weighted: WeightedAdapter, skipped: int) -> ComponentAdapters:
+        """Return these adapters and one more."""
+        return ComponentAdapters(
+            self.merge_mode, (*self.loras, lora), (*self.weighted, weighted), self.skipped + skipped
+        )
+
+
+Configuration = dict[str, ComponentAdapters]  # by component
 
 
 class Adapters:
-    """Every change is first made ready on all ranks: where one of them fails, none has changed.
+    """Apply adapters to the layers of a model, on all ranks or on none.
 
-    What is configured is decided here and written into the weights at once; an output's own adapters replace it until
-    the next output asks for something else.
+    Every change is prepared on all ranks first. The configured adapters are applied at once. The adapters of an output
+    replace them until the next output.
     """
 
     def __init__(self, layers: Mapping[str, LoraLayers], mesh: Mesh):
         self._layers, self._mesh = layers, mesh
         self._cache = AdapterCache(CACHE_BYTES)
-        self._settings: dict[str, Setting] = {}
-        self._used = False  # whether any was ever asked for, on all ranks alike
-
-    @property
-    def state(self) -> LoraState:
-        """What is configured."""
-        return LoraState({name: setting.part for name, setting in self._settings.items()})
+        self._configured: Configuration = {}
+        self._used = False  # true once any adapter was requested, on all ranks alike
 
     def set(self, command: SetLora) -> LoraState:
-        """Replace the adapters of every component that these are for. Raises `BadRequest`, and nothing changes."""
-        with self._together():
-            settings = self._settings | self._settings_of(command.loras, command.merge_mode)
-        return self._configure(settings)
+        """Replace the adapters of every component that `command` targets. Return the state of these components.
 
-    def merge(self, command: MergeLora) -> LoraState:
-        """The adapters that were last set, with another strength. Raises `BadRequest` where there are none."""
-        names = self._known(command.target)
-        if not names:
-            raise BadRequest(f"target: no adapter was set for {command.target!r}; set one first", "target")
-        settings = dict(self._settings)
-        for name in names:
-            part, uses = settings[name].part, settings[name].uses
-            loras = tuple(attrs.evolve(lora, strength=command.strength) for lora in part.loras)
-            settings[name] = Setting(
-                attrs.evolve(part, loras=loras, applied=part.merge_mode),
-                tuple(attrs.evolve(use, strength=command.strength) for use in uses),
-            )
-        return self._configure(settings)
+        Raises `BadRequest` when an adapter does not fit. Nothing changes then.
+        """
+        with self._all_ranks():
+            found = self._fit(command.loras, command.merge_mode)
+        self._configure(self._configured | found)
+        return LoraState(
+            {
+                name: LoraPart(part.loras, part.merge_mode, self._layers[name].mode, part.skipped)
+                for name, part in found.items()
+            }
+        )
 
     def unmerge(self, command: UnmergeLora) -> LoraState:
-        """Take them away; where there are none, nothing is to do."""
-        taken = {
-            name: attrs.evolve(self._settings[name], part=attrs.evolve(self._settings[name].part, applied=None))
-            for name in self._known(command.target)
-        }
-        return self._configure(self._settings | taken)
+        """Take the adapters of the target away. Every weight is restored bit for bit."""
+        self._configure({n: part for n, part in self._configured.items() if command.target not in ("all", n)})
+        return LoraState()
 
     def activate(self, loras: Sequence[LoraUse]) -> list[str]:
-        """Let these hold for one output; without any, the configured ones. Answers with warnings for the user."""
+        """Apply `loras` for one output, or the configured adapters when there are none. Return warnings for the user.
+
+        Raises `BadRequest` for the field `loras`.
+        """
         if not self._used and not loras:
             return []
         self._used = True
-        with self._together():
-            settings = self._brought(loras) if loras else self._settings
-            self._apply(settings)
-        skipped = sum(setting.part.skipped for setting in settings.values()) if loras else 0
+        with self._all_ranks():
+            wanted = self._fit_own(loras) if loras else self._configured
+            self._apply(wanted)
+        skipped = sum(part.skipped for part in wanted.values()) if loras else 0
         return [f"loras: {skipped} keys fit no layer and were left out"] if skipped else []
 
-    def _brought(self, loras: Sequence[LoraUse]) -> dict[str, Setting]:
-        """Those of one output, whose faults are told by the name of its own field."""
-        try:
-            return self._settings_of(loras, "auto")
-        except BadRequest as error:
-            raise BadRequest(f"loras{error.message.removeprefix(str(error.param))}", "loras") from None
-
     def release(self) -> None:
-        """Give up the memory of merged weights that are kept for later outputs."""
+        """Free the memory of merged weights that are not in use."""
         for layers in self._layers.values():
             layers.release()
 
-    def _settings_of(self, asked: Sequence[LoraUse], merge_mode: MergeMode) -> dict[str, Setting]:
-        """Read and fitted, by component."""
-        found: dict[str, Setting] = {}
-        for lora in asked:
+    def _fit_own(self, loras: Sequence[LoraUse]) -> Configuration:
+        try:
+            return self._fit(loras, "auto")
+        except BadRequest as error:
+            raise error.renamed("loras") from None
+
+    def _fit(self, loras: Sequence[LoraUse], merge_mode: MergeMode) -> Configuration:
+        """Read adapters and fit them to the components they target."""
+        found: Configuration = {}
+        for lora in loras:
             assert lora.path is not None
             adapter = self._cache.read(Path(lora.path))
-            counted = set(self._strangers(lora, adapter))  # keys that fit nowhere, each told of once
-            told = 0
+            skipped = set(self._foreign_keys(lora, adapter))  # a key that several components skip counts once
+            counted = 0
             for name in self._components(lora, adapter):
                 fitted = self._layers[name].fit(adapter, strict=lora.strict, alpha=lora.alpha)
-                part = found[name].part if name in found else LoraPart((), merge_mode, merge_mode)
-                uses = found[name].uses if name in found else ()
-                loras = *part.loras, attrs.evolve(lora, target=name)
-                counted.update(fitted.skipped)
-                part = attrs.evolve(part, loras=loras, skipped=part.skipped + len(counted) - told)
-                told = len(counted)
-                found[name] = Setting(part, (*uses, WeightedAdapter(fitted, lora.strength)))
+                skipped.update(fitted.skipped)
+                before = found.get(name, ComponentAdapters(merge_mode))
+                weighted = WeightedAdapter(fitted, lora.strength)
+                found[name] = before.add(attrs.evolve(lora, target=name), weighted, len(skipped) - counted)
+                counted = len(skipped)
         return found
 
-    def _strangers(self, lora: LoraUse, adapter: Adapter) -> list[str]:
-        """Keys for parts that this model has not. Raises `BadRequest` where `lora` is strict."""
-        others = [
+    def _foreign_keys(self, lora: LoraUse, adapter: Adapter) -> list[str]:
+        """Return the keys for components that this model lacks. Raise `BadRequest` when `lora` is strict."""
+        keys = [
             stored.key
             for name, layers in adapter.layers.items()
             if name not in self._layers
             for parts in layers.values()
             for stored in parts.values()
         ]
-        if others and lora.strict:
-            shown = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
-            reason = f"holds {len(others)} keys for parts that this model has not: {shown}"
-            raise BadRequest(f"lora_path: {adapter.file.name!r} {reason}", "lora_path")
-        return others
+        if keys and lora.strict:
+            listed = ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
+            reason = f"holds {len(keys)} keys for parts that this model has not: {listed}"
+            raise BadRequest(f"{adapter.file.name!r} {reason}", field="lora_path")
+        return keys
 
     def _components(self, lora: LoraUse, adapter: Adapter) -> list[str]:
-        """Those that it changes. Raises `BadRequest` where there are none."""
+        """Return the components that the adapter changes. Raise `BadRequest` when there are none."""
         if lora.target != "all":
             return [lora.target]
         found = [name for name in self._layers if adapter.has(name)]
         if not found:
-            raise BadRequest(f"lora_path: {adapter.file.name!r} holds nothing for this model", "lora_path")
+            raise BadRequest(f"{adapter.file.name!r} holds nothing for this model", field="lora_path")
         return found
 
-    def _known(self, target: str) -> list[str]:
-        return [name for name in self._settings if target in ("all", name)]
-
-    def _configure(self, settings: dict[str, Setting]) -> LoraState:
-        """Write them into the weights; they count as configured once every rank has done so."""
+    def _configure(self, wanted: Configuration) -> None:
+        """Apply the adapters. They count as configured once every rank has applied them."""
         self._used = True
-        with self._together():
-            self._apply(settings)
-        self._settings = {name: self._told(name, setting) for name, setting in settings.items()}
-        return self.state
+        with self._all_ranks():
+            self._apply(wanted)
+        self._configured = wanted
 
-    def _told(self, name: str, setting: Setting) -> Setting:
-        """With the mode that its layers have chosen."""
-        applied = self._layers[name].mode if setting.part.applied is not None else None
-        return attrs.evolve(setting, part=attrs.evolve(setting.part, applied=applied))
-
-    def _apply(self, settings: Mapping[str, Setting]) -> None:
+    def _apply(self, wanted: Configuration) -> None:
         for name, layers in self._layers.items():
-            setting = settings.get(name)
-            layers.apply(setting.active if setting else (), setting.part.merge_mode if setting else "auto")
+            part = wanted.get(name, ComponentAdapters())
+            layers.apply(part.weighted, part.merge_mode)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Where this fails on one rank, it fails on all: the others stop, and the caller hears of the fault."""
+    def _all_ranks(self) -> Iterator[None]:
+        """Fail on all ranks when one fails: its own error there, `Stopped` on the others."""
         try:
             yield
         except Exception:

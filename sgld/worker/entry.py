@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -10,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,10 @@ from sgld.messages import (
     Event,
     Failed,
     Generate,
-    ListLoras,
     Load,
     LoraCommand,
     LoraState,
     Media,
-    MergeLora,
     Progress,
     RankAssignment,
     SetLora,
@@ -39,7 +37,6 @@ from sgld.messages import (
     Stop,
     Terminal,
     Timings,
-    UnmergeLora,
     send,
 )
 from sgld.params import ModelInfo, OutputParams
@@ -51,16 +48,16 @@ if TYPE_CHECKING:
 
 
 def run_rank(assignment: RankAssignment, connection: Connection) -> None:
-    """Serve commands until `Stop`, or until the group is gone; only a rank that was told to stop exits with 0."""
+    """Serve commands until `Stop`, or until the group is gone. Only `Stop` makes a rank exit with 0."""
     from sgld.models import load_family
 
     serve(assignment, connection, load_family)
 
 
 def serve(assignment: RankAssignment, connection: Connection, load_family: Callable[..., Any]) -> None:
-    """`run_rank` with the loader given, so that tests can bring a family that fails on purpose."""
+    """Serve commands with that loader of models. Tests bring one that fails on purpose."""
     try:
-        _prepare_process(assignment)
+        prepare_process(assignment)
         worker = Worker(assignment, connection, load_family)
     except Exception as error:
         connection.send(_failed(error))
@@ -72,7 +69,7 @@ def serve(assignment: RankAssignment, connection: Connection, load_family: Calla
 
 
 class Worker:
-    """A rank's state: its mesh and the family it has loaded."""
+    """A rank: its mesh, and the model it has loaded."""
 
     def __init__(self, assignment: RankAssignment, connection: Connection, load_family: Callable[..., Any]):
         from sgld.nn.parallel import Mesh
@@ -93,7 +90,7 @@ class Worker:
                 send(self._connection, answer)
 
     def _next(self) -> Command | None:
-        """The next command; None when told to stop. A late `Cancel` is stale. Exits when the group is gone."""
+        """Receive the next command, or None for `Stop`. Drop a late `Cancel`. Exit when the group is gone."""
         while True:
             try:
                 message = self._connection.recv()
@@ -169,15 +166,7 @@ class Worker:
 
     def _adapt(self, command: LoraCommand) -> LoraState | None:
         adapters = self._adapters
-        state: LoraState = adapters.state
-        if isinstance(command, SetLora):
-            state = adapters.set(command)
-        elif isinstance(command, MergeLora):
-            state = adapters.merge(command)
-        elif isinstance(command, UnmergeLora):
-            state = adapters.unmerge(command)
-        else:
-            assert isinstance(command, ListLoras)
+        state: LoraState = adapters.set(command) if isinstance(command, SetLora) else adapters.unmerge(command)
         return state if self.mesh.rank == 0 else None
 
     def _emit(self, event: Event) -> None:
@@ -189,26 +178,50 @@ def _failed(error: Exception, *, out_of_memory: bool = False) -> Failed:
     trace = "".join(traceback.format_exception(error))
     if out_of_memory:
         hint = "ask for fewer frames, a smaller size, or more workers"
-        return Failed(OutOfMemory.code, f"out of memory: {hint} ({first_line(error)})", None, trace)
+        return Failed(OutOfMemory(f"out of memory: {hint} ({first_line(error)})"), trace)
     if isinstance(error, SgldError):
-        return Failed(error.code, error.message, error.param, trace)
-    return Failed(SgldError.code, f"{type(error).__name__}: {first_line(error)}", None, trace)
+        return Failed(error, trace)
+    return Failed(SgldError(f"{type(error).__name__}: {first_line(error)}"), trace)
 
 
-def _prepare_process(assignment: RankAssignment) -> None:
+def preload() -> None:
+    """Import everything that a rank needs before it loads a model. Touch neither CUDA nor torch's threads."""
+    _wait_passively()
+    from sgld.models import REGISTRY
+
+    modules = {f"sgld.models.{entry.partition(':')[0]}" for entry in REGISTRY.values()}
+    for name in ("sgld.worker.adapters", "sgld.worker.sampler", *sorted(modules)):
+        importlib.import_module(name)
+
+
+def exit_with_parent(sentinel: int | Connection) -> None:
+    """End this process as soon as `sentinel` is readable, in the middle of a collective or a long step too."""
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="sgld-parent-watch", daemon=True).start()
+
+
+def name_process(name: str) -> None:
+    """Name this process for `ps` and `top`, in at most 15 characters."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
+def prepare_process(assignment: RankAssignment) -> None:
+    """Set the signals, standard output, name and environment of a rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # standard output belongs to the parent: its last line is a path
-    threading.Thread(target=_exit_with_parent, name="sgld-parent-watch", daemon=True).start()
-    config.set_default_environment(OMP_WAIT_POLICY="passive")  # threads that spin for work starve the other processes
+    name_process(f"sgld-rank{assignment.rank}")
+    _wait_passively()
     # workers of one machine talk over loopback alone
     interface = "lo" if isinstance(assignment.rendezvous, Path) else interface_to(*assignment.rendezvous)
     if interface is not None:
         config.set_default_environment(GLOO_SOCKET_IFNAME=interface)
 
 
-def _exit_with_parent() -> None:
-    """Wherever this rank is, in a collective or a long step, it does not outlive its parent."""
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait: those that spin starve the other processes."""
+    config.set_default_environment(OMP_WAIT_POLICY="passive")  # read as torch is imported

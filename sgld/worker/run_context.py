@@ -86,6 +86,10 @@ class RunContext:
         if self._step == self._total or time.perf_counter() - self._reported >= PROGRESS_S:
             self._report()
 
+    def agree(self, flag: bool) -> bool:
+        """Return rank 0's flag on every rank."""
+        return self._mesh.agree(flag)
+
     def raise_if_cancelled_on_all_ranks(self) -> None:
         """Raise `Stopped` on every rank once rank 0 has received a cancel of this job. All ranks must call it."""
         if self._mesh.agree(self._is_cancelled()):

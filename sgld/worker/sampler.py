@@ -54,14 +54,6 @@ class Trajectory:
     condition: Conditioning
     solver: Solver
     sdedit: SDEditStart | None
-    store: dict[str, Any] = attrs.field(factory=dict)  # of block runners, for all steps of this output
-
-    def step(self, index: int) -> StepContext:
-        """Return the context of one denoising step."""
-        solver = self.solver
-        return StepContext(
-            index, len(solver.timesteps), float(solver.sigmas[index]), store=self.store, agree=self.model.mesh.agree
-        )
 
 
 def sample(
@@ -120,12 +112,14 @@ def denoise(
     """Step from `state` to the end of the schedule, or until `until` steps are done. Send previews on the way."""
     model, params, solver, total = path.model, path.params, path.solver, len(path.solver.timesteps)
     shown = preview_steps(total, previews)
+    store: dict[str, Any] = {}  # of block runners, between steps
     with context.stage("denoise", total, state.step):
         for i in range(state.step, total if until is None else until):
             x, x0 = state.latents, None  # [1, C, ..., h, w]
             t, sigma = solver.timesteps[i], float(solver.sigmas[i])
             with context.step():
-                v, v_negative = model.velocities(x, t, path.condition, path.step(i))
+                step = StepContext(i, total, sigma, store=store, agree=context.agree)
+                v, v_negative = model.velocities(x, t, path.condition, step)
                 scale = model.guidance(t, params)
                 if i + 1 in shown:
                     x0 = x - sigma * _guide(path, v, v_negative, _preview_scale(scale, sigma))

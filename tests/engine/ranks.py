@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from sgld.config import environment
 from sgld.errors import ModelError
 from sgld.messages import Load, RankAssignment, SharedFrames
 from sgld.models.base import Conditioning, DiffusionModel
 from sgld.nn.parallel import Mesh
 from sgld.nn.runner import StepContext
 from sgld.params import ModelInfo, SamplingParams
-from sgld.worker.entry import serve
+from sgld.worker.entry import prepare_process, serve
 
 INFO = ModelInfo(
     "Faulty", "video", {"height": 16, "width": 16, "num_frames": 5, "fps": 8, "num_inference_steps": 4}, 8, 4, ()
@@ -37,7 +41,7 @@ class FaultyFamily(DiffusionModel):
     scheduler = SCHEDULER
 
     def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+        self.parts = SimpleNamespace(mesh=mesh)  # type: ignore[assignment]
         self.fault: dict[str, Any] = {}
         self.step = 0
         self.decodings = 0
@@ -67,6 +71,9 @@ class FaultyFamily(DiffusionModel):
             self._fail(self.fault["fault"])
         self.mesh.all.gather(x, 0)  # a collective: peers wait here for a rank that failed alone
         return torch.zeros_like(x), None
+
+    def after_output(self) -> None:
+        """Nothing is offloaded."""
 
     def _fail(self, fault: str) -> None:
         if fault == "raise":
@@ -101,6 +108,27 @@ def load_faulty(load: Load, mesh: Mesh, platform: object, progress: object) -> F
     if load.folder.name == "dies":
         os._exit(3)
     return FaultyFamily(mesh)
+
+
+def run_report(assignment: RankAssignment, connection: Connection) -> None:
+    """Send what this process is like, then end as the parent says: by an exception or a signal."""
+    prepare_process(assignment)
+    listener = assignment.listener
+    connection.send({
+        "parent": Path(f"/proc/{os.getppid()}/comm").read_text().strip(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "name": Path("/proc/self/comm").read_text().strip(),
+        "folder": str(Path.cwd()),
+        "policy": environment("OMP_WAIT_POLICY"),
+        "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        "stdin": str(Path("/proc/self/fd/0").readlink()),
+        "listens": listener is not None and listener.getsockname(),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+    })  # fmt: skip
+    how = connection.recv()
+    if isinstance(how, BaseException):
+        raise how
+    os.kill(os.getpid(), how)
 
 
 def run_faulty(assignment: RankAssignment, connection: Connection) -> None:

@@ -76,7 +76,7 @@ async def test_cancelling_the_task_stops_its_job_and_spares_the_next(engine: Eng
     waiting = asyncio.create_task(generate_one(engine, "waiting", asked(), ignore))
     queued = asyncio.create_task(generate_one(engine, "queued", asked(), ignore))
     await reached.wait()
-    pids = engine.group.pids
+    pids = engine.status.pids
     queued.cancel()
     long.cancel()
     for task in (long, queued):
@@ -84,7 +84,7 @@ async def test_cancelling_the_task_stops_its_job_and_spares_the_next(engine: Eng
             await task
     made = await asyncio.wait_for(waiting, 20)
     assert (made.frames.array == STEPS).all()
-    assert engine.group.pids == pids
+    assert engine.status.pids == pids
 
 
 async def test_a_failed_job_leaves_the_engine_ready(engine: Engine) -> None:
@@ -96,7 +96,7 @@ async def test_a_failed_job_leaves_the_engine_ready(engine: Engine) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, busy: bool) -> None:
-    before = engine.group.pids
+    before = engine.status.pids
     if busy:
         long = asyncio.create_task(generate_one(engine, "long", asked(1000, step_s=0.05), ignore))
         await asyncio.sleep(0.5)
@@ -109,8 +109,8 @@ async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, bus
             await asyncio.sleep(0.01)
         while engine.state != "ready":
             await asyncio.sleep(0.05)
-    assert engine.group.pids != before
-    assert engine.group.restarts == 1
+    assert engine.status.pids != before
+    assert engine.status.restarts == 1
     await generate_one(engine, "after", asked(), ignore)
 
 
@@ -122,7 +122,7 @@ async def test_stop_waits_for_the_running_job(tmp_path: Path) -> None:
     await asyncio.sleep(0.05)
     await engine.stop()
     assert ((await running).frames.array == STEPS).all()
-    assert engine.group.pids == []
+    assert engine.status.pids == ()
 
 
 async def test_a_cancel_that_meets_completion_has_one_winner(engine: Engine) -> None:
@@ -162,10 +162,10 @@ async def test_queued_jobs_hold_no_descriptor(engine: Engine) -> None:
 
 
 async def test_stop_during_a_restart_does_not_load_the_model_again(engine: Engine) -> None:
-    os.kill(engine.group.pids[0], signal.SIGKILL)
+    os.kill(engine.status.pids[0], signal.SIGKILL)
     async with asyncio.timeout(30):
         while engine.state != "restarting":
             await asyncio.sleep(0.01)
     await engine.stop()
-    assert engine.group.pids == []
+    assert engine.status.pids == ()
     assert engine.state == "stopped"

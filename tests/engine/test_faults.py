@@ -34,7 +34,7 @@ def asked(engine: Engine) -> OutputParams:
 
 def kill_at(engine: Engine, stage: str, step: int, rank: int) -> Callable[[Event], None]:
     """Kills that worker the first time that stage comes to that step."""
-    victims = [engine.group.pids[rank]]
+    victims = [engine.status.pids[rank]]
 
     def follow(event: Event) -> None:
         if isinstance(event, Progress) and (event.stage, event.step) == (stage, step) and victims:
@@ -66,9 +66,9 @@ async def test_a_job_is_made_again_and_those_that_wait_are_made(
     engine: Engine, stage: str, step: int, rank: int
 ) -> None:
     expected = await made(engine)
-    restarts = engine.group.restarts
+    restarts = engine.status.restarts
     killed, queued = await asyncio.gather(made(engine, kill_at(engine, stage, step, rank)), made(engine))
-    assert engine.group.restarts == restarts + 1, "nobody was killed"
+    assert engine.status.restarts == restarts + 1, "nobody was killed"
     assert np.array_equal(killed, expected)
     assert np.array_equal(queued, expected)
 
@@ -85,7 +85,7 @@ async def test_nothing_is_left_of_the_killed(engine: Engine, tmp_path: Path, mon
     assert us.num_fds() == descriptors
     assert entries(tmp_path) == files > 0
     assert len(us.children(recursive=True)) == children
-    assert not [child for child in us.children() if child.status() == psutil.STATUS_ZOMBIE]
+    assert not [child for child in us.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
 
 
 async def test_a_cancel_while_both_decode(engine: Engine) -> None:
@@ -100,14 +100,14 @@ async def test_a_cancel_while_both_decode(engine: Engine) -> None:
         if isinstance(event, Progress) and (event.stage, event.step) == ("decode", 1):
             ended.append(event.step)
 
-    pids = engine.group.pids
+    pids = engine.status.pids
     job = asyncio.ensure_future(engine.generate("job", [clip], cancel))
     with pytest.raises(asyncio.CancelledError):
         await job
     assert not ended, "it came too late"
     expected = await made(engine)
     assert expected.any()
-    assert engine.group.pids == pids, "a worker was killed for it"
+    assert engine.status.pids == pids, "a worker was killed for it"
 
 
 async def test_previews_that_both_decode(engine: Engine) -> None:
@@ -138,11 +138,11 @@ async def test_a_job_that_always_kills_fails_in_the_end() -> None:
 
         def kill_always(event: Event) -> None:
             if isinstance(event, Progress) and event.stage == "encode" and event.step == 0:
-                os.kill(engine.group.pids[0], signal.SIGKILL)
+                os.kill(engine.status.pids[0], signal.SIGKILL)
 
         with pytest.raises(WorkerDied):
             await engine.generate("job", [asked(engine)], kill_always)
-        assert engine.group.restarts == 2
+        assert engine.status.restarts == 2
         await made(engine)
 
 

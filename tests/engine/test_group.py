@@ -58,6 +58,16 @@ def works(group: WorkerGroup) -> bool:
     return bool((made.frames.array == STEPS).all())
 
 
+def dies(group: WorkerGroup) -> bool:
+    """Wait until a rank of that group is gone."""
+    sentinels = group.sentinels()
+    try:
+        return bool(wait(sentinels, 5))
+    finally:
+        for descriptor in sentinels:
+            os.close(descriptor)
+
+
 def test_frames_progress_and_timings_come_back(shared: WorkerGroup) -> None:
     events: list[Event] = []
     made = run_one(shared, job(), events.append)
@@ -103,7 +113,7 @@ def test_previews_come_back_with_their_frames(shared: WorkerGroup) -> None:
 
 def test_a_cancel_is_heard_while_rank_0_decodes_a_preview(shared: WorkerGroup, token: CancelToken) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
 
     def cancel_early(event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "denoise":
@@ -113,7 +123,7 @@ def test_a_cancel_is_heard_while_rank_0_decodes_a_preview(shared: WorkerGroup, t
     with pytest.raises(Cancelled, match="cancelled in denoise, step 2 of 4"):
         shared.run(with_previews(job(decode_s=60)), cancel_early, token)
     assert time.monotonic() - started < 20
-    assert shared.pids == before
+    assert shared.status.pids == before
     assert works(shared)
 
 
@@ -125,22 +135,22 @@ def test_a_rank_that_dies_between_a_preview_and_its_frames(shared: WorkerGroup) 
 
 def test_the_same_exception_on_all_ranks_fails_the_job_and_keeps_the_group(shared: WorkerGroup) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
     with pytest.raises(SgldError, match="ValueError: boom") as caught:
         shared.run(job(fault="raise", step=2))
     assert not isinstance(caught.value, WorkerDied)
-    assert shared.pids == before
+    assert shared.status.pids == before
     assert works(shared)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_fails_while_its_peer_sits_in_a_collective(shared: WorkerGroup, rank: int) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
     with pytest.raises(WorkerDied, match=f"worker {rank} failed alone .*boom"):
         shared.run(job(fault="raise", rank=rank, step=2))
     assert works(shared)
-    assert not set(shared.pids) & set(before)
+    assert not set(shared.status.pids) & set(before)
     assert not any(psutil.pid_exists(pid) for pid in before)
 
 
@@ -154,7 +164,7 @@ def test_a_rank_that_exits_while_busy(shared: WorkerGroup, rank: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_while_busy(shared: WorkerGroup, rank: int) -> None:
     works(shared)
-    victim = shared.pids[rank]
+    victim = shared.status.pids[rank]
 
     def kill_at_step_2(event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "denoise" and event.step >= 2:
@@ -168,25 +178,25 @@ def test_a_rank_killed_while_busy(shared: WorkerGroup, rank: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_while_idle_costs_no_job(shared: WorkerGroup, rank: int) -> None:
     works(shared)
-    restarts = shared.restarts
-    os.kill(shared.pids[rank], signal.SIGKILL)
-    assert wait(shared.sentinels, 5)
+    restarts = shared.status.restarts
+    os.kill(shared.status.pids[rank], signal.SIGKILL)
+    assert dies(shared)
     assert works(shared)
-    assert shared.restarts == restarts + 1
+    assert shared.status.restarts == restarts + 1
 
 
 def test_out_of_memory_fails_one_job_and_the_next_is_correct(shared: WorkerGroup) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
     with pytest.raises(OutOfMemory, match="out of memory"):
         shared.run(job(fault="oom", step=1))
-    assert shared.pids == before
+    assert shared.status.pids == before
     assert works(shared)
 
 
 def test_cancel_stops_all_ranks_within_a_step(shared: WorkerGroup, token: CancelToken) -> None:
     works(shared)
-    before, seen = shared.pids, list[int]()
+    before, seen = shared.status.pids, list[int]()
 
     def cancel_at_step_3(event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "denoise":
@@ -197,25 +207,25 @@ def test_cancel_stops_all_ranks_within_a_step(shared: WorkerGroup, token: Cancel
     with pytest.raises(Cancelled, match="cancelled in denoise"):
         shared.run(job(steps=1000, step_s=0.1), cancel_at_step_3, token)
     assert max(seen) <= 4, "the job went on after the step in which it was cancelled"
-    assert shared.pids == before
+    assert shared.status.pids == before
     assert works(shared)
 
 
 def test_cancel_during_a_step_that_does_not_end_kills_the_group(shared: WorkerGroup, token: CancelToken) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
     threading.Timer(0.3, token.set).start()
     started = time.monotonic()
     with pytest.raises(Cancelled, match="did not stop in time"):
         shared.run(job(fault="hang", step=2), token=token)
     assert time.monotonic() - started < 30
     assert works(shared)
-    assert not set(shared.pids) & set(before)
+    assert not set(shared.status.pids) & set(before)
 
 
 def test_cancel_is_heard_while_rank_0_decodes_alone(shared: WorkerGroup, token: CancelToken) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
 
     def cancel_in_decode(event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "decode":
@@ -225,7 +235,7 @@ def test_cancel_is_heard_while_rank_0_decodes_alone(shared: WorkerGroup, token: 
     with pytest.raises(Cancelled, match="cancelled in decode"):
         shared.run(job(decode_s=60), cancel_in_decode, token)
     assert time.monotonic() - started < 20
-    assert shared.pids == before
+    assert shared.status.pids == before
     assert works(shared)
 
 
@@ -249,11 +259,11 @@ def test_a_stale_cancel_does_not_touch_the_next_job(shared: WorkerGroup, token: 
 
 def test_ranks_ignore_the_terminal_s_interrupt(shared: WorkerGroup) -> None:
     works(shared)
-    before = shared.pids
+    before = shared.status.pids
     for pid in before:
         os.kill(pid, signal.SIGINT)
     assert works(shared)
-    assert shared.pids == before
+    assert shared.status.pids == before
 
 
 def test_a_model_that_cannot_be_loaded_is_a_typed_error(tmp_path: Path) -> None:
@@ -276,8 +286,8 @@ def test_a_load_that_fails_after_a_restart_is_tried_again(tmp_path: Path) -> Non
         group.load(Load(Settings(), folder))
         folder.unlink()
         folder.symlink_to(tmp_path / "broken")
-        os.kill(group.pids[0], signal.SIGKILL)
-        assert wait(group.sentinels, 5)
+        os.kill(group.status.pids[0], signal.SIGKILL)
+        assert dies(group)
         for _ in range(2):
             with pytest.raises(ModelError):
                 group.run(job())
@@ -306,7 +316,7 @@ def test_a_closed_group_starts_nothing() -> None:
     group.close()
     with pytest.raises(WorkerDied, match="stopped"):
         group.load(Load(Settings(), Path("model")))
-    assert group.pids == []
+    assert group.status.pids == ()
 
 
 def test_stop_leaves_no_process_and_no_descriptor() -> None:
@@ -314,15 +324,15 @@ def test_stop_leaves_no_process_and_no_descriptor() -> None:
     group = WorkerGroup(2, run_faulty, patience=PATIENCE)
     group.load(Load(Settings(), Path("model")))
     group.stop()
-    children, descriptors = len(me.children()), me.num_fds()
+    children, descriptors = len(me.children(recursive=True)), me.num_fds()
     for _ in range(2):
         group = WorkerGroup(2, run_faulty, patience=PATIENCE)
         group.load(Load(Settings(), Path("model")))
         assert works(group)
-        pids = group.pids
+        pids = group.status.pids
         group.stop()
         assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert len(me.children()) == children
+    assert len(me.children(recursive=True)) == children
     assert me.num_fds() <= descriptors
 
 
@@ -338,13 +348,13 @@ from tests.engine.test_group import job
 if __name__ == "__main__":
     group = WorkerGroup(2, run_faulty)
     group.load(Load(Settings(), Path("model")))
-    print(*group.pids, flush=True)
+    print(*group.status.pids, flush=True)
     group.run(job(fault="hang", rank=0, step=2)) if {busy} else time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_ranks_do_not_outlive_their_parent(tmp_path: Path, busy: bool) -> None:
+def test_no_process_outlives_the_parent(tmp_path: Path, busy: bool) -> None:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANS.format(busy=busy))
     root = Path(__file__).parents[2]
@@ -353,6 +363,7 @@ def test_ranks_do_not_outlive_their_parent(tmp_path: Path, busy: bool) -> None:
         assert parent.stdout is not None
         ranks = [psutil.Process(int(word)) for word in parent.stdout.readline().split()]
         assert len(ranks) == 2 and all(rank.is_running() for rank in ranks)
+        family = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=15)
     assert alive == []

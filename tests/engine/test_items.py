@@ -116,18 +116,18 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
 async def test_only_unfinished_items_are_tried_again(engine: Engine) -> None:
     """Two deaths, in two items, with one retry for each."""
     events: list[Event] = []
-    victims, restarts = [1, 2], engine.group.restarts
+    victims, restarts = [1, 2], engine.status.restarts
 
     def kill(event: Event) -> None:
         events.append(event)
         if isinstance(event, Progress) and event.stage == "denoise" and event.item in victims[:1]:
             victims.pop(0)
-            os.kill(engine.group.pids[0], signal.SIGKILL)
+            os.kill(engine.status.pids[0], signal.SIGKILL)
 
     outputs = Outputs(kill)
     await engine.generate("job", [asked(step_s=0.05)] * 3, outputs, previews=2)
     assert list(outputs.by_item) == [0, 1, 2]
-    assert engine.group.restarts == restarts + 2
+    assert engine.status.restarts == restarts + 2
     starts = [e.item for e in events if isinstance(e, Progress) and (e.stage, e.step) == ("encode", 0)]
     assert starts == [0, 1, 1, 2, 2]
     previews = [(e.item, e.index) for e in events if isinstance(e, Preview)]
@@ -138,13 +138,13 @@ async def test_only_unfinished_items_are_tried_again(engine: Engine) -> None:
 async def test_an_item_that_always_kills_fails_the_job_and_spares_what_was_finished(engine: Engine) -> None:
     def kill(event: Event) -> None:
         if isinstance(event, Progress) and (event.item, event.stage, event.step) == (1, "encode", 0):
-            os.kill(engine.group.pids[1], signal.SIGKILL)
+            os.kill(engine.status.pids[1], signal.SIGKILL)
 
-    outputs, restarts = Outputs(kill), engine.group.restarts
+    outputs, restarts = Outputs(kill), engine.status.restarts
     with pytest.raises(WorkerDied):
         await engine.generate("job", [asked()] * 3, outputs)
     assert list(outputs.by_item) == [0]
-    assert engine.group.restarts == restarts + 2
+    assert engine.status.restarts == restarts + 2
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -158,9 +158,9 @@ async def test_a_cancel_stops_the_items_to_come(engine: Engine) -> None:
     with pytest.raises(asyncio.CancelledError):
         await making
     assert list(outputs.by_item) == [0]
-    pids = engine.group.pids
+    pids = engine.status.pids
     await generate_one(engine, "next", asked())
-    assert engine.group.pids == pids
+    assert engine.status.pids == pids
 
 
 def several(command: Generate) -> Generate:
@@ -180,18 +180,18 @@ def test_rank_0_that_fails_alone_stops_its_peer_before_the_next_item(group: Work
     """While it decodes alone its peer waits at the next item; each still answers once, and both live on."""
     outputs = Outputs()
     assert works(group)
-    pids = group.pids
+    pids = group.status.pids
     with pytest.raises(SgldError, match="boom") as caught:
         group.run(several(job(fault="raise", decode=2)), outputs)
     assert not isinstance(caught.value, WorkerDied)
     assert list(outputs.by_item) == [0]
     assert works(group)
-    assert group.pids == pids
+    assert group.status.pids == pids
 
 
 def test_a_cancel_in_the_decoding_of_an_item_stops_both_ranks(group: WorkerGroup) -> None:
     assert works(group)
-    pids, token = group.pids, CancelToken()
+    pids, token = group.status.pids, CancelToken()
 
     def cancel(event: Event) -> None:
         if isinstance(event, Progress) and (event.item, event.stage) == (1, "decode"):
@@ -203,4 +203,4 @@ def test_a_cancel_in_the_decoding_of_an_item_stops_both_ranks(group: WorkerGroup
     token.close()
     assert list(outputs.by_item) == [0]
     assert works(group)
-    assert group.pids == pids
+    assert group.status.pids == pids

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from sgld.config import Settings
 from sgld.engine import lora as adapters_module
 from sgld.engine.engine import Engine
-from sgld.engine.lora import AdapterNames, LoraPlan, NamedAdapter, at_start, resolve_adapter
+from sgld.engine.lora import LoraPlan, LoraRegistry, NamedAdapter, at_start, resolve_adapter
 from sgld.errors import BadRequest, NotReady, SgldError
-from sgld.messages import Frames, LoraPart, LoraState, Note
+from sgld.messages import Frames, LoraPart, LoraState, Note, SetLora
 from sgld.params import LoraUse
 from sgld.resolve import resolve
 from tests.adapters import write_adapter
@@ -71,6 +71,18 @@ class Studio:
             self.notes.append(event.text)
 
 
+class Saved:
+    """The plans that an engine has saved, as the next server reads them."""
+
+    def __init__(self) -> None:
+        self.plans: list[LoraPlan] = []
+
+    async def __call__(self, record: dict[str, Any]) -> None:
+        plan = LoraPlan.restore(json.loads(json.dumps(record)), Settings())
+        assert plan is not None
+        self.plans.append(plan)
+
+
 def differ(a: Frames, b: Frames) -> bool:
     return float(np.abs(a.astype(int) - b).mean()) > VISIBLE
 
@@ -109,20 +121,19 @@ async def test_adapters_come_and_go(studio: Studio, adapters: Files) -> None:
     await engine.merge_lora()
     assert (await picture() == a).all(), "merging again starts from the model's own weights"
     await engine.set_lora([LoraUse("a")], "dynamic")
-    assert engine.group.loras.parts["transformer"].applied == "dynamic"
+    assert engine.adapters.state.parts["transformer"].applied == "dynamic"
     assert not differ(await picture(), a) and differ(a, plain)
 
     own = await picture(LoraUse("b"))
     assert (own == b).all(), "an output's own adapters replace those that are set"
     assert not differ(await picture(), a), "and are gone with it"
-    assert await engine.list_loras() == engine.group.loras
 
 
 @pytest.mark.timeout(300)
 async def test_what_does_not_fit_changes_nothing(studio: Studio, adapters: Files) -> None:
     engine, picture = studio.engine, studio.picture
     await engine.set_lora([LoraUse("a", adapters["a"])])
-    before, pids = await picture(), engine.group.pids
+    before, pids = await picture(), engine.status.pids
     wrong = {
         "odd": r"'odd.safetensors' does not fit .* 2 of \d+ keys: transformer.nowhere.lora_A.weight",
         "second": "2 keys for parts that this model has not: transformer_2.proj_out.lora_A.weight",
@@ -140,7 +151,7 @@ async def test_what_does_not_fit_changes_nothing(studio: Studio, adapters: Files
         await engine.set_lora([LoraUse("a", target="transformer_2")])
     with pytest.raises(BadRequest, match="'nowhere.safetensors': it is neither a file"):
         await engine.set_lora([LoraUse("x", "nowhere.safetensors")])
-    assert (await picture() == before).all() and engine.group.pids == pids
+    assert (await picture() == before).all() and engine.status.pids == pids
     assert list(engine.adapters.known) == ["a"]
     partly = await picture(LoraUse(path=adapters["odd"], strict=False))
     assert differ(partly, before) and studio.notes == ["loras: 2 keys fit no layer and were left out"]
@@ -155,7 +166,7 @@ async def test_what_does_not_fit_changes_nothing(studio: Studio, adapters: Files
 
 async def restart(engine: Engine) -> None:
     """Kill the last rank, and wait until the group is back."""
-    os.kill(engine.group.pids[-1], signal.SIGKILL)
+    os.kill(engine.status.pids[-1], signal.SIGKILL)
     async with asyncio.timeout(120):
         while engine.state != "restarting":
             await asyncio.sleep(0.01)
@@ -167,11 +178,9 @@ async def restart(engine: Engine) -> None:
 async def test_a_restarted_group_keeps_its_adapters(studio: Studio, adapters: Files) -> None:
     engine, picture = studio.engine, studio.picture
     await engine.set_lora([LoraUse("a", adapters["a"], strength=0.5)])
-    before, state = await picture(), engine.group.loras
+    before, state = await picture(), engine.adapters.state
     await restart(engine)
-    assert (
-        await engine.list_loras() == state or engine.group.loras.parts["transformer"].loras[0].target == "transformer"
-    )
+    assert engine.adapters.state == state
     assert (await picture() == before).all()
     await engine.unmerge_lora()
     await restart(engine)
@@ -179,6 +188,21 @@ async def test_a_restarted_group_keeps_its_adapters(studio: Studio, adapters: Fi
     assert differ(plain, before), "those that were taken away do not come back"
     await engine.merge_lora(strength=0.5)
     assert (await picture() == before).all(), "but are still known"
+
+
+async def test_the_workers_hold_what_the_engine_says(studio: Studio, adapters: Files) -> None:
+    """The answer of the last command of each component, and the same weights as in workers that get the state anew."""
+    engine, picture = studio.engine, studio.picture
+    await engine.set_lora([LoraUse("a", adapters["a"]), LoraUse("b", adapters["b"], strength=0.5)], "dynamic")
+    for change in (engine.merge_lora(strength=0.25), engine.unmerge_lora(), engine.merge_lora(strength=0.5)):
+        await change
+    part = engine.adapters.state.parts["transformer"]
+    assert (part.merge_mode, part.applied, [lora.strength for lora in part.loras]) == ("dynamic", "dynamic", [0.5, 0.5])
+    before = await picture()
+    await restart(engine)
+    assert (await picture() == before).all()
+    assert engine.adapters.state == await engine.set_lora(part.loras, "dynamic")
+    assert (await picture() == before).all()
 
 
 async def test_a_restarted_group_without_its_adapters_says_so(adapters: Files, tmp_path: Path) -> None:
@@ -196,7 +220,6 @@ async def test_a_restarted_group_without_its_adapters_says_so(adapters: Files, t
         with pytest.raises(NotReady, match="the adapters that are set are gone"):
             await picture()
         assert differ(await picture(LoraUse("b", adapters["b"])), worn)
-        await engine.list_loras()
         moved.rename(brief)
         assert np.array_equal(await picture(), worn)
         brief.unlink()
@@ -209,13 +232,9 @@ async def test_an_adapter_that_was_taken_away_may_be_gone(adapters: Files, tmp_p
     """Neither a new worker nor the next server needs it."""
     brief = tmp_path / "brief.safetensors"
     shutil.copyfile(adapters["a"], brief)
-    kept: list[LoraPlan] = []
-
-    async def keep(adapters: LoraPlan) -> None:
-        kept.append(adapters)
-
+    saved = Saved()
     async with Engine(Settings()) as engine:
-        engine.keep = keep
+        engine.adapters.persist(None, saved)
         await engine.load(lambda event: None)
         plain = await Studio(engine).picture()
         await engine.set_lora([LoraUse("brief", str(brief))])
@@ -223,13 +242,14 @@ async def test_an_adapter_that_was_taken_away_may_be_gone(adapters: Files, tmp_p
         brief.unlink()
         await restart(engine)
         assert np.array_equal(await Studio(engine).picture(), plain)
-        with pytest.raises(BadRequest, match="no adapter was set"):
+        with pytest.raises(BadRequest, match="brief.safetensors"):
             await engine.merge_lora()
-    assert kept[-1].state.parts["transformer"].applied is None, "the control: the next server hears of it"
+        assert np.array_equal(await Studio(engine).picture(), plain)
+    assert saved.plans[-1].state.parts["transformer"].applied is None, "the control: the next server hears of it"
     async with Engine(Settings()) as engine:
-        engine.kept = kept[-1]
+        engine.adapters.persist(saved.plans[-1], saved)
         await engine.load(lambda event: None)
-        assert engine.group.loras == LoraState()
+        assert np.array_equal(await Studio(engine).picture(), plain)
 
 
 async def test_one_part_keeps_its_adapters_when_those_of_the_other_are_gone(tmp_path: Path) -> None:
@@ -246,16 +266,20 @@ async def test_one_part_keeps_its_adapters_when_those_of_the_other_are_gone(tmp_
         await restart(engine)
         with pytest.raises(NotReady):
             await Studio(engine).picture()
-        assert set(engine.group.loras.parts) == {"transformer", "transformer_2"}
-        assert (await engine.list_loras()).parts == {"transformer_2": both.parts["transformer_2"]}
+        assert engine.adapters.state == both
         await engine.set_lora([kept])
         with pytest.raises(NotReady):
             await Studio(engine).picture()
         await engine.unmerge_lora("transformer")
-        assert (await Studio(engine).picture()).size and set(engine.group.loras.parts) == {"transformer_2"}
+        assert (await Studio(engine).picture()).size and applied(engine) == ["transformer_2"]
         away.rename(lone)
         state = await engine.set_lora([LoraUse("lone", lone, target="transformer")])
         assert state == both
+
+
+def applied(engine: Engine) -> list[str]:
+    """Return the components whose adapters are applied."""
+    return [name for name, part in engine.adapters.state.parts.items() if part.applied is not None]
 
 
 def write_small(file: Path, component: str, model: Path) -> str:
@@ -272,7 +296,7 @@ async def test_a_hub_that_does_not_answer_takes_no_thread_from_others(monkeypatc
     answer = threading.Event()
     monkeypatch.setattr(adapters_module, "resolve_adapter", lambda *_, **__: answer.wait(60))
     asked = [LoraUse(path=f"owner/name{i}") for i in range(64)]
-    waiting = [asyncio.create_task(AdapterNames().resolve([lora], "loras", local=False)) for lora in asked]
+    waiting = [asyncio.create_task(LoraRegistry(Settings()).resolve([lora], "loras", local=False)) for lora in asked]
     await asyncio.sleep(0.2)
     async with asyncio.timeout(10):
         assert await anyio.to_thread.run_sync(int, "7") == 7
@@ -282,15 +306,20 @@ async def test_a_hub_that_does_not_answer_takes_no_thread_from_others(monkeypatc
 
 async def test_files_that_have_gone_are_sought_again(adapters: Files, tmp_path: Path) -> None:
     """A download can be repeated, by the name that it was given by."""
-    names, gone = AdapterNames(), str(tmp_path / "gone.safetensors")
+    names, gone = LoraRegistry(Settings()), str(tmp_path / "gone.safetensors")
     names.known = {
         "moved": NamedAdapter(adapters["a"], Path(gone)),
         "lost": NamedAdapter(str(tmp_path / "lost.safetensors"), tmp_path / "lost.safetensors"),
     }
     lost = LoraUse("lost", str(tmp_path / "lost.safetensors"))
     part = LoraPart((LoraUse("moved", gone), LoraUse("stays", adapters["b"]), lost), "auto", "merge")
-    found = (await names.sought_again(LoraState({"transformer": part}))).parts["transformer"].loras
-    assert found == (LoraUse("moved", adapters["a"]), LoraUse("stays", adapters["b"]), lost)
+    names.state = LoraState({"transformer": part})
+    await names.refind()
+    assert names.state.parts["transformer"].loras == (
+        LoraUse("moved", adapters["a"]),
+        LoraUse("stays", adapters["b"]),
+        lost,
+    )
     names.known["moved"] = NamedAdapter(adapters["b"], Path(gone))
     (again,) = await names.resolve([LoraUse("moved")], "loras", local=False)
     assert again.path == adapters["b"]
@@ -302,13 +331,13 @@ async def test_a_worker_that_dies_while_it_gets_its_first_adapters(adapters: Fil
 
     def kill_once(event: Any) -> None:
         if event.step == event.total and not killed:  # the model is loaded
-            killed.append(engine.group.pids[-1])
+            killed.append(engine.status.pids[-1])
             os.kill(killed[0], signal.SIGKILL)
 
     async with Engine(Settings(lora_path=[adapters["a"]], **settings)) as engine:
         await engine.load(kill_once)
-        assert killed and engine.state == "ready" and engine.group.restarts == 1
-        assert engine.group.loras.parts["transformer"].applied == "merge"
+        assert killed and engine.state == "ready" and engine.status.restarts == 1
+        assert engine.adapters.state.parts["transformer"].applied == "merge"
 
 
 async def test_a_worker_that_dies_while_it_loads_is_replaced() -> None:
@@ -317,11 +346,11 @@ async def test_a_worker_that_dies_while_it_loads_is_replaced() -> None:
 
         def kill_once(event: Any) -> None:
             if not killed:
-                killed.append(engine.group.pids[1])
+                killed.append(engine.status.pids[1])
                 os.kill(killed[0], signal.SIGKILL)
 
         await engine.load(kill_once)
-        assert killed and engine.state == "ready" and engine.group.restarts == 1
+        assert killed and engine.state == "ready" and engine.status.restarts == 1
         assert (await Studio(engine).picture()).size
 
 
@@ -332,7 +361,7 @@ async def test_adapters_of_the_settings(adapters: Files) -> None:
         with pytest.raises(NotReady):
             await engine.unmerge_lora()
         await engine.load(lambda event: None)
-        loras = engine.group.loras.parts["transformer"].loras
+        loras = engine.adapters.state.parts["transformer"].loras
         assert [(lora.nickname, lora.strength) for lora in loras] == [("default", 0.5), ("default_2", 0.5)]
         assert set(engine.adapters.known) == {"default", "default_2"}
         with_both = await Studio(engine).picture()
@@ -342,25 +371,20 @@ async def test_adapters_of_the_settings(adapters: Files) -> None:
 
 @pytest.mark.timeout(200)
 async def test_a_change_is_kept_though_its_caller_goes_away(adapters: Files) -> None:
-    kept: list[LoraPlan] = []
-
-    async def keep(adapters: LoraPlan) -> None:
-        kept.append(adapters)
-
+    saved = Saved()
     async with Engine(Settings()) as engine:
-        engine.keep = keep
+        engine.adapters.persist(None, saved)
         await engine.load(lambda event: None)
-        assert [each.state for each in kept] == [LoraState()]
+        assert [plan.state for plan in saved.plans] == [LoraState()]
         setting = asyncio.create_task(engine.set_lora([LoraUse("a", adapters["a"])]))
         while not engine._turn.locked():  # its command is not under way yet
             await asyncio.sleep(0.001)
         setting.cancel()
         async with asyncio.timeout(60):
-            while len(kept) < 2:
+            while len(saved.plans) < 2:
                 await asyncio.sleep(0.01)
         assert setting.cancelled() and list(engine.adapters.known) == ["a"]
-        assert kept[1].state == engine.group.loras and kept[1].state.parts["transformer"].applied == "merge"
-        assert LoraPlan.restore(json.loads(json.dumps(kept[1].record())), engine.settings) == kept[1]
+        assert saved.plans[1].state == engine.adapters.state and applied(engine) == ["transformer"]
 
 
 def test_what_was_kept_goes_with_its_settings(caplog: pytest.LogCaptureFixture) -> None:
@@ -454,10 +478,29 @@ def test_local_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_nickname_remembers_how_its_adapter_was_read(adapters: Files) -> None:
-    names = AdapterNames()
+    names = LoraRegistry(Settings())
     given = [LoraUse("odd", adapters["odd"], alpha=2.0, strict=False)]
     names.register(given, await names.resolve(given, "loras", local=True))
     [again] = await names.resolve([LoraUse("odd", strength=0.5)], "loras", local=False)
     assert (again.path, again.alpha, again.strict, again.strength) == (adapters["odd"], 2.0, False, 0.5)
     [other] = await names.resolve([LoraUse("odd", alpha=1.0)], "loras", local=False)
     assert (other.alpha, other.strict) == (1.0, False)
+
+
+def test_there_is_nothing_to_merge() -> None:
+    registry = LoraRegistry(Settings())
+    with pytest.raises(BadRequest, match="no adapter was set for 'all'; set one first") as caught:
+        registry.merging("all", 1.0)
+    assert caught.value.param == "target"
+
+
+def test_merging_keeps_the_mode_of_each_component() -> None:
+    registry = LoraRegistry(Settings())
+    first, second = LoraUse("x", "/x", target="transformer"), LoraUse("y", "/y", target="transformer_2")
+    registry.state = LoraState(
+        {"transformer": LoraPart((first,), "dynamic", None), "transformer_2": LoraPart((second,), "auto", "merge")}
+    )
+    half = attrs.evolve(first, strength=0.5)
+    assert registry.merging("transformer", 0.5) == [SetLora((half,), "dynamic")]
+    assert registry.merging("all", 0.5) == [SetLora((half,), "dynamic"), SetLora((attrs.evolve(second, strength=0.5),))]
+    assert registry.commands() == {"transformer_2": SetLora((second,))}, "new ranks lack what was taken away"

@@ -41,7 +41,8 @@ from tests.cli.command import sgld
 from tests.engine.outputs import generate_one
 from tests.engine.ranks import INFO, run_faulty
 from tests.engine.test_engine import asked, ignore
-from tests.engine.test_group import PATIENCE, STEPS, job, works
+from tests.engine.test_group import PATIENCE, STEPS, dies, job, works
+from tests.processes import ranks_of
 
 PICTURE = ("--prompt", "a red ball", "--seed", "3", "--num-frames", "1", "--num-inference-steps", "2")
 
@@ -86,9 +87,9 @@ def group_of(own: Settings) -> WorkerGroup:
 
 
 def rank_of(node: BaseProcess) -> int:
-    """The process id of the rank that runs on that node."""
-    children = psutil.Process(node.pid).children()
-    return next(child.pid for child in children if "spawn_main" in " ".join(child.cmdline()))
+    """Return the process id of the rank that runs on that node."""
+    (rank,) = ranks_of(node.pid)
+    return rank.pid
 
 
 @attrs.define
@@ -101,7 +102,7 @@ class Nodes:
 
     @property
     def pids(self) -> list[int]:
-        return [*self.group.pids, rank_of(self.other)]
+        return [*self.group.status.pids, rank_of(self.other)]
 
 
 @pytest.fixture(scope="module")
@@ -202,16 +203,16 @@ async def test_a_rank_of_another_node_killed_while_idle_is_replaced_without_bein
         assert await engine.load(ignore) == INFO
         made = await generate_one(engine, "before", asked(), ignore)
         assert (made.frames.array == STEPS).all()
-        assert (engine.state, engine.group.restarts) == ("ready", 0)
+        assert (engine.state, engine.status.restarts) == ("ready", 0)
         os.kill(rank_of(other), signal.SIGKILL)
         async with asyncio.timeout(60):
             while engine.state != "restarting":
                 await asyncio.sleep(0.01)
             while engine.state != "ready":
                 await asyncio.sleep(0.05)
-        assert engine.group.restarts == 1
+        assert engine.status.restarts == 1
         await generate_one(engine, "after", asked(), ignore)
-        assert engine.group.restarts == 1
+        assert engine.status.restarts == 1
     await asyncio.to_thread(other.join, 20)
     assert other.exitcode == 0
 
@@ -272,7 +273,7 @@ def test_a_node_that_went_away_is_waited_for(nodes: Nodes) -> None:
     nodes.other.join(20)
     assert nodes.other.exitcode == 0
     assert not psutil.pid_exists(rank)
-    assert wait(nodes.group.sentinels, 5)
+    assert dies(nodes.group)
     nodes.other = follower(nodes.own)
     assert works(nodes.group)
 

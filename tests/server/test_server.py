@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from tests import media_files
+from tests.processes import ranks_of
 
 STEPS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # the client's word on its own server
@@ -75,9 +76,8 @@ class Server:
         raise AssertionError(self.log.read_text())
 
     def ranks(self) -> list[psutil.Process]:
-        """Its workers."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        """Return its workers."""
+        return ranks_of(self.process.pid)
 
     def stop(self) -> int:
         self.client.close()
@@ -241,7 +241,7 @@ def test_a_client_that_goes_away_frees_the_server(server: Server) -> None:
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + body)
-        ranks = psutil.Process(server.process.pid).children()
+        ranks = server.ranks()
         used = [sum(rank.cpu_times()[:2]) for rank in ranks]
         while sum(sum(rank.cpu_times()[:2]) for rank in ranks) < sum(used) + 0.5:  # it is being made
             time.sleep(0.05)
@@ -325,7 +325,7 @@ def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
 def test_the_server_keeps_to_loopback(server: Server) -> None:
     addresses = {
         connection.laddr.ip
-        for process in [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()]
+        for process in [psutil.Process(server.process.pid), *server.ranks()]
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sgld.errors import BadRequest
-from sgld.messages import MergeLora, SetLora, UnmergeLora
+from sgld.messages import LoraPart, LoraState, SetLora, UnmergeLora
 from sgld.nn.lora import LoraLayers
 from sgld.nn.parallel import Mesh
 from sgld.params import LoraUse
@@ -57,27 +56,25 @@ def test_an_adapter_changes_what_it_is_for(adapters: Adapters, models: Models, t
     adapters.set(SetLora((write(tmp_path, "each", transformer=3, transformer_2=4),)))
     assert weights(models) == [3, 4]
     low = LoraUse("any", str(tmp_path / "any.safetensors"), target="transformer_2", strength=0.5)
-    state = adapters.set(SetLora((low,)))
+    assert adapters.set(SetLora((low,))) == LoraState({"transformer_2": LoraPart((low,), "auto", "merge")})
     assert weights(models) == [3, 0.5]
-    assert [state.parts[name].loras[0].nickname for name in NAMES] == ["each", "any"]
     adapters.unmerge(UnmergeLora("transformer"))
     assert weights(models) == [0, 0.5]
-    adapters.merge(MergeLora("transformer", 2.0))
-    assert weights(models) == [6, 0.5]
+    adapters.unmerge(UnmergeLora())
+    assert weights(models) == [0, 0]
 
 
-def test_a_state_is_restored(adapters: Adapters, models: Models, tmp_path: Path) -> None:
-    any_, second = write(tmp_path, "any", transformer=1), write(tmp_path, "second", transformer_2=2)
-    adapters.set(SetLora((any_,)))
-    adapters.set(SetLora((second,), "dynamic"))
-    state = adapters.unmerge(UnmergeLora("transformer"))
+def test_the_answer_is_a_command_for_new_ranks(adapters: Adapters, models: Models, tmp_path: Path) -> None:
+    """Sent for each component, it leads to the same weights and the same answer."""
+    adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
+    state = adapters.set(SetLora((write(tmp_path, "each", transformer=2, transformer_2=3),), "dynamic"))
+    assert [part.applied for part in state.parts.values()] == ["dynamic", "dynamic"] and weights(models) == [0, 0]
     again = Adapters({name: LoraLayers(models[name], (), name) for name in NAMES}, Mesh.solo())
-    for command in [command for part in state.parts.values() for command in part.commands()]:
-        again.set(command) if isinstance(command, SetLora) else again.unmerge(command)  # type: ignore[arg-type]
-    assert again.state == state and state.parts["transformer_2"].applied == "dynamic"
+    answers = [again.set(SetLora(part.loras, part.merge_mode)) for part in state.parts.values()]
+    assert {name: part for answer in answers for name, part in answer.parts.items()} == state.parts
 
 
-def test_an_output_wears_its_own(adapters: Adapters, models: Models, tmp_path: Path) -> None:
+def test_an_output_has_its_own(adapters: Adapters, models: Models, tmp_path: Path) -> None:
     assert adapters.activate([]) == []
     adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
     adapters.activate([write(tmp_path, "first", transformer=5, transformer_2=0)])
@@ -96,10 +93,9 @@ def test_what_is_kept_for_later_outputs_is_given_up(models: Models, tmp_path: Pa
     assert [part.kept_bytes for part in layers.values()] == [16] * 2 and weights(models) == [3, 3]
 
 
-def test_nothing_to_merge(adapters: Adapters) -> None:
+def test_nothing_to_take_away(adapters: Adapters, models: Models) -> None:
     adapters.unmerge(UnmergeLora())
-    with pytest.raises(BadRequest, match="no adapter was set for 'all'"):
-        adapters.merge(MergeLora())
+    assert weights(models) == [0, 0]
 
 
 class OtherFails(Mesh):
@@ -113,4 +109,4 @@ def test_where_a_peer_fails_nothing_changes(models: Models, tmp_path: Path) -> N
     adapters = Adapters({"transformer": LoraLayers(models["transformer"])}, OtherFails(0, 1, torch.device("cpu")))
     with pytest.raises(Stopped):
         adapters.set(SetLora((write(tmp_path, "any", transformer=1),)))
-    assert weights(models) == [0, 0] and adapters.state.parts == {}
+    assert weights(models) == [0, 0]

@@ -23,8 +23,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import urlsplit
 
 import attrs
@@ -32,8 +31,8 @@ import yaml
 from aiohttp import hdrs, web
 
 from sgld.config import Settings, user_path
-from sgld.convert import shorten
-from sgld.errors import BadRequest, Forbidden, Unauthorized, nearest
+from sgld.convert import fields_of, knob, shorten, structure
+from sgld.errors import BadRequest, Forbidden, Unauthorized
 from sgld.server.http.urls import origin
 
 log = logging.getLogger(__name__)
@@ -42,16 +41,15 @@ OPEN_ROUTES = frozenset({"/health", "/liveness", "/openapi.json", "/docs"})
 TIERS = ("user", "admin")
 DEFAULT_NAME = "default"
 MIN_KEY_LENGTH = 16
-_FIELDS = ("name", "key", "key_sha256", "tier")
+SECRETS = ("key", "key_sha256")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY = re.compile(r"[!-~]+")
-_KINDS = ("str", "seq", "map")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 @attrs.frozen
 class Identity:
-    """Whose request it is. Without any key everybody is the admin of owner ""."""
+    """The caller of a request. Without any key everybody is the admin of owner ""."""
 
     name: str
     admin: bool
@@ -62,10 +60,20 @@ NOBODY = Identity("", admin=True)
 
 @attrs.frozen
 class Key:
-    """A key as it is kept: the SHA-256 of its text."""
+    """A key, stored as the SHA-256 of its text."""
 
     identity: Identity
     digest: bytes = attrs.field(repr=False)
+
+
+@attrs.frozen
+class KeyEntry:
+    """An entry of the key file."""
+
+    name: str = knob("", "owner of the jobs made with the key")
+    key: str | None = knob(None, "the key itself", secret=True)
+    key_sha256: str | None = knob(None, "SHA-256 of the key, in hexadecimal", secret=True)
+    tier: str = knob("", "rights of the key", choices=TIERS)
 
 
 @attrs.frozen
@@ -74,10 +82,10 @@ class Keys:
 
     known: tuple[Key, ...] = ()
     hosts: tuple[str, ...] | None = ("localhost",)
-    """Without keys: names that requests may call this server by, beside loopback addresses; None: any."""
+    """Names by which requests may call this server without keys, beside loopback addresses; None: any."""
 
     def identify(self, key: str) -> Identity | None:
-        """Whose key it is. Takes the same time for every key of one length: all are compared, by their digests."""
+        """Find the identity of a key. Compare the digests of all keys, so that the time tells nothing."""
         digest = digest_of(key)
         found = None
         for known in self.known:
@@ -119,7 +127,7 @@ def _identify(request: web.Request, keys: Keys) -> Identity:
 
 
 def _refuse_foreign(request: web.Request, hosts: tuple[str, ...] | None) -> None:
-    """Keep out what pages of other sites make a browser send: where no key is needed, nothing else does.
+    """Refuse requests that pages of other sites make a browser send, where no key protects this server.
 
     A page cannot forge these headers. `Host` shows DNS rebinding, where the page's own name leads here.
     Raises `Forbidden`.
@@ -142,7 +150,7 @@ def _refuse_foreign(request: web.Request, hosts: tuple[str, ...] | None) -> None
 
 
 def _host(url: str) -> str | None:
-    """The host of a URL in lower case; None where it has none, as `null`, the origin of a page without one."""
+    """Return the host of a URL in lower case; None for `null`, the origin of a page without one."""
     try:
         return urlsplit(url).hostname
     except ValueError:
@@ -168,38 +176,38 @@ def require_admin(request: web.Request) -> None:
 
 
 def may_see(identity: Identity, owner: str) -> bool:
-    """Whether a job of `owner` exists for this caller: its own do, and all for an admin."""
+    """Check that the caller may see a job of `owner`: its own, or any as an admin."""
     return identity.admin or identity.name == owner
 
 
 def check_exposure(settings: Settings, keys: Keys) -> None:
-    """Refuse to listen beyond this machine without a key. Blocks, for it resolves the host. Raises `BadRequest`."""
+    """Refuse to listen beyond this machine without a key. Blocks to resolve the host. Raises `BadRequest`."""
     if keys.known:
         if settings.allow_unauthenticated:
             raise BadRequest(
-                "allow_unauthenticated: there are API keys, so every request needs one; leave one of them out",
-                "allow_unauthenticated",
+                "there are API keys, so every request needs one; leave one of them out",
+                field="allow_unauthenticated",
             )
         return
     if _is_loopback(settings.host):
         return
     if not settings.allow_unauthenticated:
         raise BadRequest(
-            f"host: {settings.host!r} can be reached from other machines and there is no API key; give --api-key or "
+            f"{settings.host!r} can be reached from other machines and there is no API key; give --api-key or "
             "--api-key-file, or --allow-unauthenticated to let everybody in",
-            "host",
+            field="host",
         )
     log.warning("everybody who can reach %r may use this server: it has no API key", settings.host)
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether every address of the host is one of this machine alone; the empty host means all interfaces."""
+    """Check that every address of the host is a loopback one; the empty host means all interfaces."""
     if not host:
         return False
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise BadRequest(f"host: {host!r} is no address of this machine: {error}", "host") from None
+        raise BadRequest(f"{host!r} is no address of this machine: {error}", field="host") from None
     return all(_address(str(sockaddr[0])).is_loopback for *_, sockaddr in found)
 
 
@@ -210,7 +218,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def load_keys(settings: Settings) -> Keys:
-    """The keys of the settings and of their file. Blocks. Raises `BadRequest`, which tells the entry but no key."""
+    """Load the keys of the settings and of their file. Blocks. Raises `BadRequest`, which tells no key."""
     known: list[Key] = []
     if settings.api_key is not None:
         known.append(_single(settings.api_key))
@@ -225,118 +233,86 @@ def _names(host: str) -> tuple[str, ...]:
 
 def _single(key: str) -> Key:
     if not _KEY.fullmatch(key):
-        raise BadRequest("api_key: it is empty or has characters other than visible ASCII", "api_key")
+        raise BadRequest("it is empty or has characters other than visible ASCII", field="api_key")
     if len(key) < MIN_KEY_LENGTH:
         log.warning("api_key: it is shorter than %d characters and may be guessed", MIN_KEY_LENGTH)
     return Key(Identity(DEFAULT_NAME, admin=True), digest_of(key))
 
 
 def _read_file(path: str, others: list[Key]) -> list[Key]:
-    """The keys of one file, each unlike the others by name and by key."""
+    """Read the keys of a file. Each must differ from the others by name and by key."""
     names = {key.identity.name: "--api-key" for key in others}
     digests = {key.digest: "--api-key" for key in others}
     keys = []
     for number, fields in enumerate(_entries(path), 1):
-        where = f"entry {number}"
-        if _NAME.fullmatch(name := fields.get("name", "")):
-            where = f"{where} ({name})"
+        name = fields.get("name")
+        where = f"entry {number}" + (f" ({name})" if isinstance(name, str) and _NAME.fullmatch(name) else "")
         try:
             key = _key(fields)
-            if name in names:
-                raise ValueError(f"name {name!r} is that of {names[name]}")
-            if key.digest in digests:
-                raise ValueError(f"its key is that of {digests[key.digest]}")
-        except ValueError as error:
-            raise _wrong(path, f"{where}: {error}") from None
-        names[name] = digests[key.digest] = where
+        except BadRequest as error:
+            raise _wrong(path, f"{where}: {error.message}") from None
+        for known, other in (("name", names.get(key.identity.name)), ("key", digests.get(key.digest))):
+            if other is not None:
+                raise _wrong(path, f"{where}: its {known} is that of {other}")
+        names[key.identity.name] = digests[key.digest] = where
         keys.append(key)
     return keys
 
 
-def _key(fields: dict[str, str]) -> Key:
-    """One entry as a key. Raises ValueError, whose text holds no key."""
-    unknown = [field for field in fields if field not in _FIELDS]
-    if unknown:
-        raise ValueError(f"{_quoted(unknown[0])} is not one of {', '.join(_FIELDS)}{_nearest(unknown[0])}")
-    name, tier = fields.get("name", ""), fields.get("tier")
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"name: {_quoted(name)} is not 1 to 64 letters, digits, '.', '_' or '-'")
-    if tier not in TIERS:
-        raise ValueError(f"tier: {'missing; it' if tier is None else _quoted(tier)} is not one of {', '.join(TIERS)}")
-    return Key(Identity(name, admin=tier == "admin"), _read_digest(fields))
+def _key(fields: Mapping[str, object]) -> Key:
+    """Build the key of an entry. Raises BadRequest, whose message holds no key."""
+    try:
+        entry = structure(fields, KeyEntry)
+    except BadRequest as error:
+        others = [text for field, value in fields.items() if field not in SECRETS for text in (field, str(value))]
+        if max(map(len, others)) < MIN_KEY_LENGTH:
+            raise
+        known = error.param if error.param in fields_of(KeyEntry) else "an unknown field"
+        raise BadRequest(f"{known}: it is wrong, and not shown, for it may be a key") from None
+    if not _NAME.fullmatch(entry.name):
+        raise BadRequest("name: it is not 1 to 64 letters, digits, '.', '_' or '-'")
+    return Key(Identity(entry.name, admin=entry.tier == "admin"), _read_digest(entry))
 
 
-def _read_digest(fields: dict[str, str]) -> bytes:
-    key, digest = fields.get("key"), fields.get("key_sha256")
-    if (key is None) == (digest is None):
-        raise ValueError("it needs either key or key_sha256")
-    if digest is not None:
-        if not _SHA256.fullmatch(digest):
-            raise ValueError("key_sha256: it is not 64 hexadecimal digits")
-        return bytes.fromhex(digest)
-    assert key is not None
-    if len(key) < MIN_KEY_LENGTH:
-        raise ValueError(f"key: {len(key)} characters are too few; it needs at least {MIN_KEY_LENGTH}")
-    if not _KEY.fullmatch(key):
-        raise ValueError("key: it has characters other than visible ASCII")
-    return digest_of(key)
+def _read_digest(entry: KeyEntry) -> bytes:
+    if (entry.key is None) == (entry.key_sha256 is None):
+        raise BadRequest("it needs either key or key_sha256")
+    if entry.key is None:
+        if not _SHA256.fullmatch(entry.key_sha256 or ""):
+            raise BadRequest("key_sha256: it is not 64 hexadecimal digits")
+        return bytes.fromhex(entry.key_sha256 or "")
+    if len(entry.key) < MIN_KEY_LENGTH:
+        raise BadRequest(f"key: {len(entry.key)} characters are too few; it needs at least {MIN_KEY_LENGTH}")
+    if not _KEY.fullmatch(entry.key):
+        raise BadRequest("key: it has characters other than visible ASCII")
+    return digest_of(entry.key)
 
 
 def digest_of(key: str) -> bytes:
+    """Return the SHA-256 by which a key is known."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _quoted(text: str) -> str:
-    """A misplaced text for an error; one as long as a key may be a key, and is not shown."""
-    return shorten(text) if len(text) < MIN_KEY_LENGTH else f"a text of {len(text)} characters"
-
-
-def _nearest(field: str) -> str:
-    return nearest(field, _FIELDS) if len(field) < MIN_KEY_LENGTH else ""
-
-
 def _wrong(path: str, reason: str) -> BadRequest:
-    return BadRequest(f"api_key_file: {path!r}: {reason}", "api_key_file")
+    return BadRequest(f"{path!r}: {reason}", field="api_key_file")
 
 
-class _Twice(yaml.MarkedYAMLError):
-    """A map that holds a key twice."""
-
-
-class _Text(yaml.SafeLoader):
-    """YAML of maps, lists and text: every scalar is text, `0012` and `null` too, and a map holds each key once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        values: dict[Any, Any] = super().construct_mapping(node, deep=True)
-        if len(values) < len(node.value):
-            raise _Twice(problem_mark=node.start_mark)
-        return values
-
-
-_Text.yaml_implicit_resolvers = {}
-_Text.yaml_constructors = {
-    tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*(f"tag:yaml.org,2002:{kind}" for kind in _KINDS), None)
-}
-
-
-def _entries(path: str) -> Iterator[dict[str, str]]:
-    """The entries of a list, or of a map by their names; their values are text."""
+def _entries(path: str) -> list[dict[str, object]]:
+    """Read the entries of a list, or of a map by their names."""
     content = _parse(path)
+    entries = content if isinstance(content, list) else []
     if isinstance(content, dict):
-        for number, entry in enumerate(content.values(), 1):
-            if not isinstance(entry, dict) or "name" in entry:
-                raise _wrong(path, f"entry {number}: under its name it must be a map of key and tier")
-        content = [{"name": name, **entry} for name, entry in content.items()]
-    if not isinstance(content, list) or not content:
+        entries = [{"name": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
+    if not entries:
         raise _wrong(path, "it must hold a list of entries, or a map of names to entries, at least one")
-    for number, entry in enumerate(content, 1):
-        if not isinstance(entry, dict) or not all(isinstance(text, str) for pair in entry.items() for text in pair):
-            raise _wrong(path, f"entry {number}: it is not a map of name, key and tier to text")
-        yield entry
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict):
+            raise _wrong(path, f"entry {number}: it is not a map of name, key and tier")
+    return entries
 
 
-def _parse(path: str) -> Any:
-    """The file's YAML; the parser's own words are left out of the error, for they quote the file."""
+def _parse(path: str) -> object:
+    """Parse the YAML of the file. Errors leave out the parser's own words, for they quote the file."""
     try:
         with user_path(path, "api_key_file").open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -346,11 +322,22 @@ def _parse(path: str) -> Any:
     if mode & stat.S_IRWXO:
         log.warning("api_key_file: %r is open to every user of this machine; chmod 600 closes it", path)
     try:
-        return yaml.load(content.decode("utf-8-sig"), _Text)
+        return _texts(yaml.compose(content.decode("utf-8-sig"), yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
-        reason = "a map names something twice" if isinstance(error, _Twice) else "it is not valid YAML"
         mark = error.problem_mark or error.context_mark
-        assert mark is not None
-        raise _wrong(path, f"{reason}, near line {mark.line + 1}") from None
+        near = f", near line {mark.line + 1}" if mark is not None else ""
+        raise _wrong(path, f"it is not valid YAML{near}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise _wrong(path, "it is not valid YAML in UTF-8") from None
+
+
+def _texts(node: yaml.Node | None) -> object:
+    """Build lists and maps of text: every scalar is text, `0012` and `null` too, and a map holds each key once."""
+    if isinstance(node, yaml.MappingNode):
+        values = {str(_texts(key)): _texts(value) for key, value in node.value}
+        if len(values) < len(node.value):
+            raise yaml.MarkedYAMLError(problem_mark=node.start_mark)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_texts(item) for item in node.value]
+    return node.value if node is not None else None

@@ -16,7 +16,18 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from sgld import config
-from sgld.convert import MAX_CHARACTERS, MAX_ENTRIES, cut, fields_of, knob_of, refuse_unbuilt, shorten, structure
+from sgld.convert import (
+    MAX_CHARACTERS,
+    MAX_ENTRIES,
+    Field,
+    Values,
+    cut,
+    fields_of,
+    knob_of,
+    refuse_unbuilt,
+    shorten,
+    structure,
+)
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 from sgld.params import MAX_LORAS, LoraUse, SamplingParams
 from sgld.server.http.schema import OPENAI_QUALITIES
@@ -54,19 +65,19 @@ class Upload:
 class Body:
     """What a request brought."""
 
-    values: dict[str, Any]
+    values: Values
     files: list[Upload]
     addresses: list[str] = attrs.field(factory=list)  # of pictures, once they are taken from the values
 
     def digest(self) -> str:
-        """The same for the same request, however it was written."""
+        """Return a digest that equal requests share, however they are written."""
         text = json.dumps(self.values, sort_keys=True, ensure_ascii=False)
         files = [f"{file.field} {hashlib.sha256(file.data).hexdigest()}" for file in self.files]
         return hashlib.sha256("\n".join([text, *files, *self.addresses]).encode(errors="surrogatepass")).hexdigest()
 
 
 async def read_body(request: web.Request, fields: type, *, empty: bool = False) -> Body:
-    """The body as plain values and files; a form's text is read as its field's type.
+    """Read the body as plain values and files. A form's text becomes its field's type.
 
     Raises:
         BadRequest: neither a JSON object nor a form, a field that stands twice, or a query beside the body.
@@ -93,13 +104,13 @@ def _too_many(name: str, count: int, of: str, most: int) -> BadRequest:
 
 
 def read_query(request: web.Request, cls: type[T]) -> T:
-    """The query as `cls`.
+    """Read the query as an object of `cls`.
 
     Raises:
         UnknownField: a parameter that `cls` does not have, with the nearest one.
         BadRequest: one of the wrong type or range, or given twice.
     """
-    fields, values = fields_of(cls), dict[str, Any]()
+    fields, values = fields_of(cls), Values()
     for name, text in request.query.items():
         if name in values:
             raise BadRequest(f"{cut(name)}: given several times; give it once", name)
@@ -107,12 +118,15 @@ def read_query(request: web.Request, cls: type[T]) -> T:
     return structure(values, cls)
 
 
-async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
+async def _read_json(request: web.Request, empty: bool) -> Values:
+    text = bytearray()
     try:
-        text = await request.read()
+        async for chunk in request.content.iter_any():  # request.read() would hold it until the answer
+            text += chunk
+            if len(text) > request.client_max_size:
+                raise web.HTTPRequestEntityTooLarge(request.client_max_size, len(text))
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise BadRequest(f"the body cannot be read: {_reason(error)}") from None
-    request._read_bytes = None  # else aiohttp holds it until the answer, and jobs may wait for long
     if empty and not text:
         return {}
     try:
@@ -124,12 +138,12 @@ async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
     return values
 
 
-async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any], list[Upload]]:
+async def _read_form(request: web.Request, fields: type) -> tuple[Values, list[Upload]]:
     try:
         form = await request.post()
     except (ValueError, LookupError, RuntimeError, web.RequestPayloadError, HttpProcessingError) as error:
         raise BadRequest(f"the body is not a valid form: {_reason(error)}") from None
-    values: dict[str, Any] = {}
+    values: Values = {}
     files: list[Upload] = []
     for key, value in form.items():
         if isinstance(value, web.FileField):
@@ -143,13 +157,13 @@ async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any]
 
 
 def _reason(error: Exception) -> str:
-    """What aiohttp says of a body; errors that quote its bytes are told by their kind."""
+    """Format aiohttp's error about a body; name only the kind of an error that quotes its bytes."""
     if isinstance(error, HttpProcessingError):
         return type(error).__name__
     return " ".join(str(error).split()).removeprefix("400, message: ")
 
 
-def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
+def _place(values: Values, key: str, text: str, fields: type) -> None:
     """Put `a`, `a[]`, `a[b]`, `a[b][c][]` or `a[][b]` where it belongs."""
     match = _FORM_KEY.fullmatch(key)
     if match is None:
@@ -176,12 +190,12 @@ def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
         target[name] = value
 
 
-def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
-    """The one object of a list that is written as `a[][name]`.
+def _only_object(items: list[object], name: str, key: str) -> Values:
+    """Return the one object of a list that is written as `a[][name]`.
 
     Of several, as OpenAI's client writes them, nobody could say which value belongs to which.
     """
-    found: dict[str, Any] = next((item for item in items if isinstance(item, dict)), {})
+    found: Values = next((item for item in items if isinstance(item, dict)), {})
     if name in found or {name, *found} >= set(_IDENTITIES):
         field = key.partition("[")[0]
         reason = f"a form cannot say which of them it is of; give each as JSON text in {cut(field)}[]"
@@ -191,7 +205,7 @@ def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
     return found
 
 
-def _form_value(name: str, steps: list[str], text: str, fields: type) -> Any:
+def _form_value(name: str, steps: list[str], text: str, fields: type) -> object:
     known = fields_of(fields).get(name) or fields_of(SamplingParams).get(config.ALIASES.get(name, name))
     if name in _ADAPTERS and steps and steps[-1]:
         known = fields_of(LoraUse).get(steps[-1])
@@ -202,22 +216,23 @@ def _form_value(name: str, steps: list[str], text: str, fields: type) -> Any:
     return config.from_text(text, known.type)
 
 
-def _json_text(name: str, text: str) -> Any:
+def _json_text(name: str, text: str) -> object:
     try:
         return _parse(text)
     except ValueError as error:
-        raise BadRequest(f"{name}: it is not valid JSON: {error}", name) from None
+        raise BadRequest(f"it is not valid JSON: {error}", field=name) from None
 
 
-def _parse(text: str | bytes) -> Any:
-    """JSON as plain values. Raises ValueError, and BadRequest for a key that stands twice in one object."""
+def _parse(text: str | bytearray) -> object:
+    """Parse JSON. Raises ValueError, and BadRequest for a key that stands twice in one object."""
     if (text.count(",") if isinstance(text, str) else text.count(b",")) > MAX_COMMAS:
         raise ValueError(f"it has more than {MAX_COMMAS} commas")
     try:
         values = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    level, depth = [values], 0
+    level: list[object] = [values]
+    depth = 0
     while level := [child for value in level for child in _children(value)]:
         depth += 1
         if depth > MAX_DEPTH:
@@ -225,7 +240,7 @@ def _parse(text: str | bytes) -> Any:
     return values
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> Values:
     values = dict(pairs)
     if len(values) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -233,47 +248,47 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _children(value: Any) -> Iterable[Any]:
+def _children(value: object) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
-    """The client libraries' `extra_body`, in case one sends it as it stands; the top level wins."""
-    merged: dict[str, Any] = {}
+def _merge_extras(values: Values) -> Values:
+    """Merge `extra_body` of the client libraries into the top level, which wins."""
+    merged: Values = {}
     for name in _EXTRAS:
         extra = values.pop(name, None)
         if isinstance(extra, str):
             extra = _json_text(name, extra)
         if extra is not None and not isinstance(extra, dict):
-            raise BadRequest(f"{name}: {shorten(extra)} is not an object", name)
+            raise BadRequest(f"{shorten(extra)} is not an object", field=name)
         merged |= extra or {}
     return merged | values
 
 
-def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], list[str]]:
-    """API fields as `cls`, the sampling values that were given, and warnings.
+def split(body: Mapping[str, object], cls: type[T]) -> tuple[T, Values, list[str]]:
+    """Split a body into API fields as `cls`, the given sampling values, and warnings.
 
     Raises:
         UnknownField: a parameter neither knows, with the nearest one.
     """
-    api: dict[str, Any] = {}
-    sampling: dict[str, Any] = {}
+    api: Values = {}
+    sampling: Values = {}
     sent: dict[str, str] = {}
     own, shared = fields_of(cls), fields_of(SamplingParams)
     for key, value in _adapters(body).items():
         name = config.ALIASES.get(key, key)
         if name in sampling:
-            raise BadRequest(f"{key}: {sent[name]} is given too; give one of them", key)
+            raise BadRequest(f"{sent[name]} is given too; give one of them", field=key)
         if key in own:
             api[key] = value
         elif name in LOCAL_FILES and value is not None:
-            raise NotBuilt(f"{key}: {LOCAL_FILES[name]}", key)
+            raise NotBuilt(f"{LOCAL_FILES[name]}", field=key)
         elif name in shared:
             sampling[name], sent[name] = value, key
         elif key in _FIXED:
             _check_fixed(key, value)
         elif name in config.SECTION_OF:
-            raise NotBuilt(f"{key}: the server decides it, not a request", key)
+            raise NotBuilt("the server decides it, not a request", field=key)
         else:
             raise UnknownField(f"unknown parameter {shorten(key)}{nearest(key, _usable(own, shared))}", key)
     _respell(api)
@@ -283,8 +298,8 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     return fields, *_quality(sampling, fields)
 
 
-def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
-    """The names among these that a request may set, and their aliases."""
+def _usable(*known: Mapping[str, Field]) -> Iterator[str]:
+    """List the names, and their aliases, that a request may set."""
     for fields in known:
         for name, field in fields.items():
             knob = knob_of(field)
@@ -293,22 +308,22 @@ def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
 
 
 @contextmanager
-def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
-    """Errors of a sampling field name the one of the body that it was read from: `n`, `size`, `seconds`."""
+def as_sent(values: Mapping[str, object]) -> Iterator[None]:
+    """Rename the field of an error to the body's field it was read from: `n`, `size`, `seconds`."""
     try:
         yield
     except SgldError as error:
-        field, sent = error.param, _sent_as(error.param, values)
-        if field is None or sent is None:
+        sent = _sent_as(error.param, values)
+        if sent is None:
             raise
-        rest = error.message.removeprefix(f"{field}: ")
-        if sent == _MADE_OF.get(field):
-            rest = f"{shorten(values[sent])}: {field} {rest}"
-        raise type(error)(f"{sent}: {rest}", sent) from None
+        made = (
+            f"{shorten(values[sent])}: {error.param} {error.text}" if sent == _MADE_OF.get(error.param or "") else None
+        )
+        raise error.renamed(sent, made) from None
 
 
-def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
-    """Another field of the body that a sampling field was read from."""
+def _sent_as(field: str | None, values: Mapping[str, object]) -> str | None:
+    """Find another field of the body that a sampling field was read from."""
     if field is None or values.get(field) is not None:
         return None
     aliases = [name for name in values if config.ALIASES.get(name) == field]
@@ -316,31 +331,31 @@ def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
     return aliases[0] if aliases else made_of if made_of is not None and values.get(made_of) is not None else None
 
 
-def _respell(api: dict[str, Any]) -> None:
-    """OpenAI writes seconds as text; and jpg is jpeg."""
+def _respell(api: Values) -> None:
+    """Convert OpenAI's spellings: seconds as text, and jpg for jpeg."""
     if isinstance(seconds := api.get("seconds"), str):
         api["seconds"] = config.from_text(seconds, int)
     if isinstance(format := api.get("output_format"), str):
         api["output_format"] = _OPENAI_FORMATS.get(format, format)
 
 
-def _check_fixed(key: str, value: Any) -> None:
-    """Fields of `sgld generate` that have one meaning here."""
+def _check_fixed(key: str, value: object) -> None:
+    """Check a field of `sgld generate` that has one value over HTTP."""
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
-        raise NotBuilt(f"{key}: {shorten(value)} is not possible over HTTP, where it is always {fixed}", key)
+        raise NotBuilt(f"{shorten(value)} is not possible over HTTP, where it is always {fixed}", field=key)
 
 
-def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`lora`, one adapter, becomes `loras`; an adapter may be its nickname alone, and in a form it is JSON."""
+def _adapters(body: Mapping[str, object]) -> Values:
+    """Convert `lora`, one adapter, to `loras`. An adapter may be its nickname alone; a form brings JSON."""
     values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
     if len(given) > 1:
-        raise BadRequest("lora: loras is given too; give one of them", "lora")
+        raise BadRequest("loras is given too; give one of them", field="lora")
     for name in given:
         value = _parsed(name, values.pop(name))
         listed = value if isinstance(value, list) else [value]
         if name == "loras" and value is not listed:
-            raise BadRequest(f"loras: {shorten(value)} is not a list of adapters", "loras")
+            raise BadRequest(f"{shorten(value)} is not a list of adapters", field="loras")
         if len(listed) > MAX_LORAS:
             raise _too_many(name, len(listed), "adapters", MAX_LORAS)
         items = [_parsed(name, item) for item in listed]
@@ -349,28 +364,28 @@ def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _parsed(name: str, value: Any) -> Any:
-    """What JSON text says; longer than any text may be, it stays text."""
+def _parsed(name: str, value: object) -> object:
+    """Parse text that looks like JSON, unless it is longer than any text may be."""
     if isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.lstrip()[:1] in ("{", "["):
         return _json_text(name, value)
     return value
 
 
-def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
+def _size(size: str | None, sampling: Mapping[str, object]) -> dict[str, int]:
     if size in (None, "", "auto"):
         return {}
     match = _SIZE.fullmatch(size or "")
     if match is None:
-        raise BadRequest(f"size: {shorten(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", "size")
+        raise BadRequest(f"{shorten(size)} must be WIDTHxHEIGHT, such as 640x480, or auto", field="size")
     sides = {"width": int(match[1]), "height": int(match[2])}
     for name, side in sides.items():
         if sampling.get(name) not in (None, side):
-            raise BadRequest(f"size: {size!r} contradicts {name} {shorten(sampling[name])}; give one of them", "size")
+            raise BadRequest(f"{size!r} contradicts {name} {shorten(sampling[name])}; give one of them", field="size")
     return sides
 
 
-def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], list[str]]:
-    """OpenAI's words that nothing here answers to: taken, and told in a warning."""
+def _quality(sampling: Values, fields: object) -> tuple[Values, list[str]]:
+    """Drop OpenAI's values that have no effect here, with a warning for each."""
     warnings = []
     if (word := sampling.get("quality")) in OPENAI_QUALITIES:
         sampling = {**sampling, "quality": None}
@@ -382,8 +397,8 @@ def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], lis
     return sampling, warnings
 
 
-def require_prompt(sampling: Mapping[str, Any]) -> None:
-    """Every request names what to show."""
+def require_prompt(sampling: Mapping[str, object]) -> None:
+    """Check that the request has a prompt."""
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRequest(f"prompt: {shorten(prompt)} is not a text that says what to show", "prompt")
+        raise BadRequest(f"{shorten(prompt)} is not a text that says what to show", field="prompt")

@@ -21,19 +21,19 @@ RETRY = "x-should-retry"  # what OpenAI's client goes by, whatever the status
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
-    """The JSON of one error; what a client sent, however long, is not sent back."""
+    """Return the JSON of an error, without long texts that the client sent."""
     message, param = cut(message, _MESSAGE_CHARACTERS), param and cut(param)
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
 
 
 def error_of(error: SgldError) -> dict[str, object]:
-    """The JSON of a typed error."""
+    """Return the JSON of a typed error."""
     return error_body(error.status, error.code, error.message, error.param)
 
 
 def error_response(error: SgldError) -> web.Response:
-    """One error with its status; `Retry-After` where it will pass by itself.
+    """Answer an error with its status, and with `Retry-After` where it will pass by itself.
 
     Clients repeat every status from 500 on, and so generate three times, unless they are told what a repeat is worth.
     """
@@ -50,7 +50,7 @@ def error_response(error: SgldError) -> web.Response:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Typed errors become their status; aiohttp's own become the same JSON; the rest is a logged 500."""
+    """Convert typed errors to their status, aiohttp's to JSON of one form, and others to a logged 500."""
     try:
         return await handler(request)
     except OutputError as error:
@@ -70,22 +70,22 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def _without_path(error: OutputError) -> OutputError:
-    """Errors of folders that the operator has set name them, and their setting; no client needs to know."""
+    """Hide the folder and the setting that an error names; they are the operator's."""
     return error if error.param is None else OutputError("it cannot be stored; the server's log has the reason")
 
 
 def _has_gone(request: web.Request) -> bool:
-    """Whether the client's connection is closed, so that nothing can be answered."""
+    """Check that the client's connection is closed."""
     return request.transport is None or request.transport.is_closing()
 
 
 def name_request(response: web.StreamResponse) -> None:
-    """OpenAI's client shows this header in its errors."""
+    """Add the header that OpenAI's client shows in its errors."""
     response.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
 
 
 def refusal(refused: web.HTTPException, request: web.BaseRequest) -> web.Response:
-    """aiohttp's own answer (no such route, wrong method, body too large) in our form."""
+    """Convert an answer of aiohttp (no such route, wrong method, body too large) to our form."""
     reasons = {
         404: ("not_found", f"no route {request.method} {request.path}"),
         405: ("method_not_allowed", f"{request.path} does not take {request.method}"),

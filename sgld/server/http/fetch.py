@@ -48,7 +48,7 @@ _SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address belongs to the public internet; of one that carries an IPv4 address, whether that does.
+    """Check that a numeric address, or the IPv4 address that it carries, belongs to the public internet.
 
     What is no canonical address, is reserved, or belongs to a group is not public.
     """
@@ -70,7 +70,7 @@ def _nat64(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 
 def _plainly_private(host: str) -> bool:
-    """Whether a host needs no DNS to be refused: `localhost`, or an address in any spelling that `connect` takes."""
+    """Check for a private host without DNS: `localhost`, or an address in any spelling that `connect` takes."""
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -83,7 +83,7 @@ def _plainly_private(host: str) -> bool:
 
 
 def _public_socket(addr_info: tuple[Any, ...]) -> socket.socket:
-    """A socket for aiohttp to connect, unless its address is not public."""
+    """Make a socket for aiohttp to connect. Raises OSError for an address that is not public."""
     family, kind, protocol, _, address = addr_info
     if not is_public(address[0]):
         raise OSError("not a public address")
@@ -137,7 +137,7 @@ class Fetcher:
             self._session = None
 
     def check(self, text: str, param: str, needed: str = _WEB_URL) -> URL:
-        """The URL, if its own text does not speak against it; an address behind a name is checked when connecting.
+        """Parse a URL and refuse it by its text. The address behind a name is checked when connecting.
 
         Raises:
             BadRequest: not http or https, a user name or password, or an address that is not public.
@@ -149,9 +149,9 @@ class Fetcher:
             url, host = URL(), ""
         if url.scheme not in ("http", "https") or not _HOST.fullmatch(host):
             harmless = _USER_INFO.sub("//", text[:_URL_CHARACTERS].partition("?")[0])
-            raise BadRequest(f"{param}: {shorten(harmless)} is not taken: {needed}", param)
+            raise BadRequest(f"{shorten(harmless)} is not taken: {needed}", field=param)
         if url.raw_user is not None or url.raw_password is not None:
-            raise BadRequest(f"{param}: a URL with a user name or password is not taken; leave them out", param)
+            raise BadRequest("a URL with a user name or password is not taken; leave them out", field=param)
         if not self._allow_private and _plainly_private(host):
             raise self._unreachable(param, host)
         return url
@@ -159,7 +159,7 @@ class Fetcher:
     async def read(
         self, text: str, *, param: str, max_bytes: int = MAX_BYTES, media_types: Collection[str] = IMAGE_TYPES
     ) -> bytes:
-        """What an http, https or data URL holds. Errors as of `get` and `decode_data_url`."""
+        """Read the bytes of an http, https or data URL. Raises as `get` and `decode_data_url` do."""
         if text[:5].lower() == "data:":
             return await anyio.to_thread.run_sync(decode_data_url, text, param, max_bytes, media_types)
         return await self.get(text, param=param, max_bytes=max_bytes, media_types=media_types)
@@ -167,7 +167,7 @@ class Fetcher:
     async def get(
         self, url: str, *, param: str, max_bytes: int = MAX_BYTES, media_types: Collection[str] = IMAGE_TYPES
     ) -> bytes:
-        """The body at `url`.
+        """Fetch the body at `url`.
 
         Raises:
             BadRequest: a URL or address that is refused, no answer in time, another status than 200 or another media
@@ -180,17 +180,17 @@ class Fetcher:
                 return await self._follow(target, param, max_bytes, media_types)
 
     async def _follow(self, url: URL, param: str, max_bytes: int, media_types: Collection[str]) -> bytes:
-        """The body at the end of the redirects, each of which is checked as the first URL was."""
+        """Follow redirects to a body. Check each URL like the first."""
         for _ in range(MAX_REDIRECTS + 1):
             async with self._open().get(url, allow_redirects=False) as answer:
                 location = answer.headers.get("Location")
                 if answer.status not in _REDIRECTS or location is None:
                     return await _body(answer, param, max_bytes, media_types)
                 url = self.check(_joined(url, location), param)
-        raise BadRequest(f"{param}: more than {MAX_REDIRECTS} redirects; give the final URL", param)
+        raise BadRequest(f"more than {MAX_REDIRECTS} redirects; give the final URL", field=param)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
-        """The status that answers; a redirect is not followed. Raises BadRequest as `get`, naming `url`."""
+        """Post a body and return the status. Follow no redirect. Raises BadRequest as `get`, naming `url`."""
         target = self.check(url, "url")
         with self._map_os_errors("url", target):
             async with (
@@ -200,7 +200,7 @@ class Fetcher:
                 return answer.status
 
     def _open(self) -> aiohttp.ClientSession:
-        """The session; made at first use, for it needs a running loop."""
+        """Return the session, made at first use, for it needs a running loop."""
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 resolver=self._resolver or _Resolver(),
@@ -220,25 +220,25 @@ class Fetcher:
 
     @contextmanager
     def _map_os_errors(self, param: str, url: URL) -> Iterator[None]:
-        """Network errors as BadRequest that tell nothing of the network."""
+        """Convert network errors to a BadRequest that tells nothing of the network."""
         try:
             yield
         except TimeoutError:
-            raise BadRequest(f"{param}: {url.host} gave no full answer in {self._timeout_s:g} s", param) from None
+            raise BadRequest(f"{url.host} gave no full answer in {self._timeout_s:g} s", field=param) from None
         except aiohttp.ClientPayloadError:
-            raise BadRequest(f"{param}: {url.host} broke off its answer", param) from None
+            raise BadRequest(f"{url.host} broke off its answer", field=param) from None
         except aiohttp.ClientSSLError:
-            raise BadRequest(f"{param}: {url.host} has no certificate that is trusted here", param) from None
+            raise BadRequest(f"{url.host} has no certificate that is trusted here", field=param) from None
         except (aiohttp.ClientError, OSError, UnicodeError):  # UnicodeError: a name that DNS cannot hold
             raise self._unreachable(param, str(url.host)) from None
 
     def _unreachable(self, param: str, host: str) -> SgldError:
         reasons = "no such host, or no answer" if self._allow_private else "no such host, no answer, or not public"
-        return BadRequest(f"{param}: {shorten(host)} cannot be reached: {reasons}", param)
+        return BadRequest(f"{shorten(host)} cannot be reached: {reasons}", field=param)
 
 
 def _joined(url: URL, location: str) -> str:
-    """Where a redirect leads; text that is no URL stays as it is, to be refused."""
+    """Resolve the location of a redirect. Text that is no URL stays as it is, to be refused."""
     try:
         return urljoin(str(url), location)
     except ValueError:
@@ -246,16 +246,16 @@ def _joined(url: URL, location: str) -> str:
 
 
 async def _body(answer: aiohttp.ClientResponse, param: str, max_bytes: int, media_types: Collection[str]) -> bytes:
-    """The body as it comes, whatever length it claims."""
+    """Read the body up to a limit, whatever length it claims."""
     host = answer.url.host
     if answer.status != 200:
-        raise BadRequest(f"{param}: {host} answered {answer.status}; 200 is needed", param)
+        raise BadRequest(f"{host} answered {answer.status}; 200 is needed", field=param)
     if answer.content_type not in media_types:
         allowed = ", ".join(media_types)
-        raise BadRequest(f"{param}: {host} sent {shorten(answer.content_type)}; allowed are {allowed}", param)
+        raise BadRequest(f"{host} sent {shorten(answer.content_type)}; allowed are {allowed}", field=param)
     coding = answer.headers.get("Content-Encoding", "identity")
     if coding.lower() != "identity":
-        raise BadRequest(f"{param}: {host} sent it encoded as {shorten(coding)}, which was not asked for", param)
+        raise BadRequest(f"{host} sent it encoded as {shorten(coding)}, which was not asked for", field=param)
     body = bytearray()
     async for chunk in answer.content.iter_any():
         body += chunk
@@ -265,13 +265,13 @@ async def _body(answer: aiohttp.ClientResponse, param: str, max_bytes: int, medi
 
 
 def _too_large(param: str, max_bytes: int) -> TooLarge:
-    return TooLarge(f"{param}: more than {max_bytes} bytes, which is the limit", param)
+    return TooLarge(f"more than {max_bytes} bytes, which is the limit", field=param)
 
 
 def decode_data_url(
     text: str, param: str, max_bytes: int = MAX_BYTES, media_types: Collection[str] = IMAGE_TYPES
 ) -> bytes:
-    """The bytes of `data:TYPE;base64,...`; megabytes take a while, so call it in a thread.
+    """Decode `data:TYPE;base64,...`. Call it in a thread, for megabytes take a while.
 
     Raises:
         BadRequest: another form or media type, or anything in the base64 text that does not belong there.
@@ -280,15 +280,15 @@ def decode_data_url(
     header, comma, payload = text.partition(",")
     match = _DATA_HEADER.fullmatch(header)
     if match is None or not comma:
-        raise BadRequest(f"{param}: {shorten(header)} is not of the form data:image/png;base64,...", param)
+        raise BadRequest(f"{shorten(header)} is not of the form data:image/png;base64,...", field=param)
     if match[1].lower() not in media_types:
-        raise BadRequest(f"{param}: {shorten(match[1])} is not one of {', '.join(media_types)}", param)
+        raise BadRequest(f"{shorten(match[1])} is not one of {', '.join(media_types)}", field=param)
     if len(payload) > (max_bytes + 2) // 3 * 4:
         raise _too_large(param, max_bytes)
     try:
         data = binascii.a2b_base64(payload, strict_mode=True)
     except ValueError as error:
-        raise BadRequest(f"{param}: the data URL is not valid base64: {error}", param) from None
+        raise BadRequest(f"the data URL is not valid base64: {error}", field=param) from None
     if len(data) > max_bytes:
         raise _too_large(param, max_bytes)
     return data

@@ -55,7 +55,7 @@ async def send_file(request: web.Request, path: Path, media_type: str) -> web.St
 
 
 async def _readable(request: web.Request, path: Path) -> web.Request:
-    """The request, without a `Range` that brings the whole file (RFC 9110, sections 13.1.5 and 14.2).
+    """Drop a `Range` that brings the whole file (RFC 9110, sections 13.1.5 and 14.2) from the request.
 
     Such are another unit, several ranges, what is no range, and one for another file than this one. aiohttp refuses
     the first three, and knows no `If-Range` with an entity tag.
@@ -73,7 +73,7 @@ async def _readable(request: web.Request, path: Path) -> web.Request:
 
 
 async def _entity_tag(path: Path) -> str | None:
-    """The `ETag` that aiohttp gives the file; None where there is none."""
+    """Compute the `ETag` that aiohttp gives the file; None for a file that has gone."""
     try:
         found = await anyio.Path(path).stat()
     except OSError:

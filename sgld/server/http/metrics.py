@@ -69,7 +69,7 @@ class Metrics:
             self._cancelled.labels(kind)
 
     def watch(self, queued: Callable[[], int], running: Callable[[], int], restarts: Callable[[], int]) -> None:
-        """Where the live values are read, on the loop, at every scrape; `restarts` never falls."""
+        """Set the sources of the live values, read on the loop at every scrape; `restarts` never falls."""
         self._sources = {self._queued: queued, self._running: running}
         self._count_restarts = restarts
 
@@ -77,14 +77,14 @@ class Metrics:
         self._finished.labels(kind).inc()
 
     def job_failed(self, kind: str, code: str) -> None:
-        """`code` is that of a `SgldError`."""
+        """Count a failed job by the `code` of its SgldError."""
         self._failed.labels(kind, code).inc()
 
     def job_cancelled(self, kind: str) -> None:
         self._cancelled.labels(kind).inc()
 
     def stages(self, timings: Timings) -> None:
-        """What rank 0 measured of one output."""
+        """Record the timings that rank 0 measured of one output."""
         for name, milliseconds in timings.stages_ms.items():
             self.stage(name, milliseconds / 1e3)
         for milliseconds in timings.steps_ms:
@@ -92,11 +92,11 @@ class Metrics:
         self._peak_memory.set(timings.peak_memory_bytes)
 
     def stage(self, name: str, seconds: float) -> None:
-        """One stage of an output."""
+        """Record the time of one stage of an output."""
         self._stage_seconds.labels(name).observe(seconds)
 
     def saved(self, destination: str, seconds: float) -> None:
-        """The stage that the loop measures itself; `destination` is a kind of place, such as local."""
+        """Record the time to save an output; `destination` is a kind of place, such as local."""
         self.stage("save", seconds)
         self._upload_seconds.labels(destination).observe(seconds)
 
@@ -120,7 +120,7 @@ routes = web.RouteTableDef()
 @routes.get("/metrics")
 @Described(media=("text/plain", "application/openmetrics-text"))
 async def show(request: web.Request) -> web.Response:
-    """All metrics, in the text format of Prometheus or of OpenMetrics, as `Accept` asks."""
+    """Show all metrics, in the text format of Prometheus or of OpenMetrics, as `Accept` asks."""
     metrics = request.app[METRICS]
     metrics.read_live()
     encode, content_type = choose_encoder(request.headers.get(hdrs.ACCEPT, ""))
@@ -149,6 +149,6 @@ async def count_requests(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def _route(request: web.Request) -> str:
-    """The route as it is declared, `/v1/videos/{id}`, never as it was called."""
+    """Return the route as declared, `/v1/videos/{id}`, never as called."""
     resource = request.match_info.route.resource
     return UNMATCHED if resource is None else resource.canonical

@@ -55,13 +55,13 @@ class _Connection(web.RequestHandler):
         return answer
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """A body that cannot be read has been answered, and is no fault of this server."""
+        """Log a failed handler, except for a body that cannot be read, which has been answered."""
         if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **kw)
 
 
 def most_connections() -> int:
-    """As many as leave descriptors for everything else."""
+    """Return the number of connections that leaves descriptors for everything else."""
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS)
 
 
@@ -87,7 +87,7 @@ class Runner(web.AppRunner):
 def _answering(
     handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
-    """What aiohttp refuses before the middlewares, an unknown `Expect`, in our form."""
+    """Convert what aiohttp refuses before the middlewares, an unknown `Expect`, to our form."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         try:

@@ -1,4 +1,4 @@
-"""Pictures that clients send: verified before anything else reads them, kept under names of our own."""
+"""Verify the pictures that clients send, and store them under names of our own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ import attrs
 from PIL import ExifTags, Image, ImageOps
 
 from sgld import inputs
-from sgld.errors import NotFound, OutputError, SgldError
+from sgld.errors import BadRequest, MissingFile, NotFound, OutputError, SgldError
 from sgld.inputs import opened
 from sgld.params import SamplingParams
 from sgld.storage.local import LocalStorage
@@ -30,6 +30,7 @@ _NAME_CHARACTERS, _FOLDER_CHARACTERS = 40, 16
 _UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
 MASK = "mask"  # the field of a mask
 DECODERS = anyio.CapacityLimiter(2)  # each may hold 4 bytes for each of inputs.MAX_PIXELS
+Arrival = tuple[str, str | None, bytes]  # field, the client's file name, and content of a picture
 
 
 @attrs.frozen
@@ -46,17 +47,17 @@ class Picture:
 async def read_picture(data: bytes, name: str | None, param: str) -> Picture:
     """Decode a png, jpeg, webp or gif completely, and turn it as its EXIF orientation says.
 
-    The client's own bytes are kept where they are one upright picture already; an animation gives its first frame.
+    The client's bytes stay as they are if they are one upright picture. An animation gives its first frame.
 
     Raises:
         BadRequest: another format, or truncated or damaged.
-        TooLarge: more than `inputs.MAX_PIXELS`; told from the header, before anything is decoded.
+        TooLarge: more than `inputs.MAX_PIXELS` by the header, before anything is decoded.
     """
     return await anyio.to_thread.run_sync(_read, data, safe_name(name), param, limiter=DECODERS)
 
 
 def safe_name(name: str | None) -> str:
-    """The letters and digits of a client's file name, without its folders and extension; `picture` if none are left."""
+    """Return the letters and digits of the stem of a client's file name; `picture` if none are left."""
     stem = PurePosixPath((name or "").replace("\\", "/")).stem
     return _UNSAFE.sub("-", stem)[:_NAME_CHARACTERS].strip("-") or "picture"
 
@@ -81,9 +82,9 @@ def _upright(image: Image.Image, data: bytes, name: str) -> Picture:
 
 
 async def keep(picture: Picture, root: Path) -> str:
-    """Store a picture under `root`, whole or not at all, and return the name it got.
+    """Store a picture under `root`, whole or not at all, and return its name: a random part, then the client's.
 
-    The name is random; what the client called it only follows. Raises OutputError, whose reason is in the log.
+    Raises OutputError; the log has the reason.
     """
     name = f"{secrets.token_hex(16)}-{picture.name}.{picture.format}"
     await anyio.to_thread.run_sync(_write, picture.data, root, name)
@@ -91,7 +92,7 @@ async def keep(picture: Picture, root: Path) -> str:
 
 
 def called(path: str) -> str:
-    """What the client called a picture that `keep` stored, as far as its name tells."""
+    """Return the client's part of the name of a stored picture."""
     return Path(path).stem.partition("-")[2]
 
 
@@ -105,10 +106,9 @@ def _write(data: bytes, root: Path, name: str) -> None:
 
 
 def folder(parent: Path, results: Path | None) -> Path:
-    """Where the pictures of one server lie: apart from those of other servers, so that it may sweep them.
+    """Return the absolute path of a server's own folder of pictures, which it may sweep.
 
-    The next server with the same folder of results finds the same one; None: there will be no next one. The path is
-    absolute, for jobs that outlive the server name it.
+    A server with the same folder of results gets the same one. Without results the folder is random.
     """
     parent = parent.absolute()
     if results is None:
@@ -117,7 +117,7 @@ def folder(parent: Path, results: Path | None) -> Path:
 
 
 async def sweep(named: Collection[str], root: Path) -> None:
-    """Delete all but the named files: what a server that was killed has left. An empty folder goes too."""
+    """Delete all files but the named ones, and the folder if it is empty then."""
     await anyio.to_thread.run_sync(_sweep, named, root)
 
 
@@ -133,7 +133,7 @@ def _sweep(named: Collection[str], root: Path) -> None:
 
 
 async def remove(names: Iterable[str], root: Path) -> None:
-    """Delete what `keep` stored; a name that is gone already is no error."""
+    """Delete stored pictures. A missing file is no error."""
     await anyio.to_thread.run_sync(_unlink, list(names), LocalStorage(root))
 
 
@@ -142,31 +142,60 @@ def _unlink(names: list[str], storage: LocalStorage) -> None:
         storage.path(name).unlink(missing_ok=True)
 
 
-def without_paths(error: SgldError, params: SamplingParams) -> SgldError:
-    """What is wrong with a file of a request, without saying where this server has it; other errors as they are."""
-    files: dict[str, tuple[str, str | None]] = {}  # how its message begins -> how it is told instead, and the field
-    for path in params.image_path or []:
-        files[f"{inputs.PICTURE}: {path!r}"] = f"the picture {called(path)!r}", None
-    files |= {f"{inputs.MASK}: {params.mask_path!r}": (f"{MASK}: it", MASK)}
-    files |= {f"loras: {lora.path!r}": (f"loras: {lora.nickname!r}", "loras") for lora in params.loras}
-    for begin, (instead, param) in files.items():
-        if error.message.startswith(begin):
-            rest = error.message.removeprefix(begin)
-            if rest.startswith(": no such file"):
-                log.error("%s", error)
-                return NotFound(f"{instead} is gone from the server; send the request again", param)
-            return type(error)(instead + rest, param)
-    return error
+@attrs.frozen
+class StoredPictures:
+    """The pictures of one request in the folder of uploads."""
+
+    names: list[str]
+    sampling: dict[str, Any]  # the sampling fields that name them
+    size: tuple[int, int] | None = None  # width and height of the picture that gives the shape
 
 
-async def copy(params: SamplingParams, root: Path) -> tuple[dict[str, Any], list[str]]:
-    """Copy the pictures of a request: the sampling fields that name the copies, and their names. Raises NotFound."""
-    old = [*(params.image_path or []), *([params.mask_path] if params.mask_path is not None else [])]
-    new = await anyio.to_thread.run_sync(_copy, [Path(path).name for path in old], root)
-    paths = [str(root / name) for name in new]
+@asynccontextmanager
+async def stored(arrivals: AsyncIterable[Arrival], root: Path, shape_from: int) -> AsyncIterator[StoredPictures]:
+    """Store pictures and mask one by one, and remove them again if the body raises.
+
+    Raises:
+        BadRequest, TooLarge: a picture cannot be read, or a mask does not fit.
+        OutputError: a picture cannot be stored.
+    """
+    names: list[str] = []
+    pictures: list[str] = []
+    masks: list[str] = []
+    try:
+        async for field, client_name, data in arrivals:
+            names.append(await keep(await read_picture(data, client_name, field), root))
+            (masks if field == MASK else pictures).append(str(root / names[-1]))
+        mask = masks[0] if masks else None
+        size = await measure(pictures[shape_from], mask) if pictures else None
+        yield StoredPictures(names, _sampling(pictures, mask), size)
+    except BaseException:
+        await remove(names, root)
+        raise
+
+
+@asynccontextmanager
+async def copied(params: SamplingParams, root: Path) -> AsyncIterator[StoredPictures]:
+    """Copy the pictures of another request, and remove the copies again if the body raises.
+
+    Raises:
+        NotFound: one of them is gone.
+        OutputError: a copy cannot be stored.
+    """
+    old = [Path(path).name for path in [*(params.image_path or []), params.mask_path] if path is not None]
+    new = await anyio.to_thread.run_sync(_copy, old, root)
     count = len(params.image_path or [])
-    mask = paths[count] if paths[count:] else None
-    return {"image_path": paths[:count] or None, "mask_path": mask}, new
+    paths = [str(root / name) for name in new]
+    try:
+        yield StoredPictures(new, _sampling(paths[:count], paths[count] if paths[count:] else None))
+    except BaseException:
+        await remove(new, root)
+        raise
+
+
+def _sampling(pictures: list[str], mask: str | None) -> dict[str, Any]:
+    fields = {inputs.PICTURE: pictures or None, inputs.MASK: mask}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _copy(names: list[str], root: Path) -> list[str]:
@@ -179,7 +208,35 @@ def _copy(names: list[str], root: Path) -> list[str]:
             with storage.create(made) as part:
                 shutil.copyfile(storage.path(name), part)
     except BaseException:
-        for made in copies:
-            storage.path(made).unlink(missing_ok=True)
+        _unlink(copies, storage)
         raise
     return copies
+
+
+async def measure(picture: str, mask: str | None) -> tuple[int, int]:
+    """Return a picture's width and height. Raises BadRequest for a mask that does not fit it."""
+    return await anyio.to_thread.run_sync(_measure, picture, mask, limiter=DECODERS)
+
+
+def _measure(picture: str, mask: str | None) -> tuple[int, int]:
+    try:
+        size = inputs.size_of(picture)
+        if mask is not None:
+            inputs.read_mask(mask, size)
+    except BadRequest as error:
+        raise without_paths(error, SamplingParams(image_path=[picture], mask_path=mask)) from None
+    return size
+
+
+def without_paths(error: SgldError, params: SamplingParams) -> SgldError:
+    """Return the error of a request's file without its path on this server, and other errors as they are."""
+    labels: dict[str | None, tuple[str | None, str]] = {params.mask_path: (MASK, "it")}
+    labels |= {path: (None, f"the picture {called(path)!r}") for path in params.image_path or []}
+    labels |= {lora.path: ("loras", repr(lora.nickname)) for lora in params.loras}
+    if error.file is None or error.file not in labels:
+        return error
+    field, label = labels[error.file]
+    if isinstance(error, MissingFile):
+        log.error("%s", error)
+        return NotFound(f"{label} is gone from the server; send the request again", field=field)
+    return error.renamed(field, label + error.reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any, ClassVar
@@ -53,6 +53,10 @@ def event_text(name: str, data: dict[str, Any]) -> str:
     return json.dumps({"type": f"video.{name}", **data})
 
 
+def _texts(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
 @attrs.define(eq=False)
 class Job:
     """Mutable, and touched by the loop alone. Plain data, so that the journal can hold it, but for the log."""
@@ -67,7 +71,7 @@ class Job:
     priority: str = "normal"
     previews: int = 0
     remixed_from: str | None = None
-    inputs: tuple[str, ...] = attrs.field(default=(), converter=tuple)  # names of uploads
+    inputs: tuple[str, ...] = attrs.field(default=(), converter=_texts)  # names of uploads
     idempotency_key: str | None = None
     digest: str = ""  # of the request that has the key
     created_at: float = attrs.field(factory=time.time)
@@ -82,7 +86,7 @@ class Job:
     total: int = 0
     error: SgldError | None = None
     artifacts: tuple[Artifact, ...] = attrs.field(default=(), converter=tuple)
-    notes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    notes: tuple[str, ...] = attrs.field(default=(), converter=_texts)
     prompt_tokens: int = 0
     output_tokens: int = 0
     # of this process only

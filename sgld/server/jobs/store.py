@@ -107,7 +107,7 @@ class JobStore:
             job.publish("queued", self.state(job))
         if journal is not None:
             await uploads.sweep({name for job in self._jobs for name in job.inputs}, self.uploads)
-            await self.outputs.sweep()
+            await self.outputs.store.sweep()
         self._spawn(self._sweep())
 
     def _lost(self, job: Job) -> SgldError | None:
@@ -165,7 +165,9 @@ class JobStore:
         while (before := self._repeated(job)) is not None:
             if (writing := self._admitting.get(before)) is not None:
                 await writing.wait()  # whether it is taken at all
-            elif before.status != "completed" or await self.outputs.keeps(before.artifacts):
+            elif before.status != "completed" or await self.outputs.store.exists(
+                each.name for each in before.artifacts
+            ):
                 return before
             else:
                 self._release_key(before)  # its files have vanished: they are made anew
@@ -434,7 +436,7 @@ class JobStore:
         """Remove what was written of a job that came to nothing."""
         if saves:
             await asyncio.wait(saves)
-        await self.outputs.remove(job.file_names())
+        await self.outputs.store.delete(job.file_names())
 
     async def _end(self, job: Job, error: SgldError | None) -> None:
         """Write a settled job's end down, then tell it."""
@@ -467,7 +469,7 @@ class JobStore:
 
     async def _remove_files(self, jobs: list[Job]) -> None:
         for job in jobs:
-            await self.outputs.remove([*job.file_names(), *job.picture_names()])
+            await self.outputs.store.delete([*job.file_names(), *job.picture_names()])
             if job.inputs:
                 await uploads.remove(job.inputs, self.uploads)
 
@@ -525,7 +527,7 @@ class JobStore:
     def _repeated(self, job: Job) -> Job | None:
         before = self._repeats.get((job.owner, job.idempotency_key)) if job.idempotency_key is not None else None
         if before is not None and before.digest != job.digest:
-            raise BadRequest("Idempotency-Key: it came before with another request; take a new one", "Idempotency-Key")
+            raise BadRequest("it came before with another request; take a new one", field="Idempotency-Key")
         return before
 
     def _enqueue(self, job: Job) -> None:

@@ -158,7 +158,7 @@ class Webhooks:
         endpoints = self._of(owner)[::-1]
         ids = [endpoint.id for endpoint in endpoints]
         if after is not None and after not in ids:
-            raise NotFound(f"after: webhook endpoint {shorten(after)} does not exist", "after")
+            raise NotFound(f"webhook endpoint {shorten(after)} does not exist", field="after")
         start = 0 if after is None else ids.index(after) + 1
         end = start + limit
         return endpoints[start:end], end < len(endpoints)
@@ -218,7 +218,7 @@ class Webhooks:
     def _check(self, name: str | None, url: str | None, event_types: list[str] | None) -> None:
         """Check what the wire types do not. Raises BadRequest."""
         if name is not None and not 0 < len(name) <= NAME_CHARACTERS:
-            raise BadRequest(f"name: {len(name)} characters; 1 to {NAME_CHARACTERS} are allowed", "name")
+            raise BadRequest(f"{len(name)} characters; 1 to {NAME_CHARACTERS} are allowed", field="name")
         if url is not None:
             self._fetcher.check(url, "url")
         if event_types is not None and (not event_types or len(set(event_types)) < len(event_types)):

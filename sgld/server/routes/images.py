@@ -1,4 +1,4 @@
-"""`/v1/images`: pictures, as base64 or as addresses, at once or streamed with previews."""
+"""`/v1/images`: pictures as base64 or addresses, at once or streamed with previews."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import base64
 import json
 import logging
 import time
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse, sse_response
 
-from sgld import media
 from sgld.convert import shorten
 from sgld.errors import BadRequest, NotFound, SgldError
 from sgld.server.http.auth import IDENTITY
-from sgld.server.http.body import as_sent, read_body, read_query, require_prompt, split
+from sgld.server.http.body import read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
 from sgld.server.http.errors import INTERNAL, error_of
 from sgld.server.http.files import send_file
+from sgld.server.http.pictures import MASK, Source
 from sgld.server.http.schema import (
     CompletedImage,
     EditFields,
@@ -34,13 +36,12 @@ from sgld.server.http.schema import (
     body,
 )
 from sgld.server.http.urls import absolute
-from sgld.server.jobs.inputs import MASK
 from sgld.server.jobs.job import Artifact, Job
-from sgld.server.routes import pictures
-from sgld.server.service import SERVICE, Service
+from sgld.server.service import SERVICE, ParsedRequest, RequestSpec, Service
 
 log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
+F = TypeVar("F", bound=ImageFields)
 KEEP_ALIVE_S = 5.0
 PICTURE_FIELDS = ("image", "images", "url", "mask")
 GENERATION_EVENTS, EDIT_EVENTS = (
@@ -63,7 +64,7 @@ GENERATION_EVENTS, EDIT_EVENTS = (
 )
 async def generate(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures; the answer waits for them. A client that goes away cancels the job."""
-    return await _make(request, ImageFields, "image_generation")
+    return await _make(request, GENERATION, "image_generation")
 
 
 @routes.post("/v1/images/edits")
@@ -82,7 +83,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
 )
 async def edit(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures from pictures and a prompt."""
-    return await _make(request, EditFields, "image_edit")
+    return await _make(request, EDIT, "image_edit")
 
 
 @routes.post("/v1/images/variations")
@@ -100,7 +101,7 @@ async def edit(request: web.Request) -> web.StreamResponse:
 )
 async def vary(request: web.Request) -> web.StreamResponse:
     """Make `n` pictures from one picture."""
-    return await _make(request, EditFields, "image_edit", prompted=False)
+    return await _make(request, VARIATION, "image_edit")
 
 
 @routes.get("/v1/images/{id}/content")
@@ -112,86 +113,77 @@ async def vary(request: web.Request) -> web.StreamResponse:
     other=FILE_STATUSES,
 )
 async def content(request: web.Request) -> web.StreamResponse:
-    """The file of one output; `variant` is its number."""
+    """Send the file of one output; `variant` is its number."""
     service = request.app[SERVICE]
     job = service.jobs.get("image", request.match_info["id"], request[IDENTITY])
     artifact = artifact_of(job, read_query(request, PictureQuery).variant)
-    return await send_file(request, service.jobs.outputs.root / artifact.name, artifact.media_type)
+    return await send_result(request, artifact.name, artifact.media_type)
+
+
+async def send_result(request: web.Request, name: str, media_type: str) -> web.StreamResponse:
+    """Send a result from the store, or redirect to its address."""
+    found = await request.app[SERVICE].jobs.outputs.store.serve(name)
+    if isinstance(found, str):
+        raise web.HTTPFound(found)
+    return await send_file(request, found, media_type)
 
 
 def artifact_of(job: Job, variant: str) -> Artifact:
-    """An output by its number. Raises NotFound."""
+    """Return an output by its number. Raises NotFound."""
     if job.status != "completed":
         reason = job.error.message if job.error is not None else f"it is {job.status}, {job.progress} %"
         raise NotFound(f"{job.kind} {job.id!r} has no content: {reason}", "id")
     numbers = [str(i) for i in range(len(job.artifacts))]
     if variant not in numbers:
-        raise NotFound(f"variant: {variant!r} is not one of {', '.join(numbers)}", "variant")
+        raise NotFound(f"{variant!r} is not one of {', '.join(numbers)}", field="variant")
     return job.artifacts[int(variant)]
 
 
-async def _make(
-    request: web.Request, cls: type[ImageFields], event: str, *, prompted: bool = True
-) -> web.StreamResponse:
-    service = request.app[SERVICE]
-    job, fields = await _submit(request, cls, prompted)
-    async with service.jobs.attend(job):
-        if fields.stream:
-            return await _stream(request, job, fields, event)
-        await job.wait()
-        if job.error is not None:
-            raise job.error
-        return await _answer(request, job, fields)
-
-
-async def _submit(request: web.Request, cls: type[ImageFields], prompted: bool) -> tuple[Job, ImageFields]:
-    """Queue what is asked for. While it waits, nothing of the body is held."""
-    service = request.app[SERVICE]
-    content = await read_body(request, cls)
-    sources = pictures.find_sources(content, PICTURE_FIELDS if cls is EditFields else ())
-    fields, sampling, notes = split(content.values, cls)
+def _parse(
+    cls: type[F], service: Service, values: dict[str, Any], sources: Sequence[Source], *, prompted: bool = True
+) -> ParsedRequest[F]:
+    """Read the body of an image request. Raises BadRequest, UnknownModel."""
+    fields, sampling, notes = split(values, cls)
     if prompted:
         require_prompt(sampling)
-    if cls is EditFields and not any(source.field != MASK for source in sources):
-        raise BadRequest("image: a picture is needed: a file, or an http(s) or data: URL in url", "image")
+    if cls is EditFields and all(source.field == MASK for source in sources):
+        raise BadRequest("a picture is needed: a file, or an http(s) or data: URL in url", field="image")
     service.check_model(fields.model)
-    _check(fields, sampling)
-    pictures.check(sources, service.loaded().pictures.max, service.model_id)
-    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().pictures.shape_from) as kept:
-        with as_sent(content.values):
-            resolved = service.params({**sampling, "num_frames": 1, **kept.sampling}, kept.size)
-            media.check_encodable(
-                fields.output_format,
-                resolved.spec,
-                metadata=service.jobs.outputs.describe(resolved.params),
-            )
-        job = await service.new_job(
-            request,
-            "image",
-            fields,
-            await service.adapted(resolved),
-            content,
-            output_format=fields.output_format,
-            previews=fields.partial_images if fields.stream else 0,
-            notes=notes + _without_effect(fields, sampling) + [*resolved.notes],
-            inputs=kept.names,
-        )
-        job = await service.submit(job)
-    return job, fields
-
-
-def _check(fields: ImageFields, sampling: dict[str, object]) -> None:
     if sampling.get("num_frames") not in (None, 1):
-        raise BadRequest(
-            f"num_frames: {shorten(sampling['num_frames'])} frames are a video; POST /v1/videos makes those",
-            "num_frames",
-        )
+        frames = shorten(sampling["num_frames"])
+        raise BadRequest(f"{frames} frames are a video; POST /v1/videos makes those", field="num_frames")
     if fields.partial_images and not fields.stream:
         raise BadRequest("partial_images: previews come in a stream; give stream true, or leave it out", "stream")
+    return ParsedRequest(
+        fields,
+        {**sampling, "num_frames": 1},
+        fields.output_format,
+        fields.partial_images if fields.stream else 0,
+        notes + _without_effect(fields, sampling),
+    )
+
+
+GENERATION = RequestSpec("image", ImageFields, partial(_parse, ImageFields))
+EDIT = RequestSpec("image", EditFields, partial(_parse, EditFields), PICTURE_FIELDS)
+VARIATION = RequestSpec("image", EditFields, partial(_parse, EditFields, prompted=False), PICTURE_FIELDS)
+
+
+async def _make(request: web.Request, spec: RequestSpec[F], event: str) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    job, fields = await service.submit(request, spec)
+    in_memory = job.file_names() if fields.stream or fields.response_format == "b64_json" else ()
+    with service.jobs.outputs.retain(in_memory):
+        async with service.jobs.attend(job):
+            if fields.stream:
+                return await _stream(request, job, fields, event)
+            await job.wait()
+            if job.error is not None:
+                raise job.error
+            return await _answer(request, job, fields)
 
 
 def _without_effect(fields: ImageFields, sampling: dict[str, object]) -> list[str]:
-    """Warnings of settings that this kind of picture does not have."""
+    """Return warnings for settings without effect on this kind of picture."""
     reasons = dict.fromkeys(("fps", "x264_preset", "adjust_frames", "num_frames_round_down"), "a picture has one frame")
     if fields.output_format == "png":
         reasons |= dict.fromkeys(("output_quality", "output_compression"), "a png loses nothing")
@@ -232,17 +224,17 @@ async def _base64(service: Service, job: Job, index: int) -> str:
 
 
 def usage(job: Job, outputs: int | None = None) -> Usage:
-    """Tokens of the prompt, and of the latents that were denoised: for so many of the equal outputs, or for all."""
+    """Count the tokens of the prompt and of the denoised latents, for some of the outputs or for all."""
     details = InputTokensDetails(text_tokens=job.prompt_tokens, image_tokens=0)
     made = job.output_tokens if outputs is None else job.output_tokens * outputs // len(job.artifacts)
     return Usage(job.prompt_tokens, details, made, job.prompt_tokens + made)
 
 
 async def _stream(request: web.Request, job: Job, fields: ImageFields, event: str) -> web.StreamResponse:
-    """Previews and pictures as OpenAI's client reads them; an error is an event, and `[DONE]` ends the stream."""
+    """Stream previews and pictures in OpenAI's form. An error is an event, and `[DONE]` ends the stream."""
     async with sse_response(request, ping_interval=KEEP_ALIVE_S, allow_all_methods=True, sep="\n") as stream:
         try:
-            await _tell(request.app[SERVICE], stream, job, fields, event)
+            await _send_events(request.app[SERVICE], stream, job, fields, event)
         except SgldError as error:
             await stream.send(json.dumps(error_of(error)), event="error")
         except (ConnectionError, TimeoutError):  # the client has gone, or reads nothing
@@ -254,8 +246,10 @@ async def _stream(request: web.Request, job: Job, fields: ImageFields, event: st
     return stream
 
 
-async def _tell(service: Service, stream: EventSourceResponse, job: Job, fields: ImageFields, event: str) -> None:
-    """Send what happens to a job until its end. Raises its error."""
+async def _send_events(
+    service: Service, stream: EventSourceResponse, job: Job, fields: ImageFields, event: str
+) -> None:
+    """Send the events of a job until its end. Raises the error of the job."""
     common = {
         "background": "opaque",
         "created_at": int(job.created_at),
@@ -268,13 +262,12 @@ async def _tell(service: Service, stream: EventSourceResponse, job: Job, fields:
         data = {"type": f"{event}.{name}", **common, **own}
         await stream.send(await anyio.to_thread.run_sync(json.dumps, data), event=f"{event}.{name}")
 
-    async for told in job.follow():
-        if told.name == "preview":
-            shown = {"partial_image_index": told.data["index"], "output_index": told.data["output"]}
-            await send("partial_image", b64_json=told.data["b64_json"], **shown)
+    async for change in job.follow():
+        if change.name == "preview":
+            index = {"partial_image_index": change.data["index"], "output_index": change.data["output"]}
+            await send("partial_image", b64_json=change.data["b64_json"], **index)
     if job.error is not None:
         raise job.error
-    for index in range(len(job.artifacts)):
-        picture = await _base64(service, job, index)
-        last = {"usage": body(usage(job, 1)), "id": job.id, "seed": job.seeds[index], "output_index": index}
-        await send("completed", b64_json=picture, warnings=job.notes, **last)
+    for i in range(len(job.artifacts)):
+        own = {"usage": body(usage(job, 1)), "id": job.id, "seed": job.seeds[i], "output_index": i}
+        await send("completed", b64_json=await _base64(service, job, i), warnings=job.notes, **own)

@@ -35,33 +35,33 @@ LEGACY_TASKS = {
 @routes.get("/liveness")
 @Described(answer=Liveness)
 async def liveness(_: web.Request) -> web.Response:
-    """200 as long as the process answers."""
+    """Answer 200 as long as the process lives."""
     return web.json_response(body(Liveness()))
 
 
 @routes.get("/health")
 @Described(answer=Health, unready=Health)
 async def health(request: web.Request) -> web.Response:
-    """200 once the model is loaded and warm, 503 before, while the workers restart, and while the server stops."""
+    """Answer 200 once the model is loaded and warm; 503 before, during a restart of the workers, and at the end."""
     service = request.app[SERVICE]
-    state = service.engine.state if service.warm else "loading"
+    state: str = service.engine.state if service.warm else "loading"
     ready = service.ready and not service.jobs.draining
     state = "stopping" if service.jobs.draining else "ok" if ready else state
-    answer = Health(state, __version__, service.engine.group.restarts)
+    answer = Health(state, __version__, service.engine.status.restarts)
     return web.json_response(body(answer), status=200 if ready else 503)
 
 
 @routes.get("/v1/models")
 @Described(answer=ModelList)
 async def models(request: web.Request) -> web.Response:
-    """The one model that is served."""
+    """List the one model that is served."""
     return web.json_response(body(ModelList([_card(request.app[SERVICE])])))
 
 
 @routes.get("/v1/models/{id:.+}")
 @Described(answer=ModelCard, id="id of the model, or the path it was loaded from; a slash may be %2F", errors=(404,))
 async def model(request: web.Request) -> web.Response:
-    """That model, by the id it is listed under or the path it was loaded from; a slash may be written as %2F."""
+    """Return the model, by the id it is listed under or the path it was loaded from; a slash may be %2F."""
     service = request.app[SERVICE]
     service.check_model(request.match_info["id"])
     return web.json_response(body(_card(service)))
@@ -70,7 +70,7 @@ async def model(request: web.Request) -> web.Response:
 @routes.get("/models")
 @Described(answer=LoadedModel, errors=(503,))
 async def loaded_model(request: web.Request) -> web.Response:
-    """What is loaded, by the names of the replaced system."""
+    """Describe the loaded model by the names of the replaced system."""
     service = request.app[SERVICE]
     settings, info = service.settings, service.loaded()
     tasks = _tasks(info)
@@ -90,7 +90,7 @@ async def loaded_model(request: web.Request) -> web.Response:
 @routes.get("/server_info")
 @Described(answer=ServerInfo)
 async def server_info(request: web.Request) -> web.Response:
-    """The process: version, model and workers; no secret."""
+    """Describe the process: version, model and workers; no secret."""
     service = request.app[SERVICE]
     answer = ServerInfo(
         model_path=service.settings.model_path,
@@ -102,7 +102,7 @@ async def server_info(request: web.Request) -> web.Response:
         version=__version__,
         state=service.engine.state,
         started_at=service.started_at,
-        restarts=service.engine.group.restarts,
+        restarts=service.engine.status.restarts,
         queue_depth=service.jobs.waiting,
         max_queue=service.settings.max_queue,
     )
@@ -112,7 +112,7 @@ async def server_info(request: web.Request) -> web.Response:
 @routes.get("/v1/capabilities")
 @Described(answer=Capabilities, errors=(503,))
 async def capabilities(request: web.Request) -> web.Response:
-    """What this model takes: tasks, fields with defaults and ranges, limits, and what is refused and why."""
+    """Describe the model: tasks, fields with defaults and ranges, limits, and refused fields with the reason."""
     service = request.app[SERVICE]
     info = service.loaded()
     refused = refused_fields(SamplingParams, info)
@@ -137,7 +137,7 @@ async def capabilities(request: web.Request) -> web.Response:
 
 
 def _tasks(info: ModelInfo) -> list[str]:
-    """Tasks by the names of the replaced system, the one that the model is for first."""
+    """List the tasks by the names of the replaced system, the model's main task first."""
     own = [LEGACY_TASKS[task] for task in info.tasks if task in LEGACY_TASKS]
     return own or ["T2V" if info.kind == "video" else "T2I"]
 

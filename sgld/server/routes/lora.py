@@ -1,12 +1,14 @@
-"""`/v1/set_lora` and its kin: LoRA adapters that hold for every request without adapters of its own."""
+"""`/v1/set_lora` and its kin: the LoRA adapters of every request without adapters of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar, cast
 
 from aiohttp import web
 
 from sgld.convert import shorten, structure
+from sgld.engine.lora import NamedAdapter
 from sgld.errors import BadRequest
 from sgld.messages import LoraPart, LoraState, MergeMode
 from sgld.params import LoraUse
@@ -23,7 +25,7 @@ from sgld.server.http.schema import (
     UnmergeLoraFields,
     body,
 )
-from sgld.server.service import SERVICE, Service
+from sgld.server.service import SERVICE
 
 routes = web.RouteTableDef()
 T = TypeVar("T")
@@ -39,12 +41,12 @@ ERRORS = (*BODY_ERRORS, 403, 500, 503)
     errors=ERRORS,
 )
 async def set_lora(request: web.Request) -> web.Response:
-    """Let adapters hold from now on, in place of those before; it waits for the job that runs."""
+    """Replace the adapters of the model, once the running job has ended."""
     require_admin(request)
     service = request.app[SERVICE]
     fields = structure((await read_body(request, SetLoraFields)).values, SetLoraFields)
     service.loaded()
-    loras = _asked(fields)
+    loras = _requested(fields)
     state = await service.engine.set_lora(loras, cast(MergeMode, fields.merge_mode))
     names = ", ".join(str(lora.nickname) for lora in loras)
     targets, strengths = (", ".join(words) for words in (_targets(loras), _strengths(loras)))
@@ -55,7 +57,7 @@ async def set_lora(request: web.Request) -> web.Response:
 @routes.post("/v1/merge_lora_weights")
 @Described(answer=LoraChanged, body=MergeLoraFields, example={"strength": 0.5}, errors=ERRORS)
 async def merge(request: web.Request) -> web.Response:
-    """Let the adapters that were last set hold again, each with this strength."""
+    """Apply the adapters that were last set again, each with this strength."""
     require_admin(request)
     service = request.app[SERVICE]
     fields = structure((await read_body(request, MergeLoraFields, empty=True)).values, MergeLoraFields)
@@ -67,7 +69,7 @@ async def merge(request: web.Request) -> web.Response:
 @routes.post("/v1/unmerge_lora_weights")
 @Described(answer=LoraChanged, body=UnmergeLoraFields, example={"target": "all"}, errors=ERRORS)
 async def unmerge(request: web.Request) -> web.Response:
-    """Take the adapters away: every weight is what it was. Their names stay known."""
+    """Take the adapters away and restore every weight. Their names stay known."""
     require_admin(request)
     service = request.app[SERVICE]
     fields = structure((await read_body(request, UnmergeLoraFields, empty=True)).values, UnmergeLoraFields)
@@ -79,17 +81,17 @@ async def unmerge(request: web.Request) -> web.Response:
 @routes.get("/v1/list_loras")
 @Described(answer=LoraList, errors=(503,))
 async def list_loras(request: web.Request) -> web.Response:
-    """The adapters that have a name, and those that hold in each part of the model."""
+    """List the adapters that have a name, and those applied to each component of the model."""
     service = request.app[SERVICE]
     service.loaded()
-    named = [LoadedLora(name, known.reference) for name, known in service.engine.adapters.known.items()]
-    parts = service.engine.group.loras.parts
-    active = {component: _active(service, part) for component, part in parts.items() if part.applied is not None}
+    adapters = service.engine.adapters
+    named = [LoadedLora(name, known.reference) for name, known in adapters.known.items()]
+    parts = adapters.state.parts
+    active = {name: _active(adapters.known, part) for name, part in parts.items() if part.applied is not None}
     return web.json_response(body(LoraList(named, active)))
 
 
-def _active(service: Service, part: LoraPart) -> list[ActiveLora]:
-    known = service.engine.adapters.known
+def _active(known: Mapping[str, NamedAdapter], part: LoraPart) -> list[ActiveLora]:
     names, strengths = [str(lora.nickname) for lora in part.loras], [lora.strength for lora in part.loras]
     return [
         ActiveLora(
@@ -105,16 +107,16 @@ def _active(service: Service, part: LoraPart) -> list[ActiveLora]:
     ]
 
 
-def _asked(fields: SetLoraFields) -> list[LoraUse]:
-    """One entry for each nickname; single values are everybody's, but for the path."""
+def _requested(fields: SetLoraFields) -> list[LoraUse]:
+    """Return one entry for each nickname. A single value holds for all, except a path."""
     names = [fields.lora_nickname] if isinstance(fields.lora_nickname, str) else fields.lora_nickname or []
     if not names or "" in names:
-        raise BadRequest("lora_nickname: it names no adapter; give a name, or a list of names", "lora_nickname")
+        raise BadRequest("it names no adapter; give a name, or a list of names", field="lora_nickname")
     if len(set(names)) < len(names):
-        raise BadRequest(f"lora_nickname: {shorten(names)}: each adapter needs a name of its own", "lora_nickname")
+        raise BadRequest(f"{shorten(names)}: each adapter needs a name of its own", field="lora_nickname")
     if isinstance(fields.lora_path, str) and len(names) > 1:
         reason = f"a single path for {len(names)} nicknames; give a list with a path or null for each"
-        raise BadRequest(f"lora_path: {reason}", "lora_path")
+        raise BadRequest(f"{reason}", field="lora_path")
     count = len(names)
     paths = _each("lora_path", fields.lora_path, count)
     targets, strengths = _each("target", fields.target, count), _each("strength", fields.strength, count)
@@ -126,11 +128,11 @@ def _asked(fields: SetLoraFields) -> list[LoraUse]:
 
 
 def _each(name: str, value: T | list[T], count: int) -> list[T]:
-    """A value for each adapter."""
+    """Return one value for each adapter."""
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        raise BadRequest(f"{name}: {len(value)} given for {count} nicknames", name)
+        raise BadRequest(f"{len(value)} given for {count} nicknames", field=name)
     return value
 
 
@@ -145,7 +147,7 @@ def _strengths(loras: list[LoraUse]) -> list[str]:
 
 
 def _skipped(state: LoraState, loras: list[LoraUse]) -> str:
-    """How many keys were left out, of the components that were set."""
+    """Say how many keys of the components that were set were left out."""
     names = {lora.nickname for lora in loras}
     count = sum(part.skipped for part in state.parts.values() if {lora.nickname for lora in part.loras} <= names)
     return f"; {count} keys fit no layer and were left out" if count else ""

@@ -1,22 +1,23 @@
-"""`/v1/videos`: jobs that are followed by polling or by events, and their files."""
+"""`/v1/videos`: jobs to follow by polling or by events, and their files."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import attrs
 from aiohttp import web
 from aiohttp_sse import sse_response
 
-from sgld import media
 from sgld.convert import knob, structure
 from sgld.errors import BadRequest
-from sgld.resolve import Resolved
+from sgld.resolve import values_of
 from sgld.server.http.auth import IDENTITY
-from sgld.server.http.body import as_sent, read_body, read_query, require_prompt, split
+from sgld.server.http.body import read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
-from sgld.server.http.files import send_file
+from sgld.server.http.pictures import Source
 from sgld.server.http.schema import (
     DeletedVideo,
     Problem,
@@ -29,11 +30,9 @@ from sgld.server.http.schema import (
     body,
 )
 from sgld.server.http.urls import absolute
-from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.job import PICTURES, Job, event_text
-from sgld.server.routes import pictures
-from sgld.server.routes.images import KEEP_ALIVE_S, artifact_of
-from sgld.server.service import SERVICE, Service
+from sgld.server.routes.images import KEEP_ALIVE_S, artifact_of, send_result
+from sgld.server.service import SERVICE, ParsedRequest, RequestSpec, Service
 
 routes = web.RouteTableDef()
 PICTURE_FIELDS = ("input_reference", "reference_url")
@@ -73,24 +72,7 @@ class Page:
 )
 async def create(request: web.Request) -> web.Response:
     """Queue a video and answer at once."""
-    service = request.app[SERVICE]
-    content = await read_body(request, VideoFields)
-    sources = pictures.find_sources(content, PICTURE_FIELDS)
-    fields, sampling, notes = split(content.values, VideoFields)
-    require_prompt(sampling)
-    service.check_model(fields.model)
-    if service.loaded().kind == "image":
-        raise BadRequest(f"model: {service.model_id!r} makes pictures; POST /v1/images/generations", "model")
-    pictures.check(sources, service.loaded().pictures.max, service.model_id)
-    async with pictures.kept(sources, service.uploads, service.fetcher, service.loaded().pictures.shape_from) as kept:
-        asked = {**sampling, **_length(fields, sampling, service), **kept.sampling}
-        with as_sent(content.values):
-            resolved = service.params(asked, kept.size)
-            _check_file(resolved, service)
-        own = {"output_format": FORMAT, "previews": fields.previews, "inputs": kept.names}
-        own["notes"] = [*notes, *resolved.notes]
-        resolved = await service.adapted(resolved)
-        job = await service.submit(await service.new_job(request, "video", fields, resolved, content, **own))
+    job, _ = await request.app[SERVICE].submit(request, CREATION)
     return _answer(request, job)
 
 
@@ -107,30 +89,17 @@ async def create(request: web.Request) -> web.Response:
 )
 async def remix(request: web.Request) -> web.Response:
     """Queue the same video, seeds included, with another prompt."""
-    service = request.app[SERVICE]
     before = _find(request)
-    content = await read_body(request, Remix)
-    wanted = structure(content.values, Remix)
-    require_prompt({"prompt": wanted.prompt})
-    resolved = service.again(before, wanted.prompt)
-    _check_file(resolved, service)
-    fields = VideoFields(priority=before.priority if request[IDENTITY].admin else "normal")
-    files, names = await uploads.copy(resolved.params, service.uploads)  # the other job may be deleted before this one
-    resolved = resolved.evolve(**files)
-    own = {"output_format": FORMAT, "previews": before.previews, "remixed_from": before.id, "inputs": names}
-    own["notes"] = resolved.notes
-    try:
-        job = await service.submit(await service.new_job(request, "video", fields, resolved, content, **own))
-    except BaseException:
-        await uploads.remove(names, service.uploads)
-        raise
+    priority = before.priority if request[IDENTITY].admin else "normal"
+    spec = RequestSpec("video", Remix, partial(_parse_remix, before, priority), before=before)
+    job, _ = await request.app[SERVICE].submit(request, spec)
     return _answer(request, job)
 
 
 @routes.get("/v1/videos")
 @Described(answer=VideoList, query=Page, errors=(400,))
 async def list_jobs(request: web.Request) -> web.Response:
-    """A page of jobs, the newest first unless asked otherwise."""
+    """List jobs, the newest first by default."""
     page = read_query(request, Page)
     jobs, more = request.app[SERVICE].jobs.page(
         "video", request[IDENTITY], after=page.after, limit=page.limit, newest_first=page.order == "desc"
@@ -143,14 +112,14 @@ async def list_jobs(request: web.Request) -> web.Response:
 @routes.get("/v1/videos/{id}")
 @Described(id=ID, answer=Video, errors=(404,))
 async def retrieve(request: web.Request) -> web.Response:
-    """The job as it stands."""
+    """Return the state of a job."""
     return _answer(request, _find(request))
 
 
 @routes.delete("/v1/videos/{id}")
 @Described(id=ID, answer=DeletedVideo, errors=(404,))
 async def delete(request: web.Request) -> web.Response:
-    """Cancel the job where it has not ended, and remove it with its files."""
+    """Cancel the job if it has not ended, and remove it with its files."""
     job = _find(request)
     await request.app[SERVICE].jobs.delete(job)
     gone = {"id": job.id, "object": "video.deleted", "deleted": True}
@@ -160,7 +129,7 @@ async def delete(request: web.Request) -> web.Response:
 @routes.post("/v1/videos/{id}/cancel")
 @Described(id=ID, answer=Video, errors=(404,))
 async def cancel(request: web.Request) -> web.Response:
-    """Stop the job; one that has ended stays as it is."""
+    """Cancel the job. A job that has ended does not change."""
     job = _find(request)
     await request.app[SERVICE].jobs.cancel(job)
     return _answer(request, job)
@@ -175,11 +144,11 @@ async def cancel(request: web.Request) -> web.Response:
     other={204: "The job has ended, and Last-Event-ID was its last event"},
 )
 async def events(request: web.Request) -> web.StreamResponse:
-    """Server-sent events until the job's end; `Last-Event-ID` resumes, and 204 says that nothing follows."""
+    """Stream server-sent events until the job ends. `Last-Event-ID` resumes; 204 means that nothing follows."""
     job = _find(request)
     last = request.headers.get("Last-Event-ID")
     if last is not None and not _EVENT_NUMBER.fullmatch(last):
-        raise BadRequest(f"Last-Event-ID: {last!r} is not the number of an event", "Last-Event-ID")
+        raise BadRequest(f"{last!r} is not the number of an event", field="Last-Event-ID")
     seen = int(last) if last is not None else max(0, job.number - 1)  # a newcomer gets the latest
     if last is not None and job.ended and 0 < seen == job.number:  # 0: this server has told nothing of it
         return web.Response(status=204)
@@ -198,32 +167,54 @@ async def events(request: web.Request) -> web.StreamResponse:
     id=ID, media=("video/mp4", "image/webp"), query=VideoQuery, errors=(400, 404, 412, 416, 500), other=FILE_STATUSES
 )
 async def content(request: web.Request) -> web.StreamResponse:
-    """The file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
+    """Send the file, with ranges; `variant` is video, thumbnail, spritesheet or an output's number."""
     job, store = _find(request), request.app[SERVICE].jobs
     variant = read_query(request, VideoQuery).variant
     artifact = artifact_of(job, "0" if variant in ("video", *PICTURES) else variant)
     if variant in PICTURES:
-        return await send_file(request, store.outputs.root / await store.picture(job, variant), "image/webp")
-    return await send_file(request, store.outputs.root / artifact.name, artifact.media_type)
+        return await send_result(request, await store.picture(job, variant), "image/webp")
+    return await send_result(request, artifact.name, artifact.media_type)
 
 
 def _find(request: web.Request) -> Job:
     return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY])
 
 
+def _parse(service: Service, values: dict[str, Any], _: Sequence[Source]) -> ParsedRequest[VideoFields]:
+    """Read the body of a video request. Raises BadRequest, UnknownModel, NotReady."""
+    fields, sampling, notes = split(values, VideoFields)
+    require_prompt(sampling)
+    service.check_model(fields.model)
+    if service.loaded().kind == "image":
+        raise BadRequest(f"{service.model_id!r} makes pictures; POST /v1/images/generations", field="model")
+    return ParsedRequest(fields, sampling | _length(fields, sampling, service), FORMAT, fields.previews, notes)
+
+
+CREATION = RequestSpec("video", VideoFields, _parse, PICTURE_FIELDS)
+
+
+def _parse_remix(
+    before: Job, priority: str, service: Service, values: dict[str, Any], _: Sequence[Source]
+) -> ParsedRequest[VideoFields]:
+    """Take the values of another job, seeds included, with a new prompt. Raises BadRequest, NotReady."""
+    prompt = structure(values, Remix).prompt
+    require_prompt({"prompt": prompt})
+    info = service.loaded()
+    if before.model != service.model_id:
+        reason = f"{before.id!r} was made by {before.model!r}, and this server runs {service.model_id!r}"
+        raise BadRequest(reason, field="id")
+    sampling = {name: value for name, value in values_of(before.outputs).items() if name not in info.unsupported}
+    return ParsedRequest(VideoFields(priority=priority), sampling | {"prompt": prompt}, FORMAT, before.previews, [])
+
+
 def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> dict[str, int]:
-    """Frames for `seconds`, at the request's rate or the one it will get."""
+    """Convert `seconds` into frames, at the request's rate or the default one."""
     if fields.seconds is None:
         return {}
     if sampling.get("num_frames") is not None:
-        raise BadRequest("seconds: num_frames is given too; give one of them", "seconds")
+        raise BadRequest("num_frames is given too; give one of them", field="seconds")
     fps = sampling.get("fps") or service.default("fps")
-    return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # a wrong fps is told by params
-
-
-def _check_file(resolved: Resolved, service: Service) -> None:
-    """Refuse now what the encoder would refuse after minutes."""
-    media.check_encodable(FORMAT, resolved.spec, metadata=service.jobs.outputs.describe(resolved.params))
+    return {"num_frames": fields.seconds * fps} if isinstance(fps, int) else {}  # resolve refuses a wrong fps
 
 
 def _answer(request: web.Request, job: Job) -> web.Response:

@@ -24,6 +24,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.processes import ranks_of
 from tests.server.test_server import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -437,9 +438,8 @@ def test_a_key_from_the_environment_and_a_log_of_json(start: Start, monkeypatch:
     server.client = server.client.with_options(api_key=KEY)
     done = until(server, create(server), ended)
     fatal = until(server, create(server, ENDLESS), under_way)
-    for worker in family(server):
-        if "spawn_main" in " ".join(worker.cmdline()):
-            worker.kill()
+    for worker in ranks_of(server.process.pid):
+        worker.kill()
     assert until(server, fatal, ended).error.code == "worker_died"
     assert server.stop() == 0
     text = server.log.read_text()

@@ -81,7 +81,7 @@ async def test_metrics_hear_of_cancels_and_restarts(start: Start) -> None:
     video = await client.until(await client.create(SLOW), "in_progress")
     assert (await client.call("POST", f"/v1/videos/{video['id']}/cancel"))[0] == 200
     video = await client.until(await client.create(SLOW, num_inference_steps=100), "in_progress")
-    os.kill(client.app[SERVICE].engine.group.pids[0], signal.SIGKILL)
+    os.kill(client.app[SERVICE].engine.status.pids[0], signal.SIGKILL)
     failed = await client.until(video, "failed")
     assert failed["error"]["code"] == "worker_died"
     assert (await client.until(await client.create(), "completed"))["progress"] == 100

@@ -21,7 +21,7 @@ from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.server.app import load, make_app
 from sgld.server.http.auth import Identity, Key, Keys, digest_of
-from sgld.server.jobs import results as outputs
+from sgld.server.jobs import thumbnails
 from sgld.server.service import SERVICE
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
@@ -470,7 +470,7 @@ async def test_remix_keeps_everything_but_the_prompt(start: Start) -> None:
 
 
 async def test_content_variants_and_ranges(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = outputs._tiles
+    tiles = thumbnails.read_tiles
     client = await start()
     video = await client.until(await client.create(n=2, seed=1), "completed")
     path = f"{client.url}/v1/videos/{video['id']}/content"
@@ -487,7 +487,7 @@ async def test_content_variants_and_ranges(start: Start, tmp_path: Path, monkeyp
         decoded.append(1)
         return tiles(*given)
 
-    monkeypatch.setattr(outputs, "_tiles", counted)
+    monkeypatch.setattr(thumbnails, "read_tiles", counted)
     for variant in ("thumbnail", "spritesheet"):
         small = f"{path}?variant={variant}"
         async with client.session.get(small) as answer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,9 +31,9 @@ from sgld.errors import (
 )
 from sgld.params import Memory
 from sgld.server.http.errors import answer_errors, error_response
-from sgld.server.jobs import results as outputs
-from sgld.server.routes import pictures
+from sgld.server.jobs import inputs, thumbnails
 from sgld.server.service import SERVICE
+from sgld.storage.local import LocalResultStore
 from tests.server.http.test_auth import Connect
 from tests.server.jobs.test_jobs import Client, Start, start
 
@@ -373,6 +375,36 @@ async def test_a_damaged_result_is_the_servers_fault(
     assert f"cannot read {file}" in caplog.text
 
 
+READS: dict[Path, list[str]] = {}  # files that were opened to be read, by the folder that is watched
+
+
+def audit(event: str, given: tuple[Any, ...]) -> None:
+    if READS and event == "open" and isinstance(given[0], str | Path) and given[2] & os.O_ACCMODE == os.O_RDONLY:
+        for folder, names in READS.items():
+            if Path(given[0]).is_relative_to(folder):
+                names.append(Path(given[0]).name)
+
+
+sys.addaudithook(audit)
+
+
+async def test_base64_is_answered_from_memory(start: Start, folder: Path) -> None:
+    """The files are written all the same, and read for those who ask for them."""
+    client = await start()
+    reads = READS[folder] = []
+    try:
+        assert len((await image(client, n=2))["data"]) == 2
+        async with client.session.post(client.url + IMAGES, json={"prompt": "{}", "stream": True}) as answer:
+            assert "image_generation.completed" in await answer.text()
+        assert (len(files(folder, "image")), reads) == (3, [])
+        address = (await image(client, response_format="url"))["data"][0]["url"]
+        async with client.session.get(address) as answer:
+            assert Image.open(io.BytesIO(await answer.read())).size == (16, 16)
+        assert reads
+    finally:
+        del READS[folder]
+
+
 async def test_small_pictures_decode_what_they_show(start: Start, folder: Path) -> None:
     client = await start()
     video = await client.until(await client.create(num_frames=41), "completed")
@@ -382,19 +414,19 @@ async def test_small_pictures_decode_what_they_show(start: Start, folder: Path) 
     assert Image.open(io.BytesIO(sheet.read_bytes())).size == (5 * 16, 4 * 16)
     seen: list[int] = []
     for wanted in ([0], [0, 3, 5]):
-        tiles = list(outputs._tiles(folder / artifact.name, wanted, 8))
+        tiles = list(thumbnails.read_tiles(folder / artifact.name, wanted, 8))
         seen.append(len(tiles))
         assert {tile.size for tile in tiles} == {(8, 8)}
     assert seen == [1, 3]
     with pytest.raises(ValueError, match="frame 41 is missing"):
-        list(outputs._tiles(folder / artifact.name, [0, 41], 8))
+        list(thumbnails.read_tiles(folder / artifact.name, [0, 41], 8))
 
 
 async def test_two_decoders_at_most(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await start()
     video = await client.until(await client.create(), "completed")
     lock, busy, most = threading.Lock(), 0, 0
-    tiles = outputs._tiles
+    tiles = thumbnails.read_tiles
 
     def counted(*given: Any) -> Iterator[Image.Image]:
         nonlocal busy, most
@@ -406,7 +438,7 @@ async def test_two_decoders_at_most(start: Start, monkeypatch: pytest.MonkeyPatc
         with lock:
             busy -= 1
 
-    monkeypatch.setattr(outputs, "_tiles", counted)
+    monkeypatch.setattr(thumbnails, "read_tiles", counted)
     variants = ["thumbnail", "spritesheet"] * 4
     calls = [client.call("GET", f"{VIDEOS}/{video['id']}/content?variant={variant}") for variant in variants]
     assert [status for status, _ in await asyncio.gather(*calls)] == [200] * len(calls)
@@ -426,8 +458,8 @@ async def test_two_masks_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) ->
             busy -= 1
         return 8, 8
 
-    monkeypatch.setattr(pictures, "_check", counted)
-    await asyncio.gather(*(pictures._shape("picture", "mask") for _ in range(8)))
+    monkeypatch.setattr(inputs, "_measure", counted)
+    await asyncio.gather(*(inputs.measure("picture", "mask") for _ in range(8)))
     assert (most, busy) == (2, 0)
 
 
@@ -446,7 +478,7 @@ async def test_a_stream_ends_with_its_error(
     async def seen(*_: object) -> bool:
         return True
 
-    monkeypatch.setattr(outputs.Outputs, "keeps", seen)
+    monkeypatch.setattr(LocalResultStore, "exists", seen)
     async with client.session.post(client.url + IMAGES, **options) as answer:
         assert (answer.status, answer.content_type) == (200, "text/event-stream")
         name, data, last = (await answer.text()).removesuffix("\n\n").replace("\n\n", "\n").split("\n")
