@@ -67,6 +67,7 @@ class EncodeRequest:
     pictures: Sequence[Image]
     raise_if_cancelled: RaiseIfCancelled
     notes: list[str] = attrs.field(factory=list)  # warnings for the user
+    store: dict[str, Any] = attrs.field(factory=dict)  # computed for the first prompt, for all others
 
 
 @attrs.frozen
@@ -163,6 +164,7 @@ class DiffusionModel(AnyModel):
     lora_names: ClassVar[Renames] = ()
     any_scheduler: ClassVar[bool] = False  # else only Euler's with flow matching
     few_steps: ClassVar[bool] = False  # whether dmd_denoising_steps may be set
+    empty_negative_prompt: ClassVar[str] = ""  # where none is given
 
     parts: ComponentLoader
     config: Any
@@ -257,7 +259,8 @@ class DiffusionModel(AnyModel):
         """
         request = EncodeRequest(params, pictures, raise_if_cancelled)
         guided = self.guidance_scale(params) > 1
-        prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
+        negative = self.empty_negative_prompt if params.negative_prompt is None else params.negative_prompt
+        prompts = {"prompt": params.prompt} | ({"negative_prompt": negative} if guided else {})
         texts: dict[str, list[EncodedText | None]] = {name: [] for name in prompts}
         for encoder in self.text_encoders:
             self.parts.offloader.need(encoder.component)
