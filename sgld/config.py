@@ -8,11 +8,10 @@ import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 
-from sgld.convert import fields_of, knob, knob_of, shorten, structure
+from sgld.convert import Kind, Values, fields_of, knob, knob_of, shorten, structure
 from sgld.errors import BadRequest, NotBuilt, nearest
 from sgld.params import LORA_TARGETS, MAX_LORA_STRENGTH, MAX_LORAS, SamplingParams
 
@@ -217,7 +216,7 @@ class Settings:
         "transformer=fa,transformer.cross=torch_sdpa",
         group=ATTENTION,
     )
-    attention_backend_config: dict[str, Any] | None = knob(
+    attention_backend_config: Values | None = knob(
         None, "settings of the attention kernel; those that stand have none", group=ATTENTION
     )
     diffusers_attention_backend: str | None = knob(
@@ -450,7 +449,7 @@ _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
-def from_text(text: str, kind: Any) -> Any:
+def from_text(text: str, kind: Kind) -> object:
     """Convert a word of a command line or environment to a plain value; text that does not parse stays text."""
     options = [kind, *typing.get_args(kind)]
     if bool in options and text.lower() in ("true", "false", "1", "0"):
@@ -462,12 +461,12 @@ def from_text(text: str, kind: Any) -> Any:
     return text
 
 
-def section(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+def section(values: Mapping[str, object], cls: type) -> Values:
     """Select the merged values that belong to `cls`."""
     return {name: value for name, value in values.items() if SECTION_OF[name] is cls}
 
 
-def settings_of(values: Mapping[str, Any]) -> Settings:
+def settings_of(values: Mapping[str, object]) -> Settings:
     """Build settings from merged values, and check the rules that tie several fields together."""
     settings = structure(section(values, Settings), Settings)
     _check_degrees(settings)
@@ -488,7 +487,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
 
 def without_secrets(settings: Settings) -> Settings:
     """Drop the secrets, for workers that may be on another machine."""
-    secrets: dict[str, Any] = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
+    secrets: Values = {name: None for name, field in fields_of(Settings).items() if knob_of(field).secret}
     return attrs.evolve(settings, **secrets)
 
 

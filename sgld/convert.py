@@ -21,6 +21,7 @@ from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 
 T = TypeVar("T")
 Field: TypeAlias = "attrs.Attribute[Any]"
+Values: TypeAlias = dict[str, Any]  # plain values by name, from the wire or a file
 Kind: TypeAlias = object  # a class, or a form such as `list[int] | None`
 Hook: TypeAlias = Callable[[object, Kind], object]
 MAX_CHARACTERS = 32768

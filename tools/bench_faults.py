@@ -1,4 +1,4 @@
-"""Kills workers of the embedded model again and again: how long until the group is back, and what is left behind.
+"""Kill workers of the embedded model again and again: how long until the group is back, and what is left behind.
 
 A worker, chosen in turn, gets SIGKILL at a stage, chosen in turn: idle, encode, denoise, decode. The job under way is
 tried again once; another one waits behind it. Prints a table and JSON.
@@ -21,6 +21,7 @@ import psutil
 
 from sgld.config import Settings
 from sgld.engine.engine import Engine
+from sgld.engine.forkserver import FORK_SERVER
 from sgld.messages import Event, OutputReady, Progress
 from sgld.params import OutputParams
 from sgld.resolve import resolve
@@ -31,7 +32,7 @@ MIB = 2**20
 
 
 def left_behind() -> dict[str, float]:
-    """Of this process: descriptors, children, dead children that nobody asked for, and resident memory."""
+    """Count descriptors, children and zombies of this process, and its memory and that of all its children."""
     us = psutil.Process()
     children = us.children(recursive=True)
     return {
@@ -39,11 +40,12 @@ def left_behind() -> dict[str, float]:
         "children": len(children),
         "zombies": sum(child.status() == psutil.STATUS_ZOMBIE for child in children),
         "memory, MiB": us.memory_info().rss / MIB,
+        "children's share of memory, MiB": sum(child.memory_full_info().pss for child in children) / MIB,
     }
 
 
 class Killer:
-    """Kills that worker once, at the start of that stage."""
+    """An emit that kills one worker once, at the start of a stage."""
 
     def __init__(self, engine: Engine, stage: str, rank: int):
         self._victim = engine.status.pids[rank]
@@ -60,7 +62,7 @@ class Killer:
 
 
 async def one_kill(engine: Engine, params: OutputParams, stage: str, rank: int) -> tuple[float, bytes]:
-    """Seconds from the kill until the workers hold the model again, and the frames of the job that was hit."""
+    """Return the seconds from a kill until the workers hold the model again, and the frames of the job that was hit."""
     killer, restarts = Killer(engine, stage, rank), engine.status.restarts
     hit = asyncio.create_task(frames_of(engine, "hit", params, killer))
     behind = asyncio.create_task(frames_of(engine, "behind", params, _ignore))
@@ -92,7 +94,7 @@ async def frames_of(engine: Engine, name: str, params: OutputParams, follow: Cal
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Look every 5 ms: nothing tells of all that these conditions are made of."""
+    """Look every 5 ms until the condition holds."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
@@ -101,9 +103,9 @@ def _ignore(_: Event) -> None:
     pass
 
 
-async def measure(kills: int, workers: int) -> dict[str, float]:
-    """The figures of that many kills."""
-    async with Engine(Settings(num_gpus=workers, worker_retries=1)) as engine:
+async def measure(kills: int, workers: int, worker_start: str) -> dict[str, float]:
+    """Return the figures of that many kills."""
+    async with Engine(Settings(num_gpus=workers, worker_retries=1, worker_start=worker_start)) as engine:
         info = await engine.load(_ignore)
         params = resolve(REQUEST, info).params
         _, expected = await one_kill(engine, params, "denoise", 0)
@@ -125,18 +127,20 @@ async def measure(kills: int, workers: int) -> dict[str, float]:
     for name, value in after.items():
         figures[name] = value
         figures[f"{name}, gained"] = value - before[name]
+    FORK_SERVER.stop()
     figures["processes left at the end"] = len(psutil.Process().children(recursive=True))
     return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, and prints a table and JSON."""
+    """Measure, and print a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
     parser.add_argument("--workers", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--worker-start", choices=("forkserver", "spawn"), default="forkserver")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
-    figures = asyncio.run(measure(args.kills, args.workers))
+    figures = asyncio.run(measure(args.kills, args.workers, args.worker_start))
     for name, value in figures.items():
         print(f"| {name} | {value:.2f} |")
     print(json.dumps(figures))

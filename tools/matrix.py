@@ -1,4 +1,4 @@
-"""The support matrix of README.md: each pipeline of the registry, and what a test proves of it.
+"""The support matrix of docs/models.md: each pipeline of the registry, and what a test proves of it.
 
 python tools/matrix.py           writes it between its two marks
 python tools/matrix.py --check   fails where it is not what stands there
@@ -20,7 +20,7 @@ import pytest
 from sgld.models import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "models.md"
 START, END = "<!-- matrix -->\n", "<!-- /matrix -->\n"
 FEATURES = ("LoRA", "USP", "CFG parallel", "offload", "previews", "quantization", "step cache")
 TASKS = ("text-to-image", "image-to-image", "text-to-video", "image-to-video", "audio")
@@ -69,13 +69,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(START)
     made = before + START + table(collect()) + END + rest.split(END)[1]
     if check and made != text:
-        sys.exit("README.md: the support matrix is not what the tests prove; run python tools/matrix.py")
+        sys.exit("docs/models.md: the support matrix is not what the tests prove; run python tools/matrix.py")
     if not check:
-        README.write_text(made)
+        PAGE.write_text(made)
 
 
 if __name__ == "__main__":

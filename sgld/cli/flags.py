@@ -14,19 +14,33 @@ import shutil
 import typing
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import attrs
 
 from sgld import config
 from sgld.cli.sources import MAP_SUFFIXES, Layer, merge, read_map
-from sgld.convert import MAP, Knob, default_of, describe_range, fields_of, knob_of, once, shorten, type_name
+from sgld.convert import (
+    MAP,
+    Field,
+    Kind,
+    Knob,
+    Values,
+    default_of,
+    describe_range,
+    fields_of,
+    knob_of,
+    once,
+    shorten,
+    type_name,
+)
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}
 EPILOG = "Dashes and underscores are the same in a flag. A switch is set by --flag, --flag true|false or --no-flag."
 _FLAG = re.compile(r"--[\w.-]+")
-_ABSENT: dict[str, Any] = {"default": argparse.SUPPRESS}
+Group: TypeAlias = "argparse._ArgumentGroup"
+_ABSENT: Values = {"default": argparse.SUPPRESS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +59,13 @@ class _Help(argparse.HelpFormatter):
 class _Keep(argparse.Action):
     """Store the words of a flag, and how the user spelled it; a list goes on where it was left."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
         value = self.const if self.nargs == 0 else values
         if not isinstance(value, list) and self.dest in namespace.spelled:
             also = {option_string, namespace.spelled[self.dest]} - {option_string}
@@ -83,7 +103,7 @@ def parser_for(command: str, description: str, sections: Iterable[type]) -> _Par
         usage="%(prog)s [flags]",
     )
     _add_general(parser.add_argument_group("general"))
-    groups: dict[str, Any] = {}
+    groups: dict[str, Group] = {}
     for cls in sections:
         for name, field in fields_of(cls).items():
             title = knob_of(field).group
@@ -97,7 +117,7 @@ def parser_for(command: str, description: str, sections: Iterable[type]) -> _Par
     return parser
 
 
-def _add_general(group: Any) -> None:
+def _add_general(group: Group) -> None:
     group.add_argument("-h", "--help", action="store_true", help="show this help (switch; default: off)", **_ABSENT)
     group.add_argument(
         "--config",
@@ -114,7 +134,7 @@ def _add_general(group: Any) -> None:
     )
 
 
-def _add(group: Any, name: str, field: attrs.Attribute[Any]) -> None:
+def _add(group: Group, name: str, field: Field) -> None:
     kinds, meta = [field.type, *typing.get_args(field.type)], knob_of(field)
     spellings = [flag_of(spelling) for spelling in (name, *meta.aliases)]
     common = {"dest": name, "action": _Keep, "help": help_of(field), **_ABSENT}
@@ -135,7 +155,7 @@ def _add(group: Any, name: str, field: attrs.Attribute[Any]) -> None:
             _add(group, f"{name}.{inner}", inner_field)
 
 
-def _add_component(group: Any, component: str) -> None:
+def _add_component(group: Group, component: str) -> None:
     """Add `--vae-path`, and its other spelling `--component-paths.vae`."""
     dest = f"component_paths.{component}"
     text = f"another {component} (folder or Hugging Face id; default: the model's own)"
@@ -143,23 +163,23 @@ def _add_component(group: Any, component: str) -> None:
     _add_hidden(group, dest)
 
 
-def _add_hidden(group: Any, dest: str) -> None:
+def _add_hidden(group: Group, dest: str) -> None:
     group.add_argument(flag_of(dest), dest=dest, action=_Keep, help=argparse.SUPPRESS, **_ABSENT)
 
 
-def _add_resolutions(group: Any) -> None:
+def _add_resolutions(group: Group) -> None:
     for name, (width, height) in RESOLUTIONS.items():
         text = f"width {width} and height {height} (switch; default: off)"
         group.add_argument(f"--{name}", dest="resolution", action="append_const", const=name, help=text, **_ABSENT)
 
 
-def _metavar(kinds: Sequence[Any], meta: Knob) -> str:
+def _metavar(kinds: Sequence[Kind], meta: Knob) -> str:
     names = {int: "N", float: "X"}
     numbers = [names[kind] for kind in (*kinds, _item(kinds)) if kind in names]
     return numbers[0] if numbers else "NAME" if meta.choices else "TEXT"
 
 
-def help_of(field: attrs.Attribute[Any]) -> str:
+def help_of(field: Field) -> str:
     """Write the help of a flag: purpose, allowed values, default."""
     meta = knob_of(field)
     allowed = ", ".join(meta.choices) if meta.choices else type_name(field.type)
@@ -174,7 +194,7 @@ def help_of(field: attrs.Attribute[Any]) -> str:
     return f"{meta.help} ({'; '.join(parts)})".replace("%", "%%")
 
 
-def _shown_default(field: attrs.Attribute[Any], meta: Knob) -> str:
+def _shown_default(field: Field, meta: Knob) -> str:
     if meta.per_model:
         return "the model's own"
     default = default_of(field)
@@ -204,7 +224,7 @@ def parse(parser: _Parser, words: Iterable[str]) -> Parsed:
     spelled: dict[str, str] = vars(namespace).pop("spelled")
     spelled.pop("config", None)
     resolution: list[str] = vars(namespace).pop("resolution", [])
-    values: dict[str, Any] = {}
+    values: Values = {}
     for name, text in vars(namespace).items():
         head, _, rest = name.partition(".")
         value = _value(name, text, spelled[name])
@@ -214,7 +234,7 @@ def parse(parser: _Parser, words: Iterable[str]) -> Parsed:
     return Parsed(_with_resolution(Layer(values, spelled), resolution), **general)
 
 
-def _check_once(head: str, old: Any, new: Any, spelled: Mapping[str, str]) -> None:
+def _check_once(head: str, old: object, new: object, spelled: Mapping[str, str]) -> None:
     """Refuse a map's entry that stands in a flag for the whole map and in a flag of its own."""
     for entry in sorted(old.keys() & new.keys()) if isinstance(old, dict) and isinstance(new, dict) else ():
         raise BadRequest(f"{spelled[head]} and {spelled[f'{head}.{entry}']} both set {entry}; give one of them", head)
@@ -255,7 +275,7 @@ def _with_resolution(layer: Layer, chosen: list[str]) -> Layer:
     return Layer({**layer.values, "width": width, "height": height}, {**layer.spelled, "width": first, "height": first})
 
 
-def _value(name: str, text: Any, flag: str) -> Any:
+def _value(name: str, text: Any, flag: str) -> object:
     """Convert the words of a flag to a plain value of its field's type."""
     head, _, rest = name.partition(".")
     field = fields_of(config.SECTION_OF[head])[head]
@@ -266,21 +286,22 @@ def _value(name: str, text: Any, flag: str) -> Any:
     kinds = [field.type, *typing.get_args(field.type)]
     if type_name(field.type) == MAP or any(typing.get_origin(kind) is dict for kind in kinds):
         return _map(text, flag, numbers=typing.get_args(field.type) != (str, str))
-    if isinstance(text, list) and attrs.has(_item(kinds)):
+    item = _item(kinds)
+    if isinstance(text, list) and isinstance(item, type) and attrs.has(item):
         return [_map(word, flag, numbers=True) for word in text]
     if isinstance(text, list):
-        parts = [part for word in text for part in word.split(",")] if _item(kinds) is int else text
-        words = [config.from_text(word, _item(kinds)) for word in parts]
+        parts = [part for word in text for part in word.split(",")] if item is int else text
+        words = [config.from_text(word, item) for word in parts]
         return words[0] if len(words) == 1 and name in ("seed", "prompt") else words
     return config.from_text(text, field.type)
 
 
-def _item(kinds: Sequence[Any]) -> Any:
+def _item(kinds: Sequence[Kind]) -> Kind:
     lists = [kind for kind in kinds if typing.get_origin(kind) is list]
     return typing.get_args(lists[0])[0] if lists else str
 
 
-def _map(text: str, flag: str, numbers: bool) -> Any:
+def _map(text: str, flag: str, numbers: bool) -> object:
     """Read a map from JSON text, from a JSON or YAML file, or from `key=value,key=value`."""
     if text.lstrip().startswith("{"):
         return _json(text, flag)
@@ -295,14 +316,14 @@ def _map(text: str, flag: str, numbers: bool) -> Any:
     raise BadRequest(f"{text!r} is neither JSON, nor a file, nor key=value,key=value", field=flag)
 
 
-def _json(text: str, flag: str) -> Any:
+def _json(text: str, flag: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{shorten(text)} is not valid JSON: {error}", field=flag) from None
 
 
-def _json_or_text(text: str) -> Any:
+def _json_or_text(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

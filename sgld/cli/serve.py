@@ -7,7 +7,7 @@ import errno
 import logging
 import signal
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sgld import config, log
 from sgld.cli import flags, show
@@ -15,7 +15,7 @@ from sgld.cli.plan import ignored
 from sgld.cli.process import heeded, put
 from sgld.cli.sources import gather
 from sgld.config import RunOptions, Settings
-from sgld.convert import refuse_unbuilt, structure
+from sgld.convert import Values, refuse_unbuilt, structure
 from sgld.errors import BadRequest, SgldError
 from sgld.params import SamplingParams
 
@@ -76,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise SgldError(f"cannot listen on {host}:{port}: {reason}", field=param) from None
 
 
-async def _serve(settings: Settings, sampling: dict[str, Any], keys: Keys) -> int:
+async def _serve(settings: Settings, sampling: Values, keys: Keys) -> int:
     from aiohttp import web
 
     from sgld.server.app import load, make_app

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import yaml
 
 from sgld.cli.sources import Layer
 from sgld.config import Settings
-from sgld.convert import default_of, fields_of, knob_of, unstructure
+from sgld.convert import Values, default_of, fields_of, knob_of, unstructure
 
 
 def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
     """Write every knob as YAML. Null is the model's own default. A secret is only said to be set."""
-    whole: dict[str, Any] = {}
+    whole: Values = {}
     secrets = []
     for cls in sections:
         for name, field in fields_of(cls).items():

@@ -12,7 +12,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from sgld import config
-from sgld.convert import fields_of, knob_of, once
+from sgld.convert import Values, fields_of, knob_of, once
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
 
 MAP_SUFFIXES = (".json", ".yaml", ".yml")
@@ -25,7 +25,7 @@ _WRAPPERS = ("pipeline_config",)  # the replaced system nests vae_config in it
 class Layer:
     """Values from one place, or from several laid over each other, and how each was written there."""
 
-    values: dict[str, Any]
+    values: Values
     spelled: dict[str, str]  # knob -> `--num-gpus`, `config.yaml: num_gpus` or `SGLANG_S3_BUCKET_NAME`
 
     def spell(self, name: str) -> str:
@@ -65,7 +65,7 @@ def stack(*layers: Layer) -> Layer:
     return Layer(merge(*(layer.values for layer in layers)), dict(given))
 
 
-def normalize(values: Mapping[str, Any], where: str) -> Layer:
+def normalize(values: Mapping[str, object], where: str) -> Layer:
     """Rename keys to the knobs' names: resolve dashes, aliases, dotted and component keys; drop null.
 
     Raises:
@@ -89,7 +89,7 @@ def normalize(values: Mapping[str, Any], where: str) -> Layer:
     return merged
 
 
-def _placed(name: str, value: Any, key: str, where: str) -> tuple[dict[str, Any], str]:
+def _placed(name: str, value: object, key: str, where: str) -> tuple[Values, str]:
     """Place one value; return it with its dotted name."""
     head, _, rest = name.partition(".")
     if rest and head in _WRAPPERS:
@@ -107,16 +107,17 @@ def _placed(name: str, value: Any, key: str, where: str) -> tuple[dict[str, Any]
     return {name: value}, name
 
 
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+def merge(*layers: Mapping[str, object]) -> Values:
     """Merge layers: later ones win, null never does, and maps of knobs are merged key by key."""
-    merged: dict[str, Any] = {}
+    merged: Values = {}
     for layer in layers:
         for name, value in layer.items():
             if value is None:
                 continue
             old = merged.get(name)
-            both = name in DOTTED and isinstance(old, Mapping) and isinstance(value, Mapping)
-            merged[name] = merge(old, value) if both and isinstance(old, Mapping) else value
+            if name in DOTTED and isinstance(old, Mapping) and isinstance(value, Mapping):
+                value = merge(old, value)
+            merged[name] = value
     return merged
 
 
@@ -126,7 +127,7 @@ def read_file(path: str) -> Layer:
     return normalize(values, path)
 
 
-def read_map(path: str, param: str) -> dict[str, Any]:
+def read_map(path: str, param: str) -> Values:
     """Read the map of names to values in a .json, .yaml or .yml file."""
     file = config.user_path(path, param)
     if file.suffix.lower() not in MAP_SUFFIXES:

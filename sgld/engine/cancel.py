@@ -1,4 +1,4 @@
-"""CancelToken: how the loop interrupts the executor thread's wait."""
+"""CancelToken: the loop interrupts the executor thread's wait."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 
 class CancelToken:
-    """Set once from the loop; the executor thread waits on it beside the workers' pipes."""
+    """A flag that the loop sets once, and that the executor thread can wait for together with pipes."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -14,7 +14,7 @@ class CancelToken:
         self.is_set = False
 
     def set(self) -> None:
-        """Wake the executor thread: one byte through a socket pair."""
+        """Set the flag and wake the executor thread."""
         if not self.is_set:
             self.is_set = True
             self._writer.send(b"\0")
@@ -23,7 +23,7 @@ class CancelToken:
         return self._reader.fileno()
 
     def close(self) -> None:
-        """Free the sockets; a `set` that comes later does nothing."""
+        """Free the sockets. A later `set` does nothing."""
         self.is_set = True
         self._reader.close()
         self._writer.close()

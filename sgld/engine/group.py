@@ -70,7 +70,7 @@ class Patience:
 
 @attrs.define
 class _Rank:
-    """A rank on this machine; `Remote` is one on another."""
+    """A rank on this machine. `Remote` is its counterpart on another."""
 
     number: int
     process: RankProcess
@@ -99,7 +99,7 @@ class _Rank:
 
 
 class WorkerGroup:
-    """`size` ranks that each run `target(assignment, connection)`; a `node_listener` brings those of other nodes."""
+    """`size` ranks that each run `target(assignment, connection)`. A `node_listener` brings those of other nodes."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class WorkerGroup:
         self._closed = True
 
     def stop(self) -> None:
-        """Let the ranks end by themselves; kill those that do not."""
+        """Ask the ranks to stop, and kill those that do not."""
         for rank in self._ranks:
             try:
                 rank.connection.send(Stop())
@@ -288,7 +288,7 @@ def _needs_configured(command: Command) -> bool:
 
 
 class _GroupLost(Exception):
-    """The ranks can no longer be trusted; `error` is what the caller hears."""
+    """The ranks can no longer be trusted. The caller gets `error`."""
 
     def __init__(self, error: SgldError):
         super().__init__(str(error))
@@ -296,7 +296,7 @@ class _GroupLost(Exception):
 
 
 class _Call:
-    """One command under way: who has answered what, and how long the rest may still take."""
+    """One command under way: the answers so far, and the time left for the rest."""
 
     def __init__(
         self, ranks: list[_Rank | Remote], command: Command, emit: Emit, token: CancelToken | None, patience: Patience

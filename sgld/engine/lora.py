@@ -15,7 +15,7 @@ from cattrs import BaseValidationError, Converter
 
 from sgld.config import Settings, user_path
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
-from sgld.hub.hub import download
+from sgld.hub.reference import Reference
 from sgld.messages import Command, LoraCommand, LoraPart, LoraState, MergeMode, SetLora, UnmergeLora
 from sgld.params import LoraUse
 
@@ -58,14 +58,14 @@ def _download(name: str, inside: str | None, revision: str | None, param: str) -
     """Download a file or folder of a repository, or all of it."""
     if inside is None:
         _check_single(name, revision, param)
-        return download(name, revision, param, ADAPTER_FILES)
+        return Reference(name, revision, param).download(ADAPTER_FILES)
     suffix = PurePosixPath(inside).suffix
     if suffix in PICKLES:
         raise BadRequest(f"{inside!r} is a pickle, which may run code when it is read; only {SUFFIX}", field=param)
     folder = inside if suffix != SUFFIX else str(PurePosixPath(inside).parent)
     files = inside if suffix == SUFFIX else f"{folder}/*{SUFFIX}"
     config = str(PurePosixPath(folder) / "adapter_config.json")
-    path = download(name, revision, param, {"allow_patterns": [files, config]}) / inside
+    path = Reference(name, revision, param).download({"allow_patterns": [files, config]}) / inside
     if not path.exists():
         raise BadRequest(f"{name!r} has no {inside!r}", field=param)
     return path

@@ -1,8 +1,8 @@
-"""Node: the lines between the machines of one group.
+"""Node: the connections between the machines of one group.
 
-A rank of another node has for its end of the pipe a connection to the one address where node 0 listens, so the
-executor thread talks to it as to a rank of its own. A line's end is a rank's death, and closing it kills the rank.
-Whoever reaches the address takes part: nobody proves who he is, and what is said after the `Handshake` is pickled.
+A rank of another node is connected to the one address where node 0 listens, so the executor thread talks to it as to
+a rank of its own. The end of a connection is the death of its rank, and closing it kills the rank. Anyone who reaches
+the address can take part: callers do not prove who they are, and messages after the `Handshake` are pickled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Refused
 
 log = logging.getLogger(__name__)
-HELLO_BYTES, HELLO_S = 10_000, 5  # the most that a stranger may say, and how long it may take
+HANDSHAKE_BYTES, HANDSHAKE_S = 10_000, 5  # limits of the first message of a caller
 POLL_S = 0.2  # between two looks at whether the group was closed
 # a machine that no longer answers is gone after 10 + 3 * 5 seconds
 PROBES = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
@@ -32,7 +32,7 @@ PROBES = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 
 
 @attrs.frozen
 class Handshake:
-    """The first word on a line: which rank it is for, and what must be alike on all nodes."""
+    """The first message of a connection: its rank, and what must be equal on all nodes."""
 
     rank: int
     nnodes: int
@@ -42,11 +42,11 @@ class Handshake:
 
     @classmethod
     def of(cls, settings: Settings, rank: int) -> Handshake:
-        """That of a node with these settings."""
+        """Return the handshake of a node with these settings."""
         return cls(rank, settings.nnodes, settings.num_gpus, settings.model_path)
 
     def fault(self, own: Handshake) -> str | None:
-        """Why node 0, whose word would be `own`, cannot take this rank in."""
+        """Return why node 0, whose handshake is `own`, cannot take this rank in, or None."""
         for name, value in attrs.asdict(own).items():
             if name != "rank" and getattr(self, name) != value:
                 return f"{name}: {getattr(self, name)!r} here and {value!r} on node 0; all nodes need the same"
@@ -71,7 +71,7 @@ class PeerConnection:
         self.hangup = self._epoll.fileno()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._epoll.close()
         self.connection.close()
 
@@ -81,15 +81,15 @@ class Remote:
     """A rank on another node, as its group sees it."""
 
     number: int
-    line: PeerConnection
+    peer: PeerConnection
 
     @property
     def connection(self) -> Connection:
-        return self.line.connection
+        return self.peer.connection
 
     @property
     def sentinel(self) -> int:
-        return self.line.hangup
+        return self.peer.hangup
 
     def died(self) -> str:
         return f"worker {self.number} of another node is gone"
@@ -98,15 +98,15 @@ class Remote:
         wait([self.sentinel], seconds)
 
     def kill(self) -> None:
-        """Its node sees the end of the line, and kills it."""
-        self.line.close()
+        """Close the connection, so that the node of the rank kills it."""
+        self.peer.close()
 
     def close(self) -> None:
-        self.line.close()
+        self.peer.close()
 
 
 class NodeListener:
-    """Where node 0 takes in the ranks of the other nodes, each time that the group starts."""
+    """Take in the ranks of the other nodes on node 0, each time the group starts."""
 
     def __init__(self, settings: Settings):
         self.nnodes = settings.nnodes
@@ -116,7 +116,10 @@ class NodeListener:
         self._listener: socket.socket | None = None
 
     def gather(self, closed: Callable[[], bool]) -> list[Remote]:
-        """Wait for all ranks of the other nodes; in their order. Raises WorkerDied once `closed`, or when none come."""
+        """Wait for all ranks of the other nodes and return them in order.
+
+        Raises WorkerDied once `closed` returns true, or when ranks are missing after `dist_timeout`.
+        """
         host, port = self.address
         where = f"{host}:{port}"
         self._listener = self._listener or listen(host, port)
@@ -133,72 +136,72 @@ class NodeListener:
                     raise WorkerDied(f"workers {absent} did not come to {where} within {self._patience_s} s")
                 if wait([self._listener], POLL_S):
                     self._welcome(PeerConnection(self._listener.accept()[0]), found)
-                _forget_gone(found)
+                _drop_lost(found)
         except BaseException:
             for remote in found.values():
                 remote.close()
             raise
         return [found[number] for number in wanted]
 
-    def _welcome(self, line: PeerConnection, found: dict[int, Remote]) -> None:
-        """Hear who calls, and let him wait among those `found`, or turn him away."""
+    def _welcome(self, peer: PeerConnection, found: dict[int, Remote]) -> None:
+        """Read the handshake of a caller. Add its rank to `found`, or refuse it."""
         try:
-            hello = _hear(line)
-            _forget_gone(found)
-            if (fault := hello.fault(self._own)) is None and hello.rank in found:
-                fault = f"node_rank: worker {hello.rank} is there already; each node needs a number of its own"
+            handshake = _read_handshake(peer)
+            _drop_lost(found)
+            if (fault := handshake.fault(self._own)) is None and handshake.rank in found:
+                fault = f"node_rank: worker {handshake.rank} is there already; each node needs a number of its own"
             if fault is None:
-                found[hello.rank] = Remote(hello.rank, line)
+                found[handshake.rank] = Remote(handshake.rank, peer)
                 return
             log.warning("another node was turned away: %s", fault)
-            line.connection.send(Refused(fault))
+            peer.connection.send(Refused(fault))
         except (OSError, EOFError, ValueError, TypeError) as error:
             log.warning("a caller at %s:%d was no node of ours (%s)", *self.address, type(error).__name__)
-        line.close()
+        peer.close()
 
     def close(self) -> None:
-        """Let the address go."""
+        """Stop listening."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
 
 
-def _forget_gone(found: dict[int, Remote]) -> None:
-    """Drop those whose node hung up while they waited for the others."""
+def _drop_lost(found: dict[int, Remote]) -> None:
+    """Drop ranks whose node hung up while they waited for the others."""
     for remote in [remote for remote in found.values() if wait([remote.sentinel], 0)]:
         found.pop(remote.number).close()
 
 
 def numbers(ranks: Iterable[int]) -> str:
-    """`2, 3`."""
+    """Format ranks as `2, 3`."""
     return ", ".join(map(str, ranks))
 
 
-def _hear(line: PeerConnection) -> Handshake:
-    """The first word. Raises OSError, EOFError, ValueError or TypeError for what is none."""
-    with socket.socket(fileno=line.connection.fileno()) as sock:
+def _read_handshake(peer: PeerConnection) -> Handshake:
+    """Read the first message. Raise OSError, EOFError, ValueError or TypeError unless it is a handshake."""
+    with socket.socket(fileno=peer.connection.fileno()) as sock:
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HELLO_S, 0))
-            hello = Handshake(**json.loads(line.connection.recv_bytes(HELLO_BYTES)))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HANDSHAKE_S, 0))
+            handshake = Handshake(**json.loads(peer.connection.recv_bytes(HANDSHAKE_BYTES)))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
         finally:
             sock.detach()
-    return hello
+    return handshake
 
 
-def call(address: tuple[str, int], hello: Handshake) -> PeerConnection:
-    """A line to node 0, on which the seat of that rank will come. Raises OSError when nobody answers."""
-    line = PeerConnection(socket.create_connection(address, HELLO_S))
+def call(address: tuple[str, int], handshake: Handshake) -> PeerConnection:
+    """Connect to node 0, which sends the assignment of the rank later. Raise OSError when nobody answers."""
+    peer = PeerConnection(socket.create_connection(address, HANDSHAKE_S))
     try:
-        line.connection.send_bytes(json.dumps(attrs.asdict(hello)).encode())
+        peer.connection.send_bytes(json.dumps(attrs.asdict(handshake)).encode())
     except BaseException:
-        line.close()
+        peer.close()
         raise
-    return line
+    return peer
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at that address of this machine alone. Raises SgldError when it cannot be had."""
+    """Listen at one address of this machine. Raise SgldError when that fails."""
     try:
         return socket.create_server((host, port), backlog=1024)
     except OSError as error:

@@ -57,10 +57,11 @@ def load_family(
     name, backend = index.get("_class_name"), load.settings.backend
     native = REGISTRY.get(name) if isinstance(name, str) else None
     if backend == "diffusers" or (backend == "auto" and native is None):
-        from sgld.models.diffusers.backend import Pipeline, has_pipeline
+        from sgld.models.diffusers.loading import has_pipeline
+        from sgld.models.diffusers.running import DiffusersPipeline
 
         if has_pipeline(name):
-            return Pipeline(load, mesh, platform, progress)
+            return DiffusersPipeline(load, mesh, platform, progress)
         if backend == "diffusers":
             raise ModelError(f"{file}: diffusers has no pipeline {name!r}")
     if native is None:

@@ -71,3 +71,13 @@ WAN: Renames = (
     (r"^scale_shift_table$", "head.modulation"),
     (r"^proj_out$", "head.head"),
 )
+
+Z_IMAGE: Renames = (  # ComfyUI's files
+    (r"^(.*)\.attention\.to_q$", r"\1.attention.qkv#0|\g<0>"),  # some files fuse the three, some only rename the last
+    (r"^(.*)\.attention\.to_k$", r"\1.attention.qkv#1|\g<0>"),
+    (r"^(.*)\.attention\.to_v$", r"\1.attention.qkv#2|\g<0>"),
+    (r"\.attention\.to_out\.0$", ".attention.out"),
+    (r"\.attention\.norm_([qk])$", r".attention.\1_norm"),
+    (r"^all_x_embedder\.\d+-1$", "x_embedder"),
+    (r"^all_final_layer\.\d+-1\.", "final_layer."),
+)

@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 
 
 def run_rank(assignment: RankAssignment, connection: Connection) -> None:
-    """Serve commands until `Stop`, or until the group is gone; only a rank that was told to stop exits with 0."""
+    """Serve commands until `Stop`, or until the group is gone. Only `Stop` makes a rank exit with 0."""
     from sgld.models import load_family
 
     serve(assignment, connection, load_family)
 
 
 def serve(assignment: RankAssignment, connection: Connection, load_family: Callable[..., Any]) -> None:
-    """`run_rank` with the loader given, so that tests can bring a family that fails on purpose."""
+    """Serve commands with that loader of models. Tests bring one that fails on purpose."""
     try:
         prepare_process(assignment)
         worker = Worker(assignment, connection, load_family)
@@ -69,7 +69,7 @@ def serve(assignment: RankAssignment, connection: Connection, load_family: Calla
 
 
 class Worker:
-    """A rank's state: its mesh and the family it has loaded."""
+    """A rank: its mesh, and the model it has loaded."""
 
     def __init__(self, assignment: RankAssignment, connection: Connection, load_family: Callable[..., Any]):
         from sgld.nn.parallel import Mesh
@@ -90,7 +90,7 @@ class Worker:
                 send(self._connection, answer)
 
     def _next(self) -> Command | None:
-        """The next command; None when told to stop. A late `Cancel` is stale. Exits when the group is gone."""
+        """Receive the next command, or None for `Stop`. Drop a late `Cancel`. Exit when the group is gone."""
         while True:
             try:
                 message = self._connection.recv()

@@ -110,9 +110,10 @@ def test_presets_load_and_are_short(preset: Path, capsys: pytest.CaptureFixture[
         assert {key: shown[key] for key in yaml.safe_load(text)} == yaml.safe_load(text)
 
 
-def test_there_is_a_preset_for_every_model_the_readme_names() -> None:
-    readme = (PRESETS[0].parents[1] / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `([\w./-]+)` \| `configs/([\w.-]+)\.yaml` \|$", readme, re.MULTILINE))
+def test_there_is_a_preset_for_every_model_that_the_documents_name() -> None:
+    docs = PRESETS[0].parents[1] / "docs"
+    text = "".join((docs / name).read_text() for name in ("models.md", "overlays.md"))
+    rows = dict(re.findall(r"^\| `([\w./-]+)` \| `configs/([\w.-]+)\.yaml` \|$", text, re.MULTILINE))
     assert {
         yaml.safe_load(path.read_text())["model_path"]: path.stem for path in PRESETS if path.stem != "demo"
     } == rows

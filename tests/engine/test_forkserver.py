@@ -24,7 +24,8 @@ from sgld.engine.forkserver import FORK_SERVER, ForkServer, RankProcess, start_r
 from sgld.engine.group import WorkerGroup
 from sgld.errors import WorkerDied
 from sgld.messages import Frames, Load, RankAssignment
-from sgld.params import resolve
+from sgld.resolve import resolve
+from tests.engine.outputs import generate_one
 from tests.engine.ranks import INFO, run_faulty, run_report
 from tests.engine.test_group import PATIENCE, dies, works
 
@@ -166,8 +167,8 @@ def test_the_parent_never_imports_torch(tmp_path: Path) -> None:
 async def picture(**settings: Any) -> Frames:
     async with Engine(Settings(**settings)) as engine:
         info = await engine.load(lambda event: None)
-        params, _ = resolve({"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 2, "seed": 3}, info)
-        return (await engine.generate("job", params, lambda event: None)).frames.array.copy()
+        asked = {"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+        return (await generate_one(engine, "job", resolve(asked, info).params)).frames.array.copy()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -14,8 +14,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sgld.config import DEMO_MODEL, Settings
 from sgld.errors import BadRequest, ModelError, NotBuilt
-from sgld.hub.hub import COMPONENT_FILES, MODEL_FILES, model_files, resolve, resolve_model
+from sgld.hub.hub import COMPONENT_FILES, MODEL_FILES, model_files, resolve_model
 from sgld.hub.overlay import MANIFEST
+from sgld.hub.reference import Reference
 from sgld.models import load_family
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
@@ -43,13 +44,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_embedded_model() -> None:
-    assert (resolve("sgld/demo", None, "model_path") / "model_index.json").is_file()
+    assert (Reference(DEMO_MODEL).folder(MODEL_FILES) / "model_index.json").is_file()
 
 
 def test_a_cached_repository_and_a_folder_in_it(cache: Path) -> None:
-    assert resolve(NAME, None, "model_path") == cache
-    assert resolve(NAME, "main", "model_path") == cache
-    assert resolve(f"{NAME}/vae", None, "vae_path") == cache / "vae"
+    assert Reference(NAME).folder(MODEL_FILES) == cache
+    assert Reference(NAME, "main").folder(MODEL_FILES) == cache
+    assert Reference(f"{NAME}/vae").folder(COMPONENT_FILES) == cache / "vae"
 
 
 def test_components_are_resolved_with_the_model(cache: Path) -> None:
@@ -70,7 +71,7 @@ def test_components_are_resolved_with_the_model(cache: Path) -> None:
 )
 def test_a_reference_that_leads_nowhere(cache: Path, reference: str, words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
-        resolve(reference, None, "model_path")
+        Reference(reference).folder(MODEL_FILES)
     assert caught.value.param == "model_path"
 
 
@@ -78,7 +79,7 @@ def test_a_file_and_an_empty_folder(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     file.touch()
     with pytest.raises(ModelError, match="is a file"):
-        resolve(str(file), None, "model_path")
+        Reference(str(file)).folder(MODEL_FILES)
     with pytest.raises(ModelError, match="no model_index.json"):
         resolve_model(Settings(model_path=str(tmp_path)))
 
@@ -86,7 +87,7 @@ def test_a_file_and_an_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reference", [DEMO_MODEL, "."])
 def test_only_a_repository_has_revisions(reference: str) -> None:
     with pytest.raises(BadRequest, match=r"^revision: 'main': .* has none"):
-        resolve(reference, "main", "model_path")
+        Reference(reference, "main").folder(MODEL_FILES)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,8 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         return {**light, **dict.fromkeys(names, b"weights")}
 
     unused = ("safety_checker/model.fp16.safetensors", "vae_1_0/model.fp16.safetensors")
-    hub = Hub(
-        {
-            "owner/both": repository(*PLAIN, *VARIANTS),
-            "owner/variants": repository(*SHARDS, VARIANTS[-1]),
-            "owner/unused": repository(*PLAIN, *unused),
-        }
-    )
+    both, variants = repository(*PLAIN, *VARIANTS), repository(*SHARDS, VARIANTS[-1])
+    hub = Hub({"owner/both": both, "owner/variants": variants, "owner/unused": repository(*PLAIN, *unused)})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "online"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
@@ -156,9 +152,8 @@ def test_variants_stay_on_the_hub(online: Hub) -> None:
 
 
 def test_variants_alone_are_refused_before_they_are_downloaded(online: Hub, tmp_path: Path) -> None:
-    with pytest.raises(
-        NotBuilt, match="^model_variant: 'owner/variants' .*text_encoder, such as text_encoder/model.fp16"
-    ):
+    line = "^model_variant: 'owner/variants' .*text_encoder, such as text_encoder/model.fp16"
+    with pytest.raises(NotBuilt, match=line):
         resolve_model(Settings(model_path="owner/variants"))
     assert online.asked == ["owner/variants:model_index.json"]
     (tmp_path / "mine").mkdir()
@@ -174,11 +169,7 @@ def test_a_revision_that_is_not_there_goes_by_its_name(online: Hub, tmp_path: Pa
     for revision, entry, words in (
         ("gone", str(tmp_path / "mine"), "^revision: 'gone' is not in 'owner/both'"),
         (None, str(tmp_path / "mine"), "^source_revision: 'lost' is not in 'owner/both'"),
-        (
-            None,
-            {"overlay_repo_id": "owner/unused", "overlay_revision": "off"},
-            "^model_overlay.*: overlay_revision: 'off'",
-        ),
+        (None, {"overlay_repo_id": "owner/unused", "overlay_revision": "off"}, "overlay_revision: 'off'"),
     ):
         registry = json.dumps({"owner/both": entry})
         with pytest.raises(ModelError, match=words):
@@ -186,7 +177,7 @@ def test_a_revision_that_is_not_there_goes_by_its_name(online: Hub, tmp_path: Pa
 
 
 def test_a_replaced_component_loads(tmp_path: Path) -> None:
-    vae = Path(str(resolve(DEMO_MODEL, None, "model_path"))) / "vae"
+    vae = Reference(DEMO_MODEL).folder(MODEL_FILES) / "vae"
     shutil.copytree(vae, tmp_path / "mine")
     load = resolve_model(Settings(component_paths={"vae": str(tmp_path / "mine")}))
     assert load_family(load, Mesh.solo(), Cpu(), lambda step, total: None).info.name == "WanPipeline"
@@ -213,7 +204,7 @@ class BreakingOff(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub() -> Iterator[str]:
+def broken_hub() -> Iterator[str]:
     """The address of a hub that no answer of can be used."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), BreakingOff)
     thread = threading.Thread(target=server.serve_forever)
@@ -225,9 +216,9 @@ def hub() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", ["half/an-answer", "another/shape"])
-def test_a_download_that_breaks_off_is_one_line(name: str, hub: str, tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_is_one_line(name: str, broken_hub: str, tmp_path: Path) -> None:
     asked = ["generate", "--prompt", "x", "--model-path", name]
-    done = sgld(*asked, folder=tmp_path, HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "hf"))
+    done = sgld(*asked, folder=tmp_path, HF_ENDPOINT=broken_hub, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: --model-path: '{name}' could not be downloaded: ")

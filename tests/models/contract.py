@@ -46,6 +46,10 @@ TWO = ({"ulysses_degree": 2}, {"ring_degree": 2, "tp_size": 2}, {"enable_cfg_par
 FOUR = ({"ulysses_degree": 2, "ring_degree": 2}, {"enable_cfg_parallel": True, "ring_degree": 2})
 FLUX = PROMPT | {"max_sequence_length": 16, "true_cfg_scale": 2.5, "negative_prompt": "blurred dog"}
 NO_TRUE_GUIDANCE = {"true_cfg_scale": 1.0}
+Z_IMAGE = {
+    "prompt": "a red cat & the green ball, 猫", "negative_prompt": "blurred", "height": 32, "width": 48,
+    "num_inference_steps": 4, "guidance_scale": 5.0, "cfg_normalization": 1.0, "seed": 7,
+}  # fmt: skip
 WAN = PROMPT | {"num_frames": 9, "guidance_scale": 5.0, "negative_prompt": "blurred"}
 
 CASES = (
@@ -79,4 +83,27 @@ CASES = (
         splits={2: TWO},
     ),
     Case("wan22-a14b", "WanPipeline", "text-to-video", WAN | {"guidance_scale_2": 2.5}, their_clip),
+    Case(
+        "z-image", "ZImagePipeline", "text-to-image", Z_IMAGE,
+        also=(
+            {"cfg_normalization": 0.0},
+            {"cfg_normalization": 0.6},
+            {"guidance_scale": 0.5},  # from 0 on it counts, not from 1
+            {"height": 64, "width": 144},  # 36 tokens, filled up to 64
+            {"height": 64, "width": 128},  # 32 tokens
+            {"num_inference_steps": 1},
+            {"max_sequence_length": 12},
+            {"prompt": ""},
+            {"prompt": "cat " * 20, "negative_prompt": ""},  # other multiples of 32 tokens for each prompt
+        ),
+        unguided={"guidance_scale": 0.0},
+        splits={2: TWO, 4: FOUR},
+        offloads=(WHOLE, LAYERWISE, WHOLE | LAYERWISE),
+        large={"height": 768, "width": 768},
+    ),
+    Case(
+        "z-image-turbo", "ZImagePipeline", "text-to-image", Z_IMAGE | {"guidance_scale": 3.0},
+        also=({"guidance_scale": 0.0},),
+        unguided={"guidance_scale": 0.0},
+    ),
 )  # fmt: skip

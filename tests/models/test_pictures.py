@@ -168,11 +168,11 @@ def test_latents_outside_the_mask_follow_the_noised_picture(
 def test_the_encoder_is_loaded_with_the_first_picture(twins: Path, picture: Path) -> None:
     family = load(twins / "wan21")
     generate(family)
-    assert family._encoder is None  # type: ignore[attr-defined]
+    assert family.vae.encoder is None  # type: ignore[attr-defined]
     generate(family, image_path=[str(picture)])
-    encoder = family._encoder  # type: ignore[attr-defined]
+    encoder = family.vae.encoder  # type: ignore[attr-defined]
     generate(family, image_path=[str(picture)])
-    assert encoder is not None and family._encoder is encoder  # type: ignore[attr-defined]
+    assert encoder is not None and family.vae.encoder is encoder  # type: ignore[attr-defined]
 
 
 def test_a_model_without_an_encoder_takes_no_picture(twins: Path, picture: Path, tmp_path: Path) -> None:

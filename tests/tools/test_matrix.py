@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sgld.models import REGISTRY
 from tests.models.parity import load
-from tools.matrix import END, README, ROOT, START, table
+from tools.matrix import END, PAGE, ROOT, START, table
 from tools.tiny import makers
 
 
-def test_the_readme_is_what_the_tests_prove() -> None:
+def test_the_page_is_what_the_tests_prove() -> None:
     command = [sys.executable, str(ROOT / "tools/matrix.py"), "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -27,7 +27,7 @@ def test_every_task_that_a_model_lists_is_proved(tmp_path: Path) -> None:
             listed[info.name].update(info.tasks, ["audio"] if info.audio else [])
     listed["LTX2ImageToVideoPipeline"] = listed["LTX2Pipeline"]  # another name of the same model
     assert listed.keys() == REGISTRY.keys()
-    matrix = README.read_text().partition(START)[2].partition(END)[0]
+    matrix = PAGE.read_text().partition(START)[2].partition(END)[0]
     rows = (row.split(" | ") for row in matrix.splitlines() if "`" in row)
     assert {row[0].strip("| `"): set(row[1].split(", ")) for row in rows} == listed
 
@@ -35,4 +35,4 @@ def test_every_task_that_a_model_lists_is_proved(tmp_path: Path) -> None:
 def test_what_no_test_proves_is_not_said() -> None:
     row = next(line for line in table({"WanPipeline": {"LoRA"}}).splitlines() if "`WanPipeline`" in line)
     assert row.split(" | ")[1:4] == ["unproved", "yes", ""]
-    assert row not in README.read_text()
+    assert row not in PAGE.read_text()

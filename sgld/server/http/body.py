@@ -16,7 +16,18 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from sgld import config
-from sgld.convert import MAX_CHARACTERS, MAX_ENTRIES, cut, fields_of, knob_of, refuse_unbuilt, shorten, structure
+from sgld.convert import (
+    MAX_CHARACTERS,
+    MAX_ENTRIES,
+    Field,
+    Values,
+    cut,
+    fields_of,
+    knob_of,
+    refuse_unbuilt,
+    shorten,
+    structure,
+)
 from sgld.errors import BadRequest, NotBuilt, SgldError, UnknownField, nearest
 from sgld.params import MAX_LORAS, LoraUse, SamplingParams
 from sgld.server.http.schema import OPENAI_QUALITIES
@@ -54,7 +65,7 @@ class Upload:
 class Body:
     """What a request brought."""
 
-    values: dict[str, Any]
+    values: Values
     files: list[Upload]
     addresses: list[str] = attrs.field(factory=list)  # of pictures, once they are taken from the values
 
@@ -99,7 +110,7 @@ def read_query(request: web.Request, cls: type[T]) -> T:
         UnknownField: a parameter that `cls` does not have, with the nearest one.
         BadRequest: one of the wrong type or range, or given twice.
     """
-    fields, values = fields_of(cls), dict[str, Any]()
+    fields, values = fields_of(cls), Values()
     for name, text in request.query.items():
         if name in values:
             raise BadRequest(f"{cut(name)}: given several times; give it once", name)
@@ -107,12 +118,15 @@ def read_query(request: web.Request, cls: type[T]) -> T:
     return structure(values, cls)
 
 
-async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
+async def _read_json(request: web.Request, empty: bool) -> Values:
+    text = bytearray()
     try:
-        text = await request.read()
+        async for chunk in request.content.iter_any():  # request.read() would hold it until the answer
+            text += chunk
+            if len(text) > request.client_max_size:
+                raise web.HTTPRequestEntityTooLarge(request.client_max_size, len(text))
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise BadRequest(f"the body cannot be read: {_reason(error)}") from None
-    request._read_bytes = None  # else aiohttp holds it until the answer, and jobs may wait for long
     if empty and not text:
         return {}
     try:
@@ -124,12 +138,12 @@ async def _read_json(request: web.Request, empty: bool) -> dict[str, Any]:
     return values
 
 
-async def _read_form(request: web.Request, fields: type) -> tuple[dict[str, Any], list[Upload]]:
+async def _read_form(request: web.Request, fields: type) -> tuple[Values, list[Upload]]:
     try:
         form = await request.post()
     except (ValueError, LookupError, RuntimeError, web.RequestPayloadError, HttpProcessingError) as error:
         raise BadRequest(f"the body is not a valid form: {_reason(error)}") from None
-    values: dict[str, Any] = {}
+    values: Values = {}
     files: list[Upload] = []
     for key, value in form.items():
         if isinstance(value, web.FileField):
@@ -149,7 +163,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).removeprefix("400, message: ")
 
 
-def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
+def _place(values: Values, key: str, text: str, fields: type) -> None:
     """Put `a`, `a[]`, `a[b]`, `a[b][c][]` or `a[][b]` where it belongs."""
     match = _FORM_KEY.fullmatch(key)
     if match is None:
@@ -176,12 +190,12 @@ def _place(values: dict[str, Any], key: str, text: str, fields: type) -> None:
         target[name] = value
 
 
-def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
+def _only_object(items: list[object], name: str, key: str) -> Values:
     """Return the one object of a list that is written as `a[][name]`.
 
     Of several, as OpenAI's client writes them, nobody could say which value belongs to which.
     """
-    found: dict[str, Any] = next((item for item in items if isinstance(item, dict)), {})
+    found: Values = next((item for item in items if isinstance(item, dict)), {})
     if name in found or {name, *found} >= set(_IDENTITIES):
         field = key.partition("[")[0]
         reason = f"a form cannot say which of them it is of; give each as JSON text in {cut(field)}[]"
@@ -191,7 +205,7 @@ def _only_object(items: list[Any], name: str, key: str) -> dict[str, Any]:
     return found
 
 
-def _form_value(name: str, steps: list[str], text: str, fields: type) -> Any:
+def _form_value(name: str, steps: list[str], text: str, fields: type) -> object:
     known = fields_of(fields).get(name) or fields_of(SamplingParams).get(config.ALIASES.get(name, name))
     if name in _ADAPTERS and steps and steps[-1]:
         known = fields_of(LoraUse).get(steps[-1])
@@ -202,14 +216,14 @@ def _form_value(name: str, steps: list[str], text: str, fields: type) -> Any:
     return config.from_text(text, known.type)
 
 
-def _json_text(name: str, text: str) -> Any:
+def _json_text(name: str, text: str) -> object:
     try:
         return _parse(text)
     except ValueError as error:
         raise BadRequest(f"it is not valid JSON: {error}", field=name) from None
 
 
-def _parse(text: str | bytes) -> Any:
+def _parse(text: str | bytearray) -> object:
     """Parse JSON. Raises ValueError, and BadRequest for a key that stands twice in one object."""
     if (text.count(",") if isinstance(text, str) else text.count(b",")) > MAX_COMMAS:
         raise ValueError(f"it has more than {MAX_COMMAS} commas")
@@ -217,7 +231,8 @@ def _parse(text: str | bytes) -> Any:
         values = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    level, depth = [values], 0
+    level: list[object] = [values]
+    depth = 0
     while level := [child for value in level for child in _children(value)]:
         depth += 1
         if depth > MAX_DEPTH:
@@ -225,7 +240,7 @@ def _parse(text: str | bytes) -> Any:
     return values
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> Values:
     values = dict(pairs)
     if len(values) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -233,13 +248,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _children(value: Any) -> Iterable[Any]:
+def _children(value: object) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
+def _merge_extras(values: Values) -> Values:
     """Merge `extra_body` of the client libraries into the top level, which wins."""
-    merged: dict[str, Any] = {}
+    merged: Values = {}
     for name in _EXTRAS:
         extra = values.pop(name, None)
         if isinstance(extra, str):
@@ -250,14 +265,14 @@ def _merge_extras(values: dict[str, Any]) -> dict[str, Any]:
     return merged | values
 
 
-def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], list[str]]:
+def split(body: Mapping[str, object], cls: type[T]) -> tuple[T, Values, list[str]]:
     """Split a body into API fields as `cls`, the given sampling values, and warnings.
 
     Raises:
         UnknownField: a parameter neither knows, with the nearest one.
     """
-    api: dict[str, Any] = {}
-    sampling: dict[str, Any] = {}
+    api: Values = {}
+    sampling: Values = {}
     sent: dict[str, str] = {}
     own, shared = fields_of(cls), fields_of(SamplingParams)
     for key, value in _adapters(body).items():
@@ -283,7 +298,7 @@ def split(body: Mapping[str, Any], cls: type[T]) -> tuple[T, dict[str, Any], lis
     return fields, *_quality(sampling, fields)
 
 
-def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
+def _usable(*known: Mapping[str, Field]) -> Iterator[str]:
     """List the names, and their aliases, that a request may set."""
     for fields in known:
         for name, field in fields.items():
@@ -293,7 +308,7 @@ def _usable(*known: Mapping[str, attrs.Attribute[Any]]) -> Iterator[str]:
 
 
 @contextmanager
-def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
+def as_sent(values: Mapping[str, object]) -> Iterator[None]:
     """Rename the field of an error to the body's field it was read from: `n`, `size`, `seconds`."""
     try:
         yield
@@ -307,7 +322,7 @@ def as_sent(values: Mapping[str, Any]) -> Iterator[None]:
         raise error.renamed(sent, made) from None
 
 
-def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
+def _sent_as(field: str | None, values: Mapping[str, object]) -> str | None:
     """Find another field of the body that a sampling field was read from."""
     if field is None or values.get(field) is not None:
         return None
@@ -316,7 +331,7 @@ def _sent_as(field: str | None, values: Mapping[str, Any]) -> str | None:
     return aliases[0] if aliases else made_of if made_of is not None and values.get(made_of) is not None else None
 
 
-def _respell(api: dict[str, Any]) -> None:
+def _respell(api: Values) -> None:
     """Convert OpenAI's spellings: seconds as text, and jpg for jpeg."""
     if isinstance(seconds := api.get("seconds"), str):
         api["seconds"] = config.from_text(seconds, int)
@@ -324,14 +339,14 @@ def _respell(api: dict[str, Any]) -> None:
         api["output_format"] = _OPENAI_FORMATS.get(format, format)
 
 
-def _check_fixed(key: str, value: Any) -> None:
+def _check_fixed(key: str, value: object) -> None:
     """Check a field of `sgld generate` that has one value over HTTP."""
     if value is not None and value is not _FIXED[key]:
         fixed = str(_FIXED[key]).lower()
         raise NotBuilt(f"{shorten(value)} is not possible over HTTP, where it is always {fixed}", field=key)
 
 
-def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
+def _adapters(body: Mapping[str, object]) -> Values:
     """Convert `lora`, one adapter, to `loras`. An adapter may be its nickname alone; a form brings JSON."""
     values, given = dict(body), [name for name in ("lora", "loras") if body.get(name) is not None]
     if len(given) > 1:
@@ -349,14 +364,14 @@ def _adapters(body: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _parsed(name: str, value: Any) -> Any:
+def _parsed(name: str, value: object) -> object:
     """Parse text that looks like JSON, unless it is longer than any text may be."""
     if isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.lstrip()[:1] in ("{", "["):
         return _json_text(name, value)
     return value
 
 
-def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
+def _size(size: str | None, sampling: Mapping[str, object]) -> dict[str, int]:
     if size in (None, "", "auto"):
         return {}
     match = _SIZE.fullmatch(size or "")
@@ -369,7 +384,7 @@ def _size(size: str | None, sampling: Mapping[str, Any]) -> dict[str, int]:
     return sides
 
 
-def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], list[str]]:
+def _quality(sampling: Values, fields: object) -> tuple[Values, list[str]]:
     """Drop OpenAI's values that have no effect here, with a warning for each."""
     warnings = []
     if (word := sampling.get("quality")) in OPENAI_QUALITIES:
@@ -382,7 +397,7 @@ def _quality(sampling: dict[str, Any], fields: Any) -> tuple[dict[str, Any], lis
     return sampling, warnings
 
 
-def require_prompt(sampling: Mapping[str, Any]) -> None:
+def require_prompt(sampling: Mapping[str, object]) -> None:
     """Check that the request has a prompt."""
     prompt = sampling.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():

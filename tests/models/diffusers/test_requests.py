@@ -6,7 +6,6 @@ import inspect
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ import PIL.Image
 import pytest
 import torch
 
-from sgld.config import settings_of
 from sgld.errors import BadRequest, ModelError, NotBuilt
-from sgld.models.diffusers.backend import Pipeline
-from sgld.models.diffusers.call import ENGINE_S, PASSED, Call
-from sgld.params import LoraUse, check_loras
+from sgld.models.diffusers.call import ENGINE_ARGUMENTS, REQUEST_FIELDS, CallSignature
+from sgld.models.diffusers.running import DiffusersPipeline
 from sgld.resolve import resolve
-from tests.models.diffusers.test_backend import CLIP, REQUEST, heard, load, pipeline, refusal, set_class
+from tests.models.diffusers.pipelines import CLIP, REQUEST, pipeline, refusal, run, set_class
 from tests.models.parity import photo, picture
-from tools import tiny
 
 CODE = """
 import PIL.Image
@@ -51,23 +47,7 @@ class Curious(OvisImagePipeline):
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a twin by name."""
-
-    @cache
-    def make(name: str) -> Path:
-        return tiny.makers()[name](tmp_path_factory.mktemp("twin") / name)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def ovis(twin: Callable[[str], Path]) -> Pipeline:
-    return pipeline(twin("ovis-image"))
-
-
-@pytest.fixture(scope="module")
-def curious(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def curious(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> DiffusersPipeline:
     """A pipeline of a repository's own code, which keeps what it was called with in `seen`."""
     folder = shutil.copytree(twin("ovis-image"), tmp_path_factory.mktemp("code") / "model")
     set_class(folder, ["curious", "Curious"])
@@ -77,14 +57,11 @@ def curious(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
         return pipeline(folder, trust_remote_code=True)
 
 
-def seen(model: Pipeline, **request: Any) -> dict[str, Any]:
+def seen(model: DiffusersPipeline, **request: Any) -> dict[str, Any]:
     """What the curious pipeline was called with."""
     picture(model, {"prompt": "a red cat", "seed": 7, **request})
-    found: dict[str, Any] = model._pipeline.seen
+    found: dict[str, Any] = model.pipeline.seen
     return found
-
-
-# ------------------------------------------------------------------------------------------ text that could be a file
 
 
 def test_no_text_reaches_what_a_processor_opens(
@@ -107,7 +84,7 @@ def test_no_text_reaches_what_a_processor_opens(
             picture(model, request)
         assert caught.value.param == "diffusers_kwargs.last_image"
     assert set(opened) <= {first}
-    monkeypatch.setattr(Call, "takes_text", lambda self, name: True)
+    monkeypatch.setattr(CallSignature, "takes_text", lambda self, name: True)
     with pytest.raises(BadRequest):
         picture(model, CLIP | {"image_path": [first], "diffusers_kwargs": {"last_image": canary}})
     assert canary in opened, "without the refusal it is not opened either: this test shows nothing"
@@ -128,7 +105,7 @@ def test_no_text_reaches_what_a_processor_opens(
     ],
 )
 def test_which_arguments_take_text(name: str, argument: str, taken: bool) -> None:
-    call = Call.of(getattr(diffusers, name))
+    call = CallSignature.of(getattr(diffusers, name))
     assert (argument in call.arguments) == (argument != "no_such_argument")
     assert call.takes_text(argument) is taken
 
@@ -137,11 +114,11 @@ def test_which_arguments_take_text(name: str, argument: str, taken: bool) -> Non
 def test_the_arguments_of_any_pipeline_that_take_text() -> None:
     """None of these is opened; what a newer diffusers adds is to be looked at before it is added here."""
     kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Pipeline")]
-    calls = [Call.of(k) for k in kinds if issubclass(k, diffusers.DiffusionPipeline) and "__call__" in dir(k)]
+    calls = [CallSignature.of(k) for k in kinds if issubclass(k, diffusers.DiffusionPipeline) and "__call__" in dir(k)]
     found = {name for call in calls for name in call.arguments if call.takes_text(name)}
     words = {name for name in found if re.fullmatch("(.*_)?prompt(_[234])?", name)}
     assert len(calls) > 200 and {"prompt_2", "system_prompt"} < words
-    assert found - words - {*ENGINE_S, *PASSED} == {
+    assert found - words - {*ENGINE_ARGUMENTS, *REQUEST_FIELDS} == {
         "action", "cache_implementation", "complete_track_classes", "complex_human_instruction", "gligen_phrases",
         "instruction", "keyscale", "lyrics", "mixed_precision_format", "mixed_precision_reasoner_policy", "mode",
         "negative_prompt_embeds", "prior_callback_on_step_end_tensor_inputs", "resample_method_input",
@@ -150,7 +127,7 @@ def test_the_arguments_of_any_pipeline_that_take_text() -> None:
     }  # fmt: skip
 
 
-def test_text_is_taken_where_the_call_says_so(curious: Pipeline) -> None:
+def test_text_is_taken_where_the_call_says_so(curious: DiffusersPipeline) -> None:
     assert seen(curious, diffusers_kwargs={"style": "wild"})["style"] == "wild"
     for name in ("tensors", "unknown"):
         line = rf"^diffusers_kwargs.{name}: 'a.png': no text is taken here"
@@ -158,10 +135,7 @@ def test_text_is_taken_where_the_call_says_so(curious: Pipeline) -> None:
             seen(curious, diffusers_kwargs={name: "a.png"})
 
 
-# ------------------------------------------------------------------------------------- what is left to the call
-
-
-def test_what_the_call_leaves_open_is_not_passed_unless_somebody_gives_it(curious: Pipeline) -> None:
+def test_what_the_call_leaves_open_is_not_passed_unless_somebody_gives_it(curious: DiffusersPipeline) -> None:
     assert set(curious.info.left_open) == {"num_inference_steps", "guidance_scale", "max_sequence_length"}
     told = seen(curious)
     assert [told[name] for name in (*curious.info.left_open, "height")] == [None, None, None, 32]
@@ -186,7 +160,7 @@ def test_the_operator_s_and_the_folder_s_values_are_given_ones(twin: Callable[[s
     assert pipeline(folder).info.left_open == ()
 
 
-def test_a_picture_s_shape_is_a_size_that_is_given(ovis: Pipeline) -> None:
+def test_a_picture_s_shape_is_a_size_that_is_given(ovis: DiffusersPipeline) -> None:
     info = attrs.evolve(ovis.info, pictures=attrs.evolve(ovis.info.pictures, max=1))
     params = resolve({"image_path": ["a.png"]}, info, picture=(64, 32)).params
     assert (params.width, params.height, params.diffusers_kwargs) == (1440, 720, None)
@@ -199,30 +173,27 @@ def test_a_clip_s_length_is_the_call_s_own(twin: Callable[[str], Path]) -> None:
     model = pipeline(twin("ltx2"))
     assert "num_frames" in model.info.left_open and model.info.defaults["num_frames"] == 121
     request = {"prompt": "a red cat", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 7}
-    made = heard(model, request)
+    made = run(model, request)
     assert made.frames is not None and len(made.frames) == 121
 
 
-def test_a_default_that_is_true_or_false_is_the_call_s_own(curious: Pipeline) -> None:
+def test_a_default_that_is_true_or_false_is_the_call_s_own(curious: DiffusersPipeline) -> None:
     assert curious.info.defaults["cfg_normalization"] == 1.0
     assert seen(curious)["cfg_normalization"] == 1.0
     assert seen(curious, cfg_normalization=0)["cfg_normalization"] == 0.0
 
 
-# --------------------------------------------------------------------------------------- arguments of the pipeline's
-
-
 def test_unknown_arguments_are_for_a_repository_s_own_code_alone(
-    curious: Pipeline, twin: Callable[[str], Path]
+    curious: DiffusersPipeline, twin: Callable[[str], Path]
 ) -> None:
     model = pipeline(twin("stable-diffusion"))
-    assert any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model._pipeline).__call__).parameters.values())
+    assert any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model.pipeline).__call__).parameters.values())
     told = refusal(model, diffusers_kwargs={"clip_skp": 1})
     assert told.startswith("diffusers_kwargs.clip_skp: the call of StableDiffusionPipeline has no such argument; did")
     assert seen(curious, diffusers_kwargs={"more": 1})["kwargs"] == {"more": 1}
 
 
-def test_what_the_pipeline_says_of_its_own_arguments_is_the_client_s_to_mend(ovis: Pipeline) -> None:
+def test_what_the_pipeline_says_of_its_own_arguments_is_the_client_s_to_mend(ovis: DiffusersPipeline) -> None:
     told = refusal(ovis, diffusers_kwargs={"latents": [1, 2]})
     assert told.startswith("diffusers_kwargs: OvisImagePipeline cannot run with them: ")
     with pytest.raises(BadRequest) as caught:
@@ -230,26 +201,25 @@ def test_what_the_pipeline_says_of_its_own_arguments_is_the_client_s_to_mend(ovi
     assert caught.value.param == "diffusers_kwargs"
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_arguments(ovis: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_no_fault_of_the_arguments(
+    ovis: DiffusersPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(**_: Any) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr(ovis._pipeline, "encode_prompt", full)
+    monkeypatch.setattr(ovis.pipeline, "encode_prompt", full)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         picture(ovis, REQUEST | {"diffusers_kwargs": {"sigmas": [1.0, 0.5]}})
 
 
-def test_one_argument_under_two_names_is_refused(ovis: Pipeline) -> None:
+def test_one_argument_under_two_names_is_refused(ovis: DiffusersPipeline) -> None:
     told = refusal(ovis, diffusers_kwargs={"cross_attention_kwargs": {}, "attention_kwargs": {}})
     assert told == (
         "diffusers_kwargs.attention_kwargs: joint_attention_kwargs is given under another name too; give it once"
     )
 
 
-# ------------------------------------------------------------------------------------------------ pictures, and steps
-
-
-def test_a_mask_needs_no_strength(curious: Pipeline, tmp_path: Path) -> None:
+def test_a_mask_needs_no_strength(curious: DiffusersPipeline, tmp_path: Path) -> None:
     file, mask = (str(photo(tmp_path / name, 48, 32)) for name in ("a.png", "m.png"))
     PIL.Image.new("L", (48, 32), 255).save(mask)
     told = seen(curious, image_path=[file], mask_path=mask)
@@ -265,52 +235,18 @@ def test_a_mask_that_the_call_has_no_argument_for(twin: Callable[[str], Path], t
         picture(pipeline(twin("wan21-i2v-480p")), CLIP | {"image_path": [file], "mask_path": file})
 
 
-def test_a_step_counts_once(curious: Pipeline) -> None:
-    made = heard(curious, {"prompt": "a red cat", "seed": 7, "num_inference_steps": 2})
+def test_a_step_counts_once(curious: DiffusersPipeline) -> None:
+    made = run(curious, {"prompt": "a red cat", "seed": 7, "num_inference_steps": 2})
     assert len(made.context.steps_ms) == 2
-    assert curious._pipeline.seen["callback"] is None and curious._pipeline.seen["callback_on_step_end"] is not None
+    assert curious.pipeline.seen["callback"] is None and curious.pipeline.seen["callback_on_step_end"] is not None
 
 
-def test_a_stopped_call_leaves_nothing_on_the_device(ovis: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_call_leaves_nothing_on_the_device(ovis: DiffusersPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     freed = []
-    original = ovis._pipeline.maybe_free_model_hooks
-    monkeypatch.setattr(ovis._pipeline, "maybe_free_model_hooks", lambda: freed.append(original()))
-    assert heard(ovis, REQUEST | {"num_inference_steps": 50}, cancel_in="denoise").frames is None
+    original = ovis.pipeline.maybe_free_model_hooks
+    monkeypatch.setattr(ovis.pipeline, "maybe_free_model_hooks", lambda: freed.append(original()))
+    assert run(ovis, REQUEST | {"num_inference_steps": 50}, cancel_in="denoise").frames is None
     assert freed == [None]
-
-
-# ------------------------------------------------------------------------------------------------- what is not loaded
-
-
-def test_adapters_that_are_not_taken(twin: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "loras: this model cannot use it: only transformers take adapters, and StableDiffusionPipeline has none"
-    adapters = [{"path": "a.safetensors"}]
-    with pytest.raises(NotBuilt, match=line):
-        picture(pipeline(twin("stable-diffusion")), REQUEST | {"loras": adapters})
-    monkeypatch.setattr("sgld.models.diffusers.backend._place", lambda *_: "dit_cpu_offload")
-    model = pipeline(twin("ovis-image"))
-    told = "components that are offloaded take no adapters; leave dit_cpu_offload out to use them"
-    assert refusal(model, NotBuilt, loras=adapters).endswith(told)
-    with pytest.raises(NotBuilt, match=f"lora_path: this model takes no LoRA adapters: {told}"):
-        check_loras([LoraUse(path="a.safetensors")], model.info, "lora_path")
-
-
-def test_a_package_that_is_missing_is_named(twin: Callable[[str], Path], tmp_path: Path) -> None:
-    name = "OnnxStableDiffusionPipeline"
-    assert isinstance(getattr(diffusers, name), diffusers.utils.DummyObject)
-    folder = shutil.copytree(twin("ovis-image"), tmp_path / "model")
-    set_class(folder, name)
-    for backend in ("auto", "diffusers"):
-        with pytest.raises(ModelError, match=f"^{name} requires .*pip install onnxruntime"):
-            load(folder, backend=backend)
-
-
-@pytest.mark.parametrize("name", [[], ["a"], ["a", 1], {}, 3])
-def test_names_of_classes_that_are_none(twin: Callable[[str], Path], tmp_path: Path, name: Any) -> None:
-    folder = shutil.copytree(twin("ovis-image"), tmp_path / "model")
-    set_class(folder, name)
-    with pytest.raises(ModelError, match="diffusers has no pipeline"):
-        load(folder, backend="diffusers")
 
 
 @pytest.mark.parametrize(
@@ -327,8 +263,8 @@ def test_names_of_classes_that_are_none(twin: Callable[[str], Path], tmp_path: P
 )
 def test_calls_whose_output_is_nothing_here(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=f"^{name} cannot run here: {reason}"):
-        Call.of(getattr(diffusers, name)).check()
-    Call.of(diffusers.OvisImagePipeline).check()
+        CallSignature.of(getattr(diffusers, name)).check()
+    CallSignature.of(diffusers.OvisImagePipeline).check()
 
 
 def test_a_folder_s_defaults_that_the_call_lacks_are_refused(twin: Callable[[str], Path], tmp_path: Path) -> None:
@@ -337,11 +273,3 @@ def test_a_folder_s_defaults_that_the_call_lacks_are_refused(twin: Callable[[str
     line = "generation_config.json: true_cfg_scale: the call of OvisImagePipeline has no argument true_cfg_scale; leave"
     with pytest.raises(ModelError, match=line):
         pipeline(folder)
-
-
-def test_parallel_decode_is_refused_under_either_name(twin: Callable[[str], Path]) -> None:
-    config = settings_of({"vae_config": {"use_parallel_decode": True}}).vae_config
-    with pytest.raises(
-        BadRequest, match="^vae_config.use_parallel_decode: true: a diffusers pipeline runs in one work"
-    ):
-        pipeline(twin("ovis-image"), vae_config=config)
