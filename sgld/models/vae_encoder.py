@@ -21,10 +21,10 @@ from sgld.models.components import ComponentLoader
 from sgld.models.vae import (
     CHUNK_PIXELS,
     CausalConv3d,
+    ChannelRMSNorm,
     MidBlock,
     Past,
     ResidualBlock,
-    RMSNorm,
     Tiling,
     Vae,
     WanVaeConfig,
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
             if i < last:
                 self.down_blocks.append(Downsample(dim, in_time[i]))
         self.mid_block = MidBlock(dims[-1])
-        self.norm_out = RMSNorm(dims[-1], 3)
+        self.norm_out = ChannelRMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, 3, 3)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:

@@ -22,7 +22,7 @@ from sgld.resolve import Resolved, resolve
 from sgld.server.http.auth import IDENTITY, OWNER
 from sgld.server.http.body import Body, as_sent, read_body
 from sgld.server.http.fetch import Fetcher
-from sgld.server.http.pictures import Source, check_sources, find_sources, read_sources
+from sgld.server.http.pictures import PictureSource, check_sources, find_sources, read_sources
 from sgld.server.http.schema import CommonFields
 from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.inputs import StoredPictures
@@ -51,7 +51,7 @@ class RequestSpec(Generic[F]):
 
     kind: str  # image or video
     fields: type  # of the body, beside SamplingParams
-    parse: Callable[[Service, dict[str, Any], Sequence[Source]], ParsedRequest[F]]
+    parse: Callable[[Service, dict[str, Any], Sequence[PictureSource]], ParsedRequest[F]]
     pictures: tuple[str, ...] = ()  # fields of the body that bring pictures
     before: JobRecord | None = None  # the job that a remix repeats
 
@@ -123,7 +123,7 @@ class Service:
         return queued, asked.fields
 
     def _pictures(
-        self, sources: Sequence[Source], before: JobRecord | None
+        self, sources: Sequence[PictureSource], before: JobRecord | None
     ) -> AbstractAsyncContextManager[StoredPictures]:
         if before is not None:  # which may be deleted before this one ends
             return uploads.copied(before.params, self.uploads)

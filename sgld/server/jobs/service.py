@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sgld.config import Settings
 from sgld.engine.engine import Engine
-from sgld.errors import INTERNAL, Cancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
+from sgld.errors import INTERNAL, JobCancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
 from sgld.log import job_context
 from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.index import JobIndex
@@ -19,7 +19,7 @@ from sgld.server.jobs.job import Job
 from sgld.server.jobs.record import JobRecord, Outcome
 from sgld.server.jobs.repository import JobRepository, MemoryJobRepository
 from sgld.server.jobs.results import Outputs
-from sgld.server.jobs.run import JobMetrics, JobRun, Runner
+from sgld.server.jobs.run import JobMetrics, JobRun, RunResources
 from sgld.server.jobs.scheduler import Scheduler
 from sgld.server.jobs.tasks import Tasks
 from sgld.server.jobs.webhooks import Webhooks
@@ -50,7 +50,7 @@ class JobService:
         self._metrics = metrics
         self._webhooks = webhooks
         self._tasks = Tasks()
-        self._runner = Runner(engine, outputs, self.scheduler, metrics, self._tasks)
+        self._runner = RunResources(engine, outputs, self.scheduler, metrics, self._tasks)
         self._dispatcher: asyncio.Task[None] | None = None
 
     # Life
@@ -212,12 +212,12 @@ class JobService:
     async def _cancel(self, job: Job) -> None:
         if job.decide_end():
             self._stop(job)
-            await self.finish(job, Outcome("failed", Cancelled("the job was cancelled")))
+            await self.finish(job, Outcome("failed", JobCancelled("the job was cancelled")))
         else:
             await self._wait_for_end(job)
 
     async def _delete(self, job: Job) -> None:
-        error = Cancelled("the job was cancelled")
+        error = JobCancelled("the job was cancelled")
         if job.decide_end():
             self._stop(job)
             try:
@@ -337,7 +337,7 @@ class JobService:
     def _count(self, kind: str, error: SgldError | None) -> None:
         if error is None:
             self._metrics.job_finished(kind)
-        elif isinstance(error, Cancelled):
+        elif isinstance(error, JobCancelled):
             self._metrics.job_cancelled(kind)
         else:
             self._metrics.job_failed(kind, error.code)
