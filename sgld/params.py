@@ -375,13 +375,14 @@ class ModelInfo:
         """Return the peak bytes of one output, by the field to lower when they are too many."""
         if (m := self.memory) is None:
             return {}
+        spec = OutputSpec.of(params)
         area = params.height * params.width
         tokens = area // self.size_multiple**2 * ((params.num_frames - 1) // self.frame_multiple + 1)
         denoise = m.denoiser_weights + m.token * max(tokens, min(2 * tokens, m.paired_tokens))
         denoise += m.picture * len(params.image_path or ())
         tile = min(area, m.tile_pixels or area)
         chunk = min(params.num_frames * tile, max(m.chunk_pixels, self.frame_multiple * tile))
-        decode = m.decoder_weights + m.pixel * params.num_frames * area + m.chunk_pixel * chunk
+        decode = m.decoder_weights + m.pixel * spec.pixels + m.chunk_pixel * chunk
         if params.image_path:
             decode = max(decode, m.decoder_weights + m.chunk_pixel * m.picture_pixels)
         longest = max(len((text or "").encode()) for text in (params.prompt, params.negative_prompt))

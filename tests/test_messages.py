@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import psutil
-import pytest
 
 from sgld import errors
 from sgld.messages import SharedFrames
@@ -46,13 +45,6 @@ def test_frames_leave_no_descriptor() -> None:
         del view
         gc.collect()
         assert psutil.Process().num_fds() <= before
-
-
-@pytest.mark.parametrize("kind", list(errors._tree(errors.SgldError)))
-def test_errors_survive_a_pipe_and_their_code(kind: type[errors.SgldError]) -> None:
-    error = pickle.loads(pickle.dumps(kind("message", "field")))
-    assert (type(error), error.message, error.param) == (kind, "message", "field")
-    assert type(errors.from_code(kind.code, "message", "field")) is kind
 
 
 def test_nearest_names() -> None:

@@ -37,7 +37,7 @@ GRACE_S = 3.0  # from a kill to leaving, whatever still runs
 
 
 def run(plan: Plan) -> int:
-    """Make everything. Raises SgldError for the first thing that could not be made, and `Cancelled` after ^C."""
+    """Make all outputs. Raises SgldError for the first that fails, and `Cancelled` after ^C."""
     absent = absent_folders(plan)
     try:
         check_early(plan, LocalStorage(plan.folder))
@@ -61,7 +61,7 @@ async def _run(plan: Plan, absent: list[Path]) -> None:
 
 
 class Run:
-    """The outputs of a plan under way."""
+    """A plan in progress."""
 
     def __init__(self, plan: Plan, engine: Engine, absent: list[Path]):
         self.engine = engine
@@ -73,7 +73,7 @@ class Run:
         self._saving: asyncio.Task[None] | None = None
 
     async def everything(self) -> None:
-        """Load, generate, save. What was denoised is saved even when a later output fails or is interrupted."""
+        """Load, generate and save. Finished outputs are saved even if a later one fails or is interrupted."""
         started = time.perf_counter()
         try:
             outputs = await self._load()
@@ -95,7 +95,7 @@ class Run:
         for note in notes:
             self._screen.line(f"warning: {note}")
         for output in outputs:
-            await self._adapted(output.params)
+            await self._find_adapters(output.params)
         if self._plan.options.save_output:
             chosen = [output.name for output in outputs if output.chosen]
             await asyncio.to_thread(self._storage.check, chosen, self._plan.options.overwrite)
@@ -103,13 +103,17 @@ class Run:
 
     async def _generate(self, group: list[tuple[Output, str]]) -> None:
         """Make outputs that differ in their seed alone. A file that cannot be written stops those after it."""
-        items = [await self._adapted(output.params) for output, _ in group]
+        items = [await self._find_adapters(output.params) for output, _ in group]
         waiting = iter(group)
 
         def announce() -> Callable[[Event], None]:
             output, title = next(waiting)
             self._screen.line(f"{title} seed {output.seed}".strip())
             return self._screen.follow(title)
+
+        def stop_if_lost(saving: asyncio.Task[None]) -> None:
+            if not saving.cancelled() and saving.exception() is not None:
+                making.cancel()
 
         follow = announce()
 
@@ -119,15 +123,15 @@ class Run:
                 follow(event)
                 return
             self._saving = asyncio.create_task(self._save(group[event.item][0], event.media, self._saving))
-            self._saving.add_done_callback(lambda saving: saving.exception() and making.cancel())
+            self._saving.add_done_callback(stop_if_lost)
             if event.item + 1 < len(group):
                 follow = announce()
 
         making = asyncio.create_task(self.engine.generate(f"generate-{group[0][0].name}", items, emit))
         await making
 
-    async def _adapted(self, params: OutputParams) -> OutputParams:
-        """With the files of its adapters, which are sought once."""
+    async def _find_adapters(self, params: OutputParams) -> OutputParams:
+        """Add the files of the adapters, which are looked up once."""
         return attrs.evolve(params, loras=await self.engine.adapters.resolve(params.loras, "loras", local=True))
 
     async def _saved(self) -> None:
@@ -149,14 +153,14 @@ class Run:
             self._screen.line(line_of(self._plan, saved), sys.stdout)
 
     def abandon(self) -> None:
-        """Remove the file being written, which nobody will finish, and its folder if that stays empty."""
+        """Remove the unfinished file, and its folder if that is empty."""
         for part in self._parts:
             part.unlink(missing_ok=True)
         remove_empty(self._absent)
 
 
 class Interrupts:
-    """^C cancels the job at its next step; a second one kills the workers. SIGTERM and SIGHUP are the same."""
+    """Cancel the job at its next step on ^C, SIGTERM or SIGHUP; kill the workers on the second."""
 
     def __init__(self, making: asyncio.Task[None], run: Run):
         self.count = 0
@@ -175,7 +179,7 @@ class Interrupts:
         self._making.cancel()
 
     def _leave(self) -> None:
-        """End at once: a download, say, cannot be interrupted. The workers follow their parent."""
+        """Exit at once, because a download, for example, cannot be interrupted. The workers follow their parent."""
         self._run.abandon()
         say("error: interrupted")
         os._exit(Cancelled.exit_code)

@@ -1,4 +1,4 @@
-"""Outputs: the files of a run, from their names to what is said of them."""
+"""Name, check and write the files of a run, and report on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sgld.storage.local import LocalStorage, complete_name, default_name, indexe
 
 @attrs.frozen
 class Output:
-    """One file to make."""
+    """A file to make."""
 
     params: OutputParams
     name: str
@@ -40,7 +40,7 @@ class Output:
 
 @attrs.frozen
 class Saved:
-    """One file that was made, or only measured."""
+    """An output that was made, with its file if one was written."""
 
     output: Output
     path: Path | None
@@ -49,7 +49,7 @@ class Saved:
 
 
 def check_early(plan: Plan, storage: LocalStorage) -> None:
-    """Refuse files that cannot be read, and names, folders and formats that cannot be written: before the load."""
+    """Refuse files that cannot be read or written, before the model is loaded."""
     for values in plan.sampling:
         sizes = [inputs.size_of(path) for path in values.get("image_path") or ()]
         if sizes and (mask := values.get("mask_path")) is not None:
@@ -78,13 +78,13 @@ def _check_report(file: Path, overwrite: bool) -> None:
 
 
 def absent_folders(plan: Plan) -> list[Path]:
-    """The folders that the run will have to make, innermost first."""
+    """Return the folders that the run will have to make, innermost first."""
     folders = [plan.folder, *([plan.report.parent] if plan.report else [])]
     return [one for folder in folders for one in (folder, *folder.parents) if not os.access(one, os.F_OK)]
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove those that hold nothing, and those that then hold nothing."""
+    """Remove the empty ones of these folders, in this order."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -96,7 +96,7 @@ def check_format(plan: Plan, sampling: SamplingParams, spec: OutputSpec, format:
 
 
 def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
-    """Every output of every prompt, with the name and format of its file; and warnings for the user. Blocks."""
+    """Return every output of every prompt, and warnings for the user. Blocks."""
     found: list[tuple[OutputParams, OutputSpec]] = []
     notes: dict[str, None] = {}
     for given in plan.sampling:
@@ -111,7 +111,7 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
 
 
 def _idle(plan: Plan, given: Mapping[str, Any], format: str) -> list[str]:
-    """Warnings for what was asked for and changes nothing."""
+    """Return warnings for options without effect."""
     reasons = {}
     if format != "mp4" and given.get("x264_preset"):
         reasons["x264_preset"] = f"a {format} is no mp4"
@@ -139,7 +139,7 @@ def _output(plan: Plan, sampling: OutputParams, spec: OutputSpec, i: int, n: int
 
 
 def save(plan: Plan, storage: LocalStorage, output: Output, made: Media, parts: list[Path]) -> Saved:
-    """Encode and write one output; `parts` takes note of the unfinished file. Blocks."""
+    """Encode and write one output. The unfinished file is added to `parts`. Blocks."""
     started = time.perf_counter()
     path = _write(plan, storage, output, made, parts) if plan.options.save_output else None
     stages = {**made.timings.stages_ms, "save": 1e3 * (time.perf_counter() - started)}
@@ -147,7 +147,7 @@ def save(plan: Plan, storage: LocalStorage, output: Output, made: Media, parts: 
 
 
 def _write(plan: Plan, storage: LocalStorage, output: Output, made: Media, parts: list[Path]) -> Path:
-    """The file; a default name that is taken, or becomes so meanwhile, gives way to the next free one."""
+    """Write the file. If a default name is taken, use the next free one."""
     while True:
         name = output.name if output.chosen else storage.free_name(output.name)
         try:
@@ -175,7 +175,7 @@ def _encode(part: Path, plan: Plan, output: Output, made: Media) -> None:
 
 
 def line_of(plan: Plan, saved: Saved) -> str:
-    """What standard output says of it: the path, or one JSON object."""
+    """Return the line for standard output: the path, or one JSON object."""
     if not plan.options.json:
         return str(saved.path)
     frames, height, width = saved.media.frames.shape[:3]

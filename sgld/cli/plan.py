@@ -1,4 +1,4 @@
-"""Plan: what a `sgld generate` asks for, checked as far as it can be before the model is loaded."""
+"""Plan a run of `sgld generate`, and check it as far as possible before the model is loaded."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where the files go."""
+        """Return the folder of the files."""
         if self.options.output_file_path is not None:
             return config.user_path(self.options.output_file_path, "output_file_path").parent
         return config.user_path(self.settings.output_path, "output_path")
 
     @property
     def file_name(self) -> str | None:
-        """The name the user chose."""
+        """Return the name that the user chose."""
         if self.options.output_file_path is not None:
             return self.options.output_file_path.rpartition("/")[2]
         return self.options.output_file_name
 
     @property
     def report(self) -> Path | None:
-        """Where the performance report goes."""
+        """Return the path of the performance report."""
         path = self.options.perf_dump_path
         return None if path is None else config.user_path(path, "perf_dump_path")
 
     @property
     def format(self) -> str | None:
-        """What extension, `return_frames` and `data_type` ask for; None leaves it to the number of frames."""
+        """Return the format by extension, `return_frames` and `data_type`; None leaves it to the number of frames."""
         if self.options.return_frames:
             return "npy"
         return _extension(self.file_name) or DEFAULT_FORMATS.get(self.options.data_type or "")
 
     def format_for(self, num_frames: int) -> str:
-        """The format of an output with so many frames."""
+        """Return the format of an output with that many frames."""
         return self.format or ("png" if num_frames == 1 else "mp4")
 
 
@@ -66,7 +66,7 @@ def _extension(name: str | None) -> str | None:
 
 
 def plan_of(layer: Layer) -> Plan:
-    """The typed parts of a merged configuration.
+    """Build the plan of a merged configuration.
 
     Raises:
         BadRequest: a wrong type or range, or options that contradict each other.
@@ -82,7 +82,7 @@ def plan_of(layer: Layer) -> Plan:
 
 
 def refuse_early(plan: Plan) -> None:
-    """Refuse what cannot be made, whatever the model. Raises NotBuilt or BadRequest."""
+    """Refuse a plan that no model can make. Raises NotBuilt, BadRequest."""
     own = {name: value for name, value in plan.spelled.values.items() if name not in serve_only()}
     sampling = [structure(values, SamplingParams) for values in plan.sampling]
     refuse_unbuilt(config.settings_of(own), *sampling[:1], spell=plan.spelled.spell)
@@ -93,12 +93,12 @@ def refuse_early(plan: Plan) -> None:
 
 
 def serve_only() -> dict[str, Knob]:
-    """The knobs that `generate` has no use for."""
+    """Return the knobs that `generate` ignores."""
     return {name: meta for name, field in fields_of(Settings).items() if (meta := knob_of(field)).serve_only}
 
 
 def ignored(layer: Layer) -> list[str]:
-    """Those of them that the command line or the config file sets; the environment is shared, and stays unmentioned."""
+    """Return the ignored knobs of the command line and the config file. The environment is shared with `serve`."""
     given = {name: spelled for name, spelled in layer.spelled.items() if name in serve_only()}
     return [spelled for name, spelled in given.items() if spelled != serve_only()[name].env]
 
@@ -133,7 +133,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _with_full_paths(given: dict[str, Any]) -> dict[str, Any]:
-    """Input files as absolute paths: they are read by other processes, and shown in errors."""
+    """Make the paths of input files absolute, for other processes and for errors."""
     full = dict(given)
     if isinstance(paths := given.get("image_path"), list) and all(isinstance(path, str) for path in paths):
         full["image_path"] = [_full(path, "image_path") for path in paths]
@@ -147,7 +147,7 @@ def _full(path: str, param: str) -> str:
 
 
 def _per_prompt(given: Mapping[str, Any], prompts: list[str]) -> list[dict[str, Any]]:
-    """The values of each prompt; lists of pictures or seeds for several prompts are dealt out in order."""
+    """Return the values of each prompt. Lists of pictures or seeds for several prompts are distributed in order."""
     shared = [{**given, "prompt": prompt} for prompt in prompts]
     pictures = given.get("image_path") or []
     if len(pictures) > 1 and len(prompts) > 1:
@@ -192,7 +192,7 @@ def _check_options(plan: Plan) -> None:
 
 
 def _with_one_frame(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
-    """Asking for an image asks for one frame; what the command line says beats a number of frames in a file."""
+    """Set one frame if an image is asked for. The command line wins over a number of frames in the config file."""
     asks = "data_type" if plan.options.data_type == "image" else None
     if plan.format in IMAGE_FORMATS and asks is None:
         asks = "output_file_path" if plan.options.output_file_path is not None else "output_file_name"

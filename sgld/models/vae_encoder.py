@@ -222,10 +222,15 @@ class WanAutoencoder:
 
     def encode(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Encode frames [N, 3, H, W] in [-1, 1] to latents [1, C, T, h, w]; see `VaeEncoder.encode`."""
-        if self.encoder is None:  # most requests bring no picture
-            self.encoder = self._load_encoder()
+        encoder = self.load_encoder()
         self._offloader.need("vae_encoder")
-        return self.encoder.encode(frames, raise_if_cancelled)
+        return encoder.encode(frames, raise_if_cancelled)
+
+    def load_encoder(self) -> VaeEncoder:
+        """Load the encoder unless it is loaded; most requests bring no picture."""
+        if self.encoder is None:
+            self.encoder = self._load_encoder()
+        return self.encoder
 
     def decode(self, z: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Decode latents [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU."""

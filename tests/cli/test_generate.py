@@ -193,6 +193,34 @@ def test_a_failure_keeps_what_was_made_before(tmp_path: Path) -> None:
     assert files(tmp_path) == ["x_0.mp4"]
 
 
+def test_a_file_that_cannot_be_written_stops_the_outputs_after_it(tmp_path: Path) -> None:
+    words = ["--prompt", "a", "--seed", "5", "--num-outputs-per-prompt", "4", "--num-inference-steps", "40"]
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IS_LOST, "generate", *words, "--num-frames", "1", "--output-file-path=x.png"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, lines[-1]) == (1, "", "error: no room")
+    assert "[2/4] seed 6" in lines, "the next one is begun while the first is written"
+    assert not [line for line in lines if "[4/4]" in line]
+    assert files(tmp_path) == []
+
+
+FIRST_IS_LOST = """
+import sys
+from sgld import cli
+from sgld.cli import make
+from sgld.errors import OutputError
+
+def lost(*args):
+    raise OutputError("no room")
+
+if __name__ == "__main__":
+    make.save = lost
+    sys.exit(cli.main())
+"""
+
+
 SECOND_FAILS = """
 import sys
 from sgld import cli

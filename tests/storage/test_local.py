@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,8 +15,17 @@ from threading import Barrier
 
 import pytest
 
-from sgld.errors import BadRequest, OutputError
-from sgld.storage.local import LocalStorage, check_name, complete_name, default_name, indexed
+from sgld.errors import BadRequest, NotFound, OutputError
+from sgld.storage.local import (
+    ABANDONED_S,
+    LocalResultStore,
+    LocalStorage,
+    check_name,
+    complete_name,
+    default_name,
+    indexed,
+)
+from sgld.storage.result_store import ResultStore
 
 WHEN = datetime(2026, 2, 3, 4, 5, 6)
 
@@ -282,3 +292,64 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(storage: LocalStorage) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert listing(storage) == ["b.mp4"]
+
+
+# A store of results
+
+
+async def test_results_are_stored_served_and_deleted(tmp_path: Path) -> None:
+    store: ResultStore = LocalResultStore(tmp_path / "out")
+    for content in (b"first", b"another"):
+        assert await store.put("a.mp4", lambda path, content=content: path.write_bytes(content)) == len(content)
+    assert await store.serve("a.mp4") == tmp_path / "out" / "a.mp4"
+    async with store.open("a.mp4") as path:
+        assert path.read_bytes() == b"another"
+    await store.delete(["a.mp4", "never.mp4"])
+    with pytest.raises(NotFound, match=r"^a\.mp4: the file has been removed$"):
+        async with store.open("a.mp4") as path:
+            path.read_bytes()
+
+
+async def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    store = LocalResultStore(tmp_path)
+    await store.put("a.mp4", lambda path: path.write_bytes(b"old"))
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OutputError, match="No space left on device"):
+        await store.put("a.mp4", fail)
+    assert (listing(LocalStorage(tmp_path)), (tmp_path / "a.mp4").read_bytes()) == (["a.mp4"], b"old")
+
+
+async def test_which_results_exist(tmp_path: Path) -> None:
+    store = LocalResultStore(tmp_path)
+    for name in ("a.mp4", "a.webp"):
+        await store.put(name, lambda path: path.write_bytes(b"1"))
+    (tmp_path / "folder").mkdir()
+    assert await store.exists(["a.mp4", "a.webp"], newer_than="a.mp4")
+    assert not await store.exists(["a.mp4", "b.mp4"])
+    assert not await store.exists(["folder"])
+    os.utime(tmp_path / "a.webp", (1, 1))
+    assert not await store.exists(["a.webp"], newer_than="a.mp4")
+    assert not await store.exists(["a.webp"], newer_than="gone.mp4")
+
+
+async def test_a_sweep_removes_what_nobody_finishes(tmp_path: Path) -> None:
+    for name, age in (("a.mp4", 2), (".sgld-old.part", 2), (".sgld-new.part", 0.5)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, 2 * (time.time() - age * ABANDONED_S,))
+    await LocalResultStore(tmp_path).sweep()
+    assert listing(LocalStorage(tmp_path)) == [".sgld-new.part", "a.mp4"]
+
+
+async def test_a_folder_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = LocalResultStore(tmp_path / "private")
+    await store.create_folder()
+    assert store.root.stat().st_mode & 0o777 == 0o700
+    await store.put("a.mp4", lambda path: path.write_bytes(b"1"))
+    await store.delete_folder()
+    assert not store.root.exists()
+    await store.delete_folder()
+    assert f"cannot remove {store.root}: No such file or directory" in caplog.text

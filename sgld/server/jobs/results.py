@@ -19,7 +19,7 @@ from sgld.config import Settings
 from sgld.errors import OutputError
 from sgld.messages import Media
 from sgld.params import OutputParams, SamplingParams
-from sgld.server.jobs.job import Artifact, picture_name
+from sgld.server.jobs.record import Artifact, picture_name
 from sgld.server.jobs.thumbnails import DAMAGED, make_thumbnail
 from sgld.storage.result_store import ResultStore
 

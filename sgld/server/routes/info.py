@@ -61,7 +61,7 @@ async def models(request: web.Request) -> web.Response:
 @routes.get("/v1/models/{id:.+}")
 @Described(answer=ModelCard, id="id of the model, or the path it was loaded from; a slash may be %2F", errors=(404,))
 async def model(request: web.Request) -> web.Response:
-    """Show the model, by the id it is listed under or the path it was loaded from; a slash may be %2F."""
+    """Return the model, by the id it is listed under or the path it was loaded from; a slash may be %2F."""
     service = request.app[SERVICE]
     service.check_model(request.match_info["id"])
     return web.json_response(body(_card(service)))
@@ -103,7 +103,7 @@ async def server_info(request: web.Request) -> web.Response:
         state=service.engine.state,
         started_at=service.started_at,
         restarts=service.engine.status.restarts,
-        queue_depth=service.jobs.waiting,
+        queue_depth=service.jobs.scheduler.waiting,
         max_queue=service.settings.max_queue,
     )
     return web.json_response(body(answer))

@@ -64,7 +64,7 @@ class WebhookEndpoint:
 
 @attrs.frozen(kw_only=True)
 class WebhookEndpointWithSecret(WebhookEndpoint):
-    """The answer to create and rotate_secret, the only ones that tell the secret."""
+    """The answer to create and rotate_secret, the only ones with the secret."""
 
     signing_secret: str = attrs.field(repr=False)
 
@@ -114,7 +114,7 @@ routes = web.RouteTableDef()
 
 
 def _visible(endpoint: Endpoint) -> dict[str, Any]:
-    """Select what an owner may see of an endpoint again and again."""
+    """Return the fields of an endpoint that every answer holds."""
     names = ("id", "created_at", "updated_at", "name", "url", "event_types")
     hint = f"{SECRET_PREFIX}...{endpoint.secret[-4:]}"
     return {**{name: getattr(endpoint, name) for name in names}, "signing_secret_hint": hint}
@@ -125,12 +125,12 @@ def _view(endpoint: Endpoint) -> WebhookEndpoint:
 
 
 def view_with_secret(endpoint: Endpoint) -> WebhookEndpointWithSecret:
-    """Show an endpoint to its owner, with the secret."""
+    """Return an endpoint with its secret."""
     return WebhookEndpointWithSecret(**_visible(endpoint), signing_secret=endpoint.secret)
 
 
 async def _fields(request: web.Request, cls: type[T]) -> T:
-    """The body; none at all is an empty one."""
+    """Read the body, which may be missing."""
     return structure((await read_body(request, cls, empty=True)).values, cls)
 
 
@@ -143,7 +143,7 @@ async def _fields(request: web.Request, cls: type[T]) -> T:
     errors=BODY_ERRORS,
 )
 async def create(request: web.Request) -> web.Response:
-    """Make an endpoint; its secret is told here, and never again."""
+    """Create an endpoint. Only this answer holds its secret."""
     fields = await _fields(request, EndpointFields)
     for name, value in attrs.asdict(fields).items():
         if value is None:
@@ -155,7 +155,7 @@ async def create(request: web.Request) -> web.Response:
 @routes.get("/v1/webhook_endpoints")
 @Described(answer=WebhookEndpointList, query=ListFields, errors=(400, 404))
 async def list_all(request: web.Request) -> web.Response:
-    """The caller's endpoints, the newest first."""
+    """List the endpoints of the caller, the newest first."""
     endpoints, more = request.app[WEBHOOKS].page(request[OWNER], **attrs.asdict(read_query(request, ListFields)))
     data = [_view(endpoint) for endpoint in endpoints]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
@@ -165,14 +165,14 @@ async def list_all(request: web.Request) -> web.Response:
 @routes.get("/v1/webhook_event_types")
 @Described(answer=EventTypes)
 async def event_types(request: web.Request) -> web.Response:
-    """The events there are."""
+    """List the events that endpoints can receive."""
     return web.json_response({"object": "list", "data": list(EVENT_TYPES)})
 
 
 @routes.get("/v1/webhook_endpoints/{id}")
 @Described(id=ID, answer=WebhookEndpoint, errors=(404,))
 async def retrieve(request: web.Request) -> web.Response:
-    """One endpoint."""
+    """Return an endpoint."""
     endpoint = request.app[WEBHOOKS].get(request[OWNER], request.match_info["id"])
     return web.json_response(unstructure(_view(endpoint)))
 
@@ -203,7 +203,7 @@ async def delete(request: web.Request) -> web.Response:
     errors=(*BODY_ERRORS, 404),
 )
 async def rotate_secret(request: web.Request) -> web.Response:
-    """Give an endpoint a new secret, told here and never again."""
+    """Replace the secret of an endpoint. Only this answer holds it."""
     fields = await _fields(request, RotateFields)
     keep_old = fields.keep_old_secret_active_for_24_hours
     endpoint = await request.app[WEBHOOKS].rotate(request[OWNER], request.match_info["id"], keep_old)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sgld.config import Settings
+from sgld.errors import NotFound
 from sgld.messages import Audio, Media, SharedFrames, Timings
 from sgld.params import OutputParams
 from sgld.server.jobs.results import Outputs
@@ -25,3 +27,16 @@ async def test_sound_reaches_the_file(tmp_path: Path) -> None:
     assert heard is not None
     assert np.abs(heard.samples[0, 2000:20000] - tone[0, 2000:20000]).max() < 0.2
     assert np.abs(heard.samples[0, 2000:20000] + tone[0, 2000:20000]).max() > 1
+
+
+async def test_images_stay_in_memory_as_long_as_somebody_answers_with_them(tmp_path: Path) -> None:
+    made = Media(SharedFrames.of(np.full((1, 8, 8, 3), 7, np.uint8)), 8, 7, Timings({}, [], 0))
+    outputs = Outputs(LocalResultStore(tmp_path), "some/model", Settings())
+    with outputs.retain(["a.png"]):
+        with outputs.retain(["a.png"]):
+            artifact = await outputs.save(OutputParams(seed=7), made, "a.png", "png")
+        data = (tmp_path / "a.png").read_bytes()
+        (tmp_path / "a.png").unlink()
+        assert (await outputs.read(artifact), artifact.bytes) == (data, len(data))
+    with pytest.raises(NotFound, match=r"a\.png: the file has been removed"):
+        await outputs.read(artifact)

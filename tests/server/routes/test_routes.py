@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -230,7 +232,7 @@ async def test_a_remix_is_resolved_again(start: Start) -> None:
     status, remix = await client.call("POST", path, json=body)
     assert (status, remix["seeds"], remix["num_frames"]) == (200, [4, 9], 9)
     for job_id in (video["id"], remix["id"]):
-        params = service.jobs._jobs.get(job_id).params
+        params = service.jobs.index.get(job_id).record.params
         assert (params.num_inference_steps, params.output_compression) == (4, None), "the operator's defaults are new"
 
 
@@ -373,11 +375,41 @@ async def test_a_damaged_result_is_the_servers_fault(
     assert f"cannot read {file}" in caplog.text
 
 
+READS: dict[Path, list[str]] = {}  # files that were opened to be read, by the folder that is watched
+
+
+def audit(event: str, given: tuple[Any, ...]) -> None:
+    if READS and event == "open" and isinstance(given[0], str | Path) and given[2] & os.O_ACCMODE == os.O_RDONLY:
+        for folder, names in READS.items():
+            if Path(given[0]).is_relative_to(folder):
+                names.append(Path(given[0]).name)
+
+
+sys.addaudithook(audit)
+
+
+async def test_base64_is_answered_from_memory(start: Start, folder: Path) -> None:
+    """The files are written all the same, and read for those who ask for them."""
+    client = await start()
+    reads = READS[folder] = []
+    try:
+        assert len((await image(client, n=2))["data"]) == 2
+        async with client.session.post(client.url + IMAGES, json={"prompt": "{}", "stream": True}) as answer:
+            assert "image_generation.completed" in await answer.text()
+        assert (len(files(folder, "image")), reads) == (3, [])
+        address = (await image(client, response_format="url"))["data"][0]["url"]
+        async with client.session.get(address) as answer:
+            assert Image.open(io.BytesIO(await answer.read())).size == (16, 16)
+        assert reads
+    finally:
+        del READS[folder]
+
+
 async def test_small_pictures_decode_what_they_show(start: Start, folder: Path) -> None:
     client = await start()
     video = await client.until(await client.create(num_frames=41), "completed")
     service = client.app[SERVICE]
-    artifact = service.jobs._jobs.get(video["id"]).artifacts[0]
+    artifact = service.jobs.index.get(video["id"]).record.artifacts[0]
     sheet = folder / await service.jobs.outputs.picture(artifact, "spritesheet")
     assert Image.open(io.BytesIO(sheet.read_bytes())).size == (5 * 16, 4 * 16)
     seen: list[int] = []
