@@ -22,7 +22,7 @@ LADDER = [  # a room within a room is named with a dot, and stands on a rung of 
     {"models", "post"},
     {"nn"},
     {"hub", "platform", "media", "storage", "inputs"},
-    {"errors", "convert", "config", "params", "messages", "log", "demo"},
+    {"errors", "convert", "config", "settings", "params", "messages", "log", "demo"},
 ]
 RUNG = {name: len(LADDER) - height for height, names in enumerate(LADDER) for name in names}
 ONLY_IN = {  # said in one place only: import -> the files that may name it

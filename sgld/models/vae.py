@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.parallel import Axis
 from sgld.nn.weights import Keeper, load_module, pick, read_json
+from sgld.settings import Settings, VaeConfig
 
 
 class Past(dict[nn.Module, Tensor]):
@@ -303,9 +303,9 @@ class Vae:
         offload: Keeper | None = None,
         rows: Axis | None = None,
     ):
-        if not settings.vae_config.load_decoder:
+        if not settings.memory.vae_config.load_decoder:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
-        if (mode := settings.vae_config.parallel_decode_mode) == "tiled":
+        if (mode := settings.memory.vae_config.parallel_decode_mode) == "tiled":
             path = "vae_config.parallel_decode_mode"
             raise BadRequest(f"{mode!r}: this model's decode is shared row by row; use auto or spatial", field=path)
         c = vae_config(folder / "config.json")
@@ -315,7 +315,7 @@ class Vae:
         self.module = load_module(lambda: WanDecoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(-1, 1, 1).to(device, dtype) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
-        self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
+        self.tiling = Tiling.of(settings.memory.vae_config, self.spatial) if settings.memory.tiles() else None
         self.rows = rows or Axis()
 
     def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:

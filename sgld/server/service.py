@@ -13,7 +13,6 @@ import attrs
 from aiohttp import web
 
 from sgld import media
-from sgld.config import Settings
 from sgld.convert import default_of, fields_of, shorten
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
@@ -29,6 +28,7 @@ from sgld.server.jobs.inputs import StoredPictures
 from sgld.server.jobs.job import Job
 from sgld.server.jobs.record import JobRecord
 from sgld.server.jobs.service import JobService
+from sgld.settings import Settings
 
 F = TypeVar("F", bound=CommonFields)
 KEY, MAX_KEY_CHARACTERS = "Idempotency-Key", 255
@@ -71,7 +71,7 @@ class Service:
 
     @property
     def model_id(self) -> str:
-        return self.settings.served_model_name or self.settings.model_path
+        return self.settings.model.served_model_name or self.settings.model.model_path
 
     @property
     def ready(self) -> bool:
@@ -95,7 +95,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not serve. Raises UnknownModel."""
-        if name not in (None, self.model_id, self.settings.model_path):
+        if name not in (None, self.model_id, self.settings.model.model_path):
             raise UnknownModel(f"{shorten(name)} is not served here; {self.model_id!r} is", field="model")
 
     async def submit(self, request: web.Request, spec: RequestSpec[F]) -> tuple[Job, F]:

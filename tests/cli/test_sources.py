@@ -120,7 +120,7 @@ def test_the_environment_is_read_as_the_type_of_its_knob(
 def test_an_error_names_the_place_of_the_value(file: Path) -> None:
     layer = read(file, "num_inference_steps: many\nsp-size: 3\nvae_config: {tile_sample_min_width: 1}")
     told = []
-    for cls in (SamplingParams, config.Settings):
+    for cls in (SamplingParams, *config.SETTINGS):
         with pytest.raises(BadRequest) as caught, layer.spelling():
             structure(config.section(layer.values, cls), cls)
         told.append(caught.value.message)

@@ -18,12 +18,12 @@ import attrs
 import psutil
 import pytest
 
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Patience, WorkerGroup
 from sgld.errors import JobCancelled, ModelError, OutOfMemory, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Item, Load, Preview, Progress
 from sgld.params import OutputParams
+from sgld.settings import Settings
 from sgld.worker.run_context import PROGRESS_S
 from tests.engine.outputs import run_one
 from tests.engine.ranks import INFO, run_faulty
@@ -339,7 +339,7 @@ def test_stop_leaves_no_process_and_no_descriptor() -> None:
 ORPHANS = """
 from pathlib import Path
 import time
-from sgld.config import Settings
+from sgld.settings import Settings
 from sgld.engine.group import WorkerGroup
 from sgld.messages import Load
 from tests.engine.ranks import run_faulty

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import INTERNAL, JobCancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
 from sgld.log import job_context
@@ -23,6 +22,7 @@ from sgld.server.jobs.run import JobMetrics, JobRun, RunResources
 from sgld.server.jobs.scheduler import Scheduler
 from sgld.server.jobs.tasks import Tasks
 from sgld.server.jobs.webhooks import Webhooks
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
@@ -138,7 +138,7 @@ class JobService:
                 self.index.release_key(before)  # its files have vanished: they are made anew
         if self.draining:
             raise NotReady("the server is stopping; try another one")
-        most = self._settings.max_queue
+        most = self._settings.server.max_queue
         if len(self.scheduler) + len(self.admitting) >= most:
             raise QueueFull(f"{most} jobs wait already; try again later", None, self.scheduler.retry_after())
         return await self._admit(Job(record))
@@ -314,7 +314,7 @@ class JobService:
         Raises:
             OutputError: a deletion cannot be stored; the job has not ended then.
         """
-        record, video = job.record.end(outcome, self._settings.job_ttl), job.kind == "video"
+        record, video = job.record.end(outcome, self._settings.server.job_ttl), job.kind == "video"
         event = "video.completed" if outcome.error is None else "video.failed"
         deliveries = self._webhooks.due(job.owner, event, job.id) if video else []
         deleted = outcome.status == "deleted"
@@ -381,7 +381,7 @@ class JobService:
                 await self._delete_expired()
             except Exception:  # the next round may fare better
                 log.exception("expired jobs stay for now")
-            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
+            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.server.job_ttl / 4)))
 
     async def _delete_expired(self) -> None:
         now = time.time()
