@@ -142,7 +142,7 @@ class Engine:
         `worker_retries` times.
 
         Raises:
-            errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
+            errors.JobCancelled: never; a cancelled task raises asyncio.CancelledError as any other.
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
         unfinished = {index: Item(index, params) for index, params in enumerate(items)}

@@ -67,6 +67,7 @@ class EncodeRequest:
     pictures: Sequence[Image]
     raise_if_cancelled: RaiseIfCancelled
     notes: list[str] = attrs.field(factory=list)  # warnings for the user
+    store: dict[str, Any] = attrs.field(factory=dict)  # computed for the first prompt, for all others
 
 
 @attrs.frozen
@@ -163,6 +164,7 @@ class DiffusionModel(AnyModel):
     lora_names: ClassVar[Renames] = ()
     any_scheduler: ClassVar[bool] = False  # else only Euler's with flow matching
     few_steps: ClassVar[bool] = False  # whether dmd_denoising_steps may be set
+    empty_negative_prompt: ClassVar[str] = ""  # where none is given
 
     parts: ComponentLoader
     config: Any
@@ -257,7 +259,8 @@ class DiffusionModel(AnyModel):
         """
         request = EncodeRequest(params, pictures, raise_if_cancelled)
         guided = self.guidance_scale(params) > 1
-        prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
+        negative = self.empty_negative_prompt if params.negative_prompt is None else params.negative_prompt
+        prompts = {"prompt": params.prompt} | ({"negative_prompt": negative} if guided else {})
         texts: dict[str, list[EncodedText | None]] = {name: [] for name in prompts}
         for encoder in self.text_encoders:
             self.parts.offloader.need(encoder.component)
@@ -377,15 +380,23 @@ class DiffusionModel(AnyModel):
     # ----------------------------------------------------------------------------------------------- decoding
 
     def finalize_latents(self, x: Tensor, condition: Any) -> Tensor:
-        """Return latents for `decode`, with the parts that the conditioning prescribes."""
+        """Return latents with the parts that the conditioning prescribes."""
         return x
+
+    def streams(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+        """Split finalized latents into the latents for `decode`, and for `sound`, where the output has sound."""
+        return x, None
+
+    def preview_latents(self, x0: Tensor, condition: Any) -> Tensor:
+        """Return the part of an estimate of the clean latents that `preview` decodes."""
+        return self.streams(x0, condition)[0]
 
     def decode_latents(self, x: Tensor, raise_if_cancelled: RaiseIfCancelled) -> Tensor:
         """Decode latents to frames u8 [N, H, W, 3] on the CPU; called on rank 0, or on all with `parallel_decode`."""
         raise NotImplementedError
 
     def preview(self, x0: Tensor, raise_if_cancelled: RaiseIfCancelled) -> Tensor:
-        """Decode the first frame u8 [1, H, W, 3] of an estimate of the clean latents."""
+        """Decode the first frame u8 [1, H, W, 3] of latents by `preview_latents`."""
         return self.decode(x0, raise_if_cancelled)[:1]
 
     def decode(self, x: Tensor, raise_if_cancelled: RaiseIfCancelled) -> Tensor:
@@ -398,7 +409,7 @@ class DiffusionModel(AnyModel):
         return frames
 
     def sound(self, x: Tensor, raise_if_cancelled: RaiseIfCancelled) -> Sound | None:
-        """Decode the audio track, on rank 0; called after `decode`."""
+        """Decode audio latents, on rank 0; called after `decode`."""
         return None
 
     def after_output(self) -> None:

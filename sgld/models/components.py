@@ -69,8 +69,7 @@ class ComponentLoader:
         self.folder, self.settings, self.platform = load.folder, load.settings, platform
         self.index = read_json(load.folder / "model_index.json")
         for name in needs:
-            if not (self.index.get(name) or [None])[0]:
-                raise ModelError(f"{load.folder / 'model_index.json'}: lacks {name}")
+            self.need(name)
         self.names = tuple(name for name, value in self.index.items() if isinstance(value, list) and value[0])
         self._replaced = load.component_folders
         self.scheduler = read_json(self.path("scheduler") / "scheduler_config.json")
@@ -87,6 +86,11 @@ class ComponentLoader:
         self._chooser.check((*self.encoders, *others, "vae"))
         weighed = [name for name in self.names if (self.path(name) / "config.json").is_file()]
         self._progress, self._loaded, self._total = progress, 0, len(weighed)
+
+    def need(self, name: str) -> None:
+        """Raise `ModelError` for a component that the index lacks."""
+        if not (self.index.get(name) or [None])[0]:
+            raise ModelError(f"{self.folder / 'model_index.json'}: lacks {name}")
 
     def needs_euler(self) -> None:
         """Raise `ModelError` for a scheduler that takes no noise levels of a family's own."""

@@ -20,10 +20,10 @@ from sgld.models.components import ComponentLoader
 from sgld.models.vae import (
     CHUNK_PIXELS,
     CausalConv3d,
+    ChannelRMSNorm,
     MidBlock,
     Past,
     ResidualBlock,
-    RMSNorm,
     Tiling,
     Vae,
     WanVaeConfig,
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
             if i < last:
                 self.down_blocks.append(Downsample(dim, in_time[i]))
         self.mid_block = MidBlock(dims[-1])
-        self.norm_out = RMSNorm(dims[-1], 3)
+        self.norm_out = ChannelRMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, 3, 3)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
@@ -222,10 +222,15 @@ class WanAutoencoder:
 
     def encode(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Encode frames [N, 3, H, W] in [-1, 1] to latents [1, C, T, h, w]; see `VaeEncoder.encode`."""
-        if self.encoder is None:  # most requests bring no picture
-            self.encoder = self._load_encoder()
+        encoder = self.load_encoder()
         self._offloader.need("vae_encoder")
-        return self.encoder.encode(frames, raise_if_cancelled)
+        return encoder.encode(frames, raise_if_cancelled)
+
+    def load_encoder(self) -> VaeEncoder:
+        """Load the encoder unless it is loaded; most requests bring no picture."""
+        if self.encoder is None:
+            self.encoder = self._load_encoder()
+        return self.encoder
 
     def decode(self, z: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Decode latents [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU."""

@@ -148,7 +148,7 @@ def _preview_scale(scale: float, sigma: float) -> float:
 
 def _show(path: Trajectory, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
     """Decode a preview u8 [1, H, W, 3]."""
-    frames = path.model.preview(x0, raise_if_cancelled)
+    frames = path.model.preview(path.model.preview_latents(x0, path.condition), raise_if_cancelled)
     return frames if path.sdedit is None else path.sdedit.composite(frames)
 
 
@@ -157,14 +157,14 @@ def decode(path: Trajectory, state: DenoiseState, context: RunContext) -> tuple[
     """Decode the last state: frames u8 [N, H, W, 3] on the CPU, and sound. Other ranks than 0 may return no frames."""
     model = path.model
     with context.stage("decode"):
-        x = model.finalize_latents(state.latents, path.condition)
+        x, audio = model.streams(model.finalize_latents(state.latents, path.condition), path.condition)
         if model.parallel_decode:
             frames = model.decode(x, context.raise_if_cancelled_on_all_ranks)
         with context.rank0_alone():
             if not model.parallel_decode:
                 frames = model.decode(x, context.raise_if_cancelled)
             frames = frames if path.sdedit is None else path.sdedit.composite(frames)
-            return frames, model.sound(x, context.raise_if_cancelled)
+            return frames, None if audio is None else model.sound(audio, context.raise_if_cancelled)
 
 
 def preview_steps(total: int, previews: int) -> list[int]:

@@ -21,7 +21,7 @@ import sgld
 from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
-from sgld.errors import Cancelled, SgldError, WorkerDied
+from sgld.errors import JobCancelled, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Item, Load, Preview, Progress, RankAssignment, batch_key
 from sgld.params import OutputParams
 from sgld.resolve import resolve
@@ -198,7 +198,7 @@ def test_a_cancel_in_the_decoding_of_an_item_stops_both_ranks(group: WorkerGroup
             token.set()
 
     outputs = Outputs(cancel)
-    with pytest.raises(Cancelled, match="cancelled in decode"):
+    with pytest.raises(JobCancelled, match="cancelled in decode"):
         group.run(several(job(decode_s=0.3)), outputs, token)
     token.close()
     assert list(outputs.by_item) == [0]

@@ -33,7 +33,7 @@ from sgld.engine.engine import Engine
 from sgld.engine.follow import follow
 from sgld.engine.group import WorkerGroup
 from sgld.engine.node import Handshake, NodeListener, PeerConnection, call
-from sgld.errors import BadRequest, Cancelled, SgldError, WorkerDied
+from sgld.errors import BadRequest, JobCancelled, SgldError, WorkerDied
 from sgld.hub.hub import resolve_model
 from sgld.messages import Event, Load, Progress, RankAssignment, Refused
 from sgld.settings import Settings
@@ -261,7 +261,7 @@ def test_a_cancel_stops_ranks_on_both_nodes_in_the_same_step(nodes: Nodes) -> No
             if isinstance(event, Progress) and event.stage == "denoise" and event.step >= 3:
                 token.set()
 
-        with pytest.raises(Cancelled, match="cancelled in denoise"):
+        with pytest.raises(JobCancelled, match="cancelled in denoise"):
             nodes.group.run(job(steps=1000, step_s=0.1), cancel_at_step_3, token)
     assert works(nodes.group)
     assert nodes.pids == before

@@ -222,7 +222,7 @@ def test_pictures_stand_where_their_patches_are(models: Path, monkeypatch: pytes
     asked, family = request(models, "qwen-image-edit"), load(models / "qwen-image-edit")
     right = picture(family, asked)
     assert isinstance(family, QwenImage)
-    family._text.module.register_forward_pre_hook(
+    family.text.module.register_forward_pre_hook(
         lambda module, args, given: (args, given | {"mm_token_type_ids": None}), with_kwargs=True
     )
     assert apart(right, picture(family, asked)) > 20
@@ -324,7 +324,7 @@ def test_the_same_picture_from_weights_that_come(models: Path, name: str, settin
     family = load(models / name, **settings)
     assert isinstance(family, QwenImage)
     assert picture(family, asked).equal(picture(load(models / name), asked))
-    modules = (family._text.module, family._transformer, family._vae.module)
+    modules = (family.text.module, family.transformer, family.vae.decoder.module)
     assert all(p.untyped_storage().nbytes() < p.nbytes for module in modules for p in module.parameters() if p.ndim > 1)
 
 
@@ -333,7 +333,7 @@ def test_precision(models: Path, settings: dict[str, Any]) -> None:
     asked = request(models, "qwen-image-edit-2511")
     family = load(models / "qwen-image-edit-2511", **settings)
     assert isinstance(family, QwenImage)
-    assert {p.dtype for p in family._transformer.parameters()} <= {torch.bfloat16, torch.float16}
+    assert {p.dtype for p in family.transformer.parameters()} <= {torch.bfloat16, torch.float16}
     assert 0 < apart(picture(family, asked), picture(load(models / "qwen-image-edit-2511"), asked)) < 128
 
 
@@ -348,7 +348,7 @@ def test_only_what_is_used_is_loaded(models: Path) -> None:
     for name, sees in (("qwen-image", False), ("qwen-image-edit", True)):
         family = load(models / name)
         assert isinstance(family, QwenImage)
-        names = [name for name, _ in family._text.module.named_parameters()]
+        names = [name for name, _ in family.text.module.named_parameters()]
         assert not any("lm_head" in name for name in names)
         assert any("visual" in name for name in names) is sees
 

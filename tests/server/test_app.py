@@ -96,13 +96,13 @@ async def test_a_client_that_goes_away_frees_the_workers(client: Client) -> None
     jobs = client.app[SERVICE].jobs
     endless = asyncio.create_task(client.post("/v1/images/generations", {"step_s": 0.1}, num_inference_steps=1000))
     async with asyncio.timeout(30):
-        while not any(job.status == "in_progress" for job in jobs._jobs):
+        while not any(job.status == "in_progress" for job in jobs.index):
             await asyncio.sleep(0.01)
     endless.cancel()
     async with asyncio.timeout(30):  # the endless job would take 100 s
         status, body = await client.post("/v1/images/generations", {})
     assert (status, len(body["data"])) == (200, 1)
-    assert [job.status for job in jobs._jobs] == ["completed"], "the job of the client that left is gone"
+    assert [job.status for job in jobs.index] == ["completed"], "the job of the client that left is gone"
 
 
 async def test_failures_are_typed_and_the_next_job_is_correct(client: Client, tmp_path: Path) -> None:

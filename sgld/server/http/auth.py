@@ -55,6 +55,11 @@ class Identity:
     name: str
     admin: bool
 
+    @property
+    def visible_owner(self) -> str | None:
+        """Return the owner whose jobs the caller may see; None for everybody's."""
+        return None if self.admin else self.name
+
 
 NOBODY = Identity("", admin=True)
 
@@ -174,11 +179,6 @@ def require_admin(request: web.Request) -> None:
     identity = request[IDENTITY]
     if not identity.admin:
         raise Forbidden(f"key {identity.name!r} is of tier user; {request.method} {request.path} needs tier admin")
-
-
-def may_see(identity: Identity, owner: str) -> bool:
-    """Check that the caller may see a job of `owner`: its own, or any as an admin."""
-    return identity.admin or identity.name == owner
 
 
 def check_exposure(settings: Settings, keys: Keys) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 
-from sgld.errors import BadRequest, SgldError
-from sgld.server.http.errors import INTERNAL, error_response, name_request, refusal
+from sgld.errors import INTERNAL, BadRequest, SgldError
+from sgld.server.http.errors import error_response, name_request, refusal
 
 log = logging.getLogger(__name__)
 RESERVED_DESCRIPTORS = 200

@@ -18,7 +18,7 @@ from sgld import media
 from sgld.errors import OutputError
 from sgld.messages import Media
 from sgld.params import OutputParams, SamplingParams
-from sgld.server.jobs.job import Artifact, picture_name
+from sgld.server.jobs.record import Artifact, picture_name
 from sgld.server.jobs.thumbnails import DAMAGED, make_thumbnail
 from sgld.settings import Settings
 from sgld.storage.result_store import ResultStore

@@ -103,7 +103,7 @@ async def server_info(request: web.Request) -> web.Response:
         state=service.engine.state,
         started_at=service.started_at,
         restarts=service.engine.status.restarts,
-        queue_depth=service.jobs.waiting,
+        queue_depth=service.jobs.scheduler.waiting,
         max_queue=service.settings.server.max_queue,
     )
     return web.json_response(body(answer))

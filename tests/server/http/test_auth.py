@@ -25,7 +25,6 @@ from sgld.server.http.auth import (
     authenticate,
     check_exposure,
     load_keys,
-    may_see,
     require_admin,
 )
 from sgld.server.http.errors import answer_errors
@@ -322,11 +321,8 @@ async def test_the_name_that_the_operator_chose_is_one_of_this_machine(aiohttp_c
 
 
 def test_a_key_sees_its_own_jobs_and_an_admin_all() -> None:
-    studio, operations = Identity("studio", admin=False), Identity("operations", admin=True)
-    assert may_see(studio, "studio")
-    assert not may_see(studio, "operations")
-    assert not may_see(studio, ""), "jobs from a time without keys are the admin's"
-    assert may_see(operations, "studio") and may_see(operations, "")
+    assert Identity("studio", admin=False).visible_owner == "studio"
+    assert Identity("operations", admin=True).visible_owner is None, "even of jobs from a time without keys"
 
 
 def test_every_key_is_compared(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
