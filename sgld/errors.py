@@ -26,6 +26,7 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar, Self
 
+INTERNAL = "internal error; the server's log has the reason"  # the message of an unexpected error
 _HINT_CHARACTERS = 64  # longest name to compare; the time grows with the square
 
 
@@ -172,7 +173,7 @@ class NotReady(SgldError):
     code = "not_ready"
 
 
-class Cancelled(SgldError):
+class JobCancelled(SgldError):
     """A job that its caller stopped."""
 
     status = 499

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
+from sgld.config import set_default_environment
+
+set_default_environment(OMP_WAIT_POLICY="passive")  # threads that spin would starve the other test process
+
 # a shell's background job ignores ^C, and so would every command that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

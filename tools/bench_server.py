@@ -38,8 +38,8 @@ import psutil
 from sgld import __version__
 from sgld.params import OutputParams
 from sgld.server.app import JOURNAL
-from sgld.server.jobs.job import Artifact, Job
-from sgld.server.jobs.journal import Journal
+from sgld.server.jobs.record import Artifact, JobRecord, Outcome, to_document
+from sgld.server.jobs.sqlite import Journal
 
 PROMPT = "a red circle moving right on a blue background"
 CLIENTS = (1, 8, 64)
@@ -345,12 +345,10 @@ async def fill_journal(folder: Path, count: int) -> list[str]:
     params = OutputParams(prompt=PROMPT, height=96, width=96, num_frames=17, fps=8, seed=1)
     records = {}
     for number in range(count):
-        job = Job(
-            f"video_{uuid.uuid4().hex}", "video", "", (params,), "mp4", 1.0, MODEL, created_at=now - count + number
-        )
-        job.artifacts = (Artifact(f"{job.id}.mp4", "video/mp4", 7000, 1, 17),)
-        job.attempts, job.stage = 1, "decode"
-        records[job.id] = job.record(**job.ending(None, 604_800))
+        id, created_at = f"video_{uuid.uuid4().hex}", now - count + number
+        job = JobRecord(id, "video", "", (params,), "mp4", 1.0, MODEL, created_at=created_at, attempts=1)
+        done = Outcome("completed", artifacts=(Artifact(f"{id}.mp4", "video/mp4", 7000, 1, 17),))
+        records[id] = to_document(job.end(done, 604_800))
     journal = await Journal.open(folder / JOURNAL)
     await journal.put_many({("job", id): record for id, record in records.items()})
     await journal.close()

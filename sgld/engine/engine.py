@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 import anyio.to_thread
 import attrs
 
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.forkserver import prepare
 from sgld.engine.group import Emit, WorkerGroup
@@ -37,6 +36,7 @@ from sgld.messages import (
     UnmergeLora,
 )
 from sgld.params import LoraUse, ModelInfo, OutputParams, check_lora_target, check_loras
+from sgld.settings import Settings
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -65,13 +65,13 @@ class Engine:
         self.state: State = "new"
         self.info: ModelInfo | None = None
         self.adapters = LoraRegistry(settings)
-        node_listener = NodeListener(settings) if settings.nnodes > 1 else None
+        node_listener = NodeListener(settings) if settings.parallel.nnodes > 1 else None
         self._group = group or WorkerGroup(
-            settings.num_gpus,
+            settings.parallel.num_gpus,
             run_rank,
-            dist_timeout_s=settings.dist_timeout,
+            dist_timeout_s=settings.parallel.dist_timeout,
             node_listener=node_listener,
-            worker_start=settings.worker_start,
+            worker_start=settings.parallel.worker_start,
         )
         self._executor = ThreadPoolExecutor(1, "sgld-executor")
         self._watched: list[int] = []
@@ -96,7 +96,7 @@ class Engine:
     async def load(self, emit: Emit) -> ModelInfo:
         """Resolve the model and its adapters, start the workers and load them. Downloads run in a thread."""
         self.state = "loading"
-        await anyio.to_thread.run_sync(prepare, self.settings.worker_start)
+        await anyio.to_thread.run_sync(prepare, self.settings.parallel.worker_start)
         command = await anyio.to_thread.run_sync(resolve_model, self.settings)
         loras = at_start(self.settings)
         found = await self.adapters.resolve(loras, "lora_path", local=True)
@@ -109,11 +109,11 @@ class Engine:
             self.adapters.register(loras, found)
         await self.adapters.save()
         self._become_ready()
-        if self.info.backend != "native" and self.settings.backend == "auto":
+        if self.info.backend != "native" and self.settings.model.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
-        if self.settings.num_gpus > 1:
+        if self.settings.parallel.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
-            log.info("%d workers: %s", self.settings.num_gpus, shares)
+            log.info("%d workers: %s", self.settings.parallel.num_gpus, shares)
         if self.info.attention:
             log.info("attention: %s", ", ".join(f"{use} {kernel}" for use, kernel in self.info.attention.items()))
         return self.info
@@ -142,7 +142,7 @@ class Engine:
         `worker_retries` times.
 
         Raises:
-            errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
+            errors.JobCancelled: never; a cancelled task raises asyncio.CancelledError as any other.
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
         unfinished = {index: Item(index, params) for index, params in enumerate(items)}
@@ -175,7 +175,7 @@ class Engine:
                 await self._generate(Generate(job_id, tuple(unfinished.values()), previews), emit)
             except WorkerDied as error:
                 deaths = deaths + 1 if len(unfinished) == before else 1
-                if deaths > self.settings.worker_retries or self.state == "stopped":
+                if deaths > self.settings.parallel.worker_retries or self.state == "stopped":
                     raise
                 log.warning("%s; the output is tried again", error)
                 error.__traceback__ = error.__context__ = None  # they hold `emit`, and all that it collects

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import attrs
 
-from sgld.config import DEMO_MODEL, user_path
+from sgld.config import user_path
 from sgld.errors import BadRequest, ModelError
+from sgld.settings import DEMO_MODEL
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 Patterns = Mapping[str, list[str]]  # allow_patterns and ignore_patterns of files; their `*` matches slashes too

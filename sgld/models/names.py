@@ -113,3 +113,15 @@ Z_IMAGE: Renames = (  # ComfyUI's files
     (r"^all_x_embedder\.\d+-1$", "x_embedder"),
     (r"^all_final_layer\.\d+-1\.", "final_layer."),
 )
+
+LTX2: Renames = (
+    (r"^(audio_)?proj_in$", r"\1patchify_proj"),
+    (r"^time_embed\.", "adaln_single."),
+    (r"^audio_time_embed\.", "audio_adaln_single."),
+    (r"^(audio_)?prompt_adaln\.", r"\1prompt_adaln_single."),
+    (r"^av_cross_attn_(video|audio)_scale_shift\.", r"av_ca_\1_scale_shift_adaln_single."),
+    (r"^av_cross_attn_video_a2v_gate\.", "av_ca_a2v_gate_adaln_single."),
+    (r"^av_cross_attn_audio_v2a_gate\.", "av_ca_v2a_gate_adaln_single."),
+    (r"\.norm_([qk])$", r".\1_norm"),
+    (r"\.(video|audio)_a2v_cross_attn_scale_shift_table$", r".scale_shift_table_a2v_ca_\1"),
+)

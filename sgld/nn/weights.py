@@ -75,7 +75,7 @@ def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) ->
 class Architecture:
     """The numbers of a transformer's config.json; families subclass it with attrs."""
 
-    supported: ClassVar[Mapping[str, object]] = {}  # the only value of a key that the code can follow
+    supported: ClassVar[Mapping[str, object]] = {}  # the only value of a key that the code can follow; needs no field
 
     @property
     def num_attention_heads(self) -> int:
@@ -103,7 +103,8 @@ def read_architecture(file: Path, cls: type[C]) -> C:
     """
     given = read_json(file)
     require(given, file, cls.supported)
-    config: C = pick(given, cls, file)
+    numbers = fields_of(cls)
+    config: C = pick({k: value for k, value in given.items() if k in numbers or k not in cls.supported}, cls, file)
     if (fault := config.fault()) is not None:
         raise ModelError(f"{file}: {fault}")
     return config

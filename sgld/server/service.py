@@ -13,7 +13,6 @@ import attrs
 from aiohttp import web
 
 from sgld import media
-from sgld.config import Settings
 from sgld.convert import default_of, fields_of, shorten
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
@@ -22,12 +21,14 @@ from sgld.resolve import Resolved, resolve
 from sgld.server.http.auth import IDENTITY, OWNER
 from sgld.server.http.body import Body, as_sent, read_body
 from sgld.server.http.fetch import Fetcher
-from sgld.server.http.pictures import Source, check_sources, find_sources, read_sources
+from sgld.server.http.pictures import PictureSource, check_sources, find_sources, read_sources
 from sgld.server.http.schema import CommonFields
 from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.inputs import StoredPictures
 from sgld.server.jobs.job import Job
-from sgld.server.jobs.store import JobStore
+from sgld.server.jobs.record import JobRecord
+from sgld.server.jobs.service import JobService
+from sgld.settings import Settings
 
 F = TypeVar("F", bound=CommonFields)
 KEY, MAX_KEY_CHARACTERS = "Idempotency-Key", 255
@@ -50,9 +51,9 @@ class RequestSpec(Generic[F]):
 
     kind: str  # image or video
     fields: type  # of the body, beside SamplingParams
-    parse: Callable[[Service, dict[str, Any], Sequence[Source]], ParsedRequest[F]]
+    parse: Callable[[Service, dict[str, Any], Sequence[PictureSource]], ParsedRequest[F]]
     pictures: tuple[str, ...] = ()  # fields of the body that bring pictures
-    before: Job | None = None  # the job that a remix repeats
+    before: JobRecord | None = None  # the job that a remix repeats
 
 
 @attrs.define
@@ -62,7 +63,7 @@ class Service:
     settings: Settings
     sampling: dict[str, Any]  # the operator's defaults, over the model's and under a request's
     engine: Engine
-    jobs: JobStore
+    jobs: JobService
     fetcher: Fetcher
     started_at: int
     info: ModelInfo | None = None
@@ -70,7 +71,7 @@ class Service:
 
     @property
     def model_id(self) -> str:
-        return self.settings.served_model_name or self.settings.model_path
+        return self.settings.model.served_model_name or self.settings.model.model_path
 
     @property
     def ready(self) -> bool:
@@ -94,7 +95,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not serve. Raises UnknownModel."""
-        if name not in (None, self.model_id, self.settings.model_path):
+        if name not in (None, self.model_id, self.settings.model.model_path):
             raise UnknownModel(f"{shorten(name)} is not served here; {self.model_id!r} is", field="model")
 
     async def submit(self, request: web.Request, spec: RequestSpec[F]) -> tuple[Job, F]:
@@ -115,13 +116,15 @@ class Service:
                 resolved = self._resolve(asked, pictures, spec)
             if spec.before is None:
                 resolved = await self._find_adapters(resolved)
-            job = await self._new_job(request, spec, asked, resolved, pictures.names, body)
-            queued = await self.jobs.submit(job)
-        if queued is not job:
+            record = await self._new_record(request, spec, asked, resolved, pictures.names, body)
+            queued = await self.jobs.submit(record)
+        if queued.id != record.id:
             await uploads.remove(pictures.names, self.uploads)
         return queued, asked.fields
 
-    def _pictures(self, sources: Sequence[Source], before: Job | None) -> AbstractAsyncContextManager[StoredPictures]:
+    def _pictures(
+        self, sources: Sequence[PictureSource], before: JobRecord | None
+    ) -> AbstractAsyncContextManager[StoredPictures]:
         if before is not None:  # which may be deleted before this one ends
             return uploads.copied(before.params, self.uploads)
         return uploads.stored(read_sources(sources, self.fetcher), self.uploads, self.loaded().pictures.shape_from)
@@ -139,7 +142,7 @@ class Service:
             return resolved
         return resolved.evolve(loras=await self.engine.adapters.resolve(resolved.params.loras, "loras", local=False))
 
-    async def _new_job(
+    async def _new_record(
         self,
         request: web.Request,
         spec: RequestSpec[F],
@@ -147,7 +150,7 @@ class Service:
         resolved: Resolved,
         inputs: list[str],
         body: Body,
-    ) -> Job:
+    ) -> JobRecord:
         priority = asked.fields.priority
         if priority == "high" and not request[IDENTITY].admin:
             raise Forbidden("high needs an admin key; low and normal are allowed", field="priority")
@@ -155,7 +158,7 @@ class Service:
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
             raise BadRequest(f"1 to {MAX_KEY_CHARACTERS} characters are allowed", field=KEY)
         digest = "" if key is None else f"{request.method} {request.path} {await anyio.to_thread.run_sync(body.digest)}"
-        return Job(
+        return JobRecord(
             f"{spec.kind}_{uuid.uuid4().hex}",
             spec.kind,
             request[OWNER],

@@ -53,6 +53,11 @@ def small_pictures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(several, "CONDITION_IMAGE_SIZE", glance)
 
 
+def their_ltx2(pipeline: Any, request: Request) -> Tensor:
+    """Return the clip u8 [N, H, W, 3] of LTX-2 with diffusers, whose default guidance is LTX-2.3's."""
+    return their_clip(pipeline, {**request, **LTX2_GUIDANCE, "frame_rate": 24})
+
+
 @attrs.frozen(eq=False)  # hashed by identity: requests are dicts
 class Case:
     """A family's twin and what is asked of it."""
@@ -95,6 +100,15 @@ QWEN = PROMPT | {
     "guidance_scale": 4.0,
 }  # fmt: skip
 QWEN_EDIT = QWEN | {"guidance_scale": 8.0}  # beside a picture the words count for less
+
+LTX2 = {
+    "prompt": " a red cat ", "negative_prompt": "blurred", "height": 64, "width": 96, "num_frames": 9,
+    "num_inference_steps": 3, "guidance_scale": 3.5, "max_sequence_length": 32, "seed": 7,
+}  # fmt: skip
+LTX2_GUIDANCE: Mapping[str, Any] = {
+    "use_cross_timestep": False, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0,
+    "audio_guidance_scale": None, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0, "audio_guidance_rescale": 0.0,
+}  # fmt: skip
 
 CASES = (
     Case(
@@ -206,5 +220,10 @@ CASES = (
         pipeline_of=qwen_pipeline,
         pictures=((90, 50), (40, 70)),
         patch=small_pictures,
+    ),
+    Case(  # with sound, and with its other guidance: test_ltx2.py
+        "ltx2", "LTX2Pipeline", "text-to-video", LTX2, their_ltx2,
+        also=({"guidance_scale": 1.0}, {"num_frames": 1}),
+        offloads=(WHOLE | LAYERWISE,),
     ),
 )  # fmt: skip

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.messages import Load
 from sgld.models import load_family
@@ -39,6 +38,7 @@ from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import Uninitialized, read_architecture, read_json
 from sgld.platform import Cpu
 from sgld.resolve import resolve
+from sgld.settings import Settings, VaeConfig
 from tests.models import parity
 from tests.models.parity import (
     activate,
@@ -362,7 +362,7 @@ def test_an_adapter_of_dev_does_not_fit_klein(twins: Path, adapter: Path) -> Non
 
 
 def with_tiny(twins: Path, name: str) -> DiffusionModel:
-    command = Load(Settings(model_path=str(twins / name)), twins / name, {"vae": twins / TINY})
+    command = Load(Settings.of(model_path=str(twins / name)), twins / name, {"vae": twins / TINY})
     return load_family(command, Mesh.solo(), Cpu(), lambda step, total: None)
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sgld import inputs
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Load
 from sgld.models import load_family, vae, vae_encoder
@@ -25,6 +24,7 @@ from sgld.nn.weights import read_json
 from sgld.params import near
 from sgld.platform import Cpu
 from sgld.resolve import resolve
+from sgld.settings import Settings, VaeConfig
 from sgld.worker.solvers import make_solver
 from tests.models.contract import small_pictures
 from tests.models.parity import (
@@ -288,7 +288,7 @@ def test_sizes_as_diffusers_has_them(picture: tuple[int, int], area: int) -> Non
 def test_defaults_by_name(tmp_path: Path) -> None:
     folder = make_cache("qwen-image", tmp_path)
     assert load(folder).info.defaults["negative_prompt"] == " "
-    settings = Settings(model_path="Qwen/Qwen-Image-2512")
+    settings = Settings.of(model_path="Qwen/Qwen-Image-2512")
     info = load_family(Load(settings, folder), Mesh.solo(), Cpu(), lambda step, total: None).info
     assert info.defaults["negative_prompt"].startswith("低分辨率")
     later = folder.rename(tmp_path / "Qwen-Image-2512")

@@ -9,14 +9,13 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from sgld.convert import cut
-from sgld.errors import NotReady, OutputError, QueueFull, SgldError, Unauthorized, WorkerDied
+from sgld.errors import INTERNAL, NotReady, OutputError, QueueFull, SgldError, Unauthorized, WorkerDied
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 RETRY_AFTER_S = 5
 CLIENT_GONE = 499
 _MESSAGE_CHARACTERS = 2000
-INTERNAL = "internal error; the server's log has the reason"
 RETRY = "x-should-retry"  # what OpenAI's client goes by, whatever the status
 
 

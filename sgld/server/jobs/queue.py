@@ -1,4 +1,4 @@
-"""FairQueue: whose job is next, by priority, waiting time and the service each owner has had; and how long it waits."""
+"""FairQueue: whose job is next, by priority, waiting time and the service each owner has had."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import attrs
 
 from sgld.params import PRIORITIES
 
-_PACE_WEIGHT = 0.3
 AGING_S = 60.0  # a waiting job rises one class each time this passes
 
 T = TypeVar("T", bound=Hashable)
@@ -29,7 +28,7 @@ class _Entry(Generic[T]):
     sequence: int
 
     def level(self, now: float) -> int:
-        """The class it has risen to; a clock that steps back leaves it in its own."""
+        """Return the class the entry has risen to. A clock that steps back leaves it in its own."""
         waited = max(now - self.since, 0.0)
         return min(self.base + int(waited // AGING_S), len(PRIORITIES) - 1)
 
@@ -66,7 +65,7 @@ class FairQueue(Generic[T]):
         self._entries[item] = entry
 
     def pop(self, now: float) -> T:
-        """Take the next item, and charge its cost to its owner. Raises IndexError if there is none."""
+        """Remove the next item and charge its cost to its owner. Raises IndexError if there is none."""
         if not self._entries:
             raise IndexError("the queue is empty")
         entry = next(self._in_order(now))
@@ -76,18 +75,18 @@ class FairQueue(Generic[T]):
         return entry.item
 
     def remove(self, item: T) -> bool:
-        """Take an item out, free of charge; whether it was queued."""
+        """Remove an item, free of charge. Return whether it was queued."""
         entry = self._entries.get(item)
         if entry is not None:
             self._forget(entry)
         return entry is not None
 
     def order(self, now: float) -> list[T]:
-        """All items as pops at `now` would give them."""
+        """Return all items in the order of pops at `now`."""
         return [entry.item for entry in self._in_order(now)]
 
     def _in_order(self, now: float) -> Iterator[_Entry[T]]:
-        """The entries in the order of their turns; O(n) to the first, O(n log owners) to the last."""
+        """Yield the entries in the order of their turns; O(n) to the first, O(n log owners) to the last."""
         lines: dict[int, defaultdict[str, deque[_Entry[T]]]] = defaultdict(lambda: defaultdict(deque))
         for entry in self._entries.values():
             lines[entry.level(now)][entry.owner].append(entry)
@@ -112,26 +111,3 @@ class FairQueue(Generic[T]):
             self._queued.clear()
             self._tags.clear()
             self._virtual_time = 0.0
-
-
-@attrs.define
-class ThroughputEstimate:
-    """How fast this machine has been: seconds for a unit of a job's cost, as a moving average."""
-
-    seconds: float | None = None
-
-    def learn(self, cost: float, seconds: float) -> None:
-        seen = seconds / cost
-        self.seconds = seen if self.seconds is None else self.seconds + _PACE_WEIGHT * (seen - self.seconds)
-
-    def estimate(self, cost: float) -> float | None:
-        """Seconds for a job; None before the first has ended."""
-        return None if self.seconds is None else self.seconds * cost
-
-
-@attrs.frozen
-class QueuePosition:
-    """A waiting job's place in the queue, from 1, and the cost of all jobs up to and with it."""
-
-    position: int
-    cost: float

@@ -1,4 +1,4 @@
-"""Webhooks: endpoints that are told, by a signed POST, when a video is completed or has failed.
+"""Webhooks: signed POSTs to the endpoints of clients when a video is completed or has failed.
 
 The signature is that of Standard Webhooks 1.0, which `openai.webhooks` verifies. Endpoints are kept in the journal, and
 deliveries until their end: those that wait for another try when the server stops go on after its restart.
@@ -16,16 +16,15 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
 from sgld.convert import shorten
 from sgld.errors import BadRequest, NotFound, SgldError
-from sgld.server.http.fetch import Fetcher
-from sgld.server.jobs.journal import Journal
+from sgld.server.jobs.sqlite import Journal
 
 log = logging.getLogger(__name__)
 DELIVERY = "webhook_delivery"  # its kind in the journal
@@ -42,7 +41,7 @@ NAME_CHARACTERS = 200
 
 @attrs.frozen
 class Endpoint:
-    """An endpoint as it is kept. Times are Unix seconds."""
+    """An endpoint of one owner. Times are Unix seconds."""
 
     id: str
     owner: str
@@ -56,7 +55,7 @@ class Endpoint:
     old_secret_until: int = 0
 
     def signed(self, event_id: str, body: str) -> dict[str, str]:
-        """The headers of one delivery, now."""
+        """Return the headers of a delivery that is sent now."""
         now = int(time.time())
         valid = [self.secret, self.old_secret] if now < self.old_secret_until else [self.secret]
         return {
@@ -83,7 +82,7 @@ class Delivery:
 
 
 def sign(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
-    """One signature, `v1,` and base64 (Standard Webhooks 1.0, section "Signature scheme")."""
+    """Return one signature, `v1,` and base64 (Standard Webhooks 1.0, section "Signature scheme")."""
     key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
     digest = hmac.digest(key, b".".join((event_id.encode(), str(timestamp).encode(), body)), hashlib.sha256)
     return f"v1,{base64.b64encode(digest).decode()}"
@@ -94,17 +93,30 @@ def _new_secret() -> str:
 
 
 def _event(type: str, object_id: str) -> tuple[str, str]:
-    """The id and the body of a new event."""
+    """Return the id and the body of a new event."""
     id = f"evt_{uuid.uuid4().hex}"
     fields = {"id": id, "object": "event", "created_at": int(time.time()), "type": type, "data": {"id": object_id}}
     return id, json.dumps(fields)
 
 
+class Poster(Protocol):
+    """Sends requests to the addresses of clients."""
+
+    def check(self, text: str, param: str) -> object:
+        """Refuse an address that may not be called. Raises BadRequest."""
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """Send a body and return the status of the answer. Raises BadRequest."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
 class Webhooks:
     """The endpoints of all owners, each of whom sees only their own, and the deliveries under way."""
 
-    def __init__(self, fetcher: Fetcher, journal: Journal | None = None, delays_s: Sequence[float] = DELAYS_S) -> None:
-        self._fetcher = fetcher
+    def __init__(self, poster: Poster, journal: Journal | None = None, delays_s: Sequence[float] = DELAYS_S) -> None:
+        self._poster = poster
         self._journal = journal  # None: all is forgotten when the server stops
         self._delays_s = delays_s
         self._endpoints: dict[str, Endpoint] = {}
@@ -113,7 +125,7 @@ class Webhooks:
         self._deliveries: set[asyncio.Task[None]] = set()
 
     async def load(self, journal: Journal | None = None) -> None:
-        """Go on with what an earlier server kept in the journal, this one or the constructor's."""
+        """Load the endpoints from the journal, this one or the constructor's, and resume the deliveries."""
         self._journal = journal or self._journal
         if self._journal is not None:
             kept = await self._journal.restore(KIND, lambda body: Endpoint(**body))
@@ -132,7 +144,7 @@ class Webhooks:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        await self._fetcher.close()
+        await self._poster.close()
         if late:
             log.warning("%d webhook deliveries were broken off, for the server stops", len(late))
 
@@ -147,7 +159,7 @@ class Webhooks:
             return await self._put(endpoint)
 
     def get(self, owner: str, id: str) -> Endpoint:
-        """The owner's endpoint; NotFound if there is none by that id, or if it is another's."""
+        """Return an endpoint of the owner. Raises NotFound."""
         endpoint = self._endpoints.get(id)
         if endpoint is None or endpoint.owner != owner:
             raise NotFound(f"webhook endpoint {shorten(id)} does not exist", "id")
@@ -171,7 +183,7 @@ class Webhooks:
         url: str | None = None,
         event_types: list[str] | None = None,
     ) -> Endpoint:
-        """Change the values that are given."""
+        """Change the values that are not None. Raises NotFound, BadRequest."""
         self._check(name, url, event_types)
         values: dict[str, Any] = {"name": name, "url": url, "event_types": event_types}
         given = {key: value for key, value in values.items() if value is not None}
@@ -180,7 +192,7 @@ class Webhooks:
             return await self._put(attrs.evolve(endpoint, **given, updated_at=int(time.time())))
 
     async def rotate(self, owner: str, id: str, keep_old: bool) -> Endpoint:
-        """A new secret; with `keep_old` every delivery of the next day is signed with both."""
+        """Replace the secret. With `keep_old` every delivery of the next day is signed with both."""
         async with self._changing:
             endpoint, now = self.get(owner, id), int(time.time())
             old, until = (endpoint.secret, now + OLD_SECRET_S) if keep_old else (None, 0)
@@ -188,7 +200,7 @@ class Webhooks:
             return await self._put(attrs.evolve(rotated, updated_at=now))
 
     async def delete(self, owner: str, id: str) -> None:
-        """Forget an endpoint; tries that are left of its deliveries are not made."""
+        """Delete an endpoint and give up its deliveries. Raises NotFound."""
         async with self._changing:
             self.get(owner, id)
             if self._journal is not None:
@@ -201,12 +213,12 @@ class Webhooks:
         return await self._post(endpoint, *_event(type, f"video_sample_{uuid.uuid4().hex}"))
 
     def due(self, owner: str, type: str, object_id: str) -> list[Delivery]:
-        """The deliveries of a new event to the owner's endpoints, for the caller to write down and then to `send`."""
+        """Make the deliveries of a new event to the owner's endpoints. The caller stores them, then calls `send`."""
         event, body = _event(type, object_id)
         return [Delivery(each.id, event, body) for each in self._of(owner) if type in each.event_types]
 
     def send(self, deliveries: Iterable[Delivery]) -> None:
-        """Deliver them in tasks of their own; returns at once and raises nothing."""
+        """Start the deliveries and return at once. Raises nothing."""
         for delivery in deliveries:
             task = asyncio.create_task(self._deliver(delivery))
             self._deliveries.add(task)
@@ -216,11 +228,11 @@ class Webhooks:
         return [endpoint for endpoint in self._endpoints.values() if endpoint.owner == owner]
 
     def _check(self, name: str | None, url: str | None, event_types: list[str] | None) -> None:
-        """Check what the wire types do not. Raises BadRequest."""
+        """Check the values beyond their types. Raises BadRequest."""
         if name is not None and not 0 < len(name) <= NAME_CHARACTERS:
             raise BadRequest(f"{len(name)} characters; 1 to {NAME_CHARACTERS} are allowed", field="name")
         if url is not None:
-            self._fetcher.check(url, "url")
+            self._poster.check(url, "url")
         if event_types is not None and (not event_types or len(set(event_types)) < len(event_types)):
             problem = f"event_types: {shorten(event_types)} must name at least one event, and each once"
             raise BadRequest(problem, "event_types")
@@ -251,12 +263,12 @@ class Webhooks:
                 try:
                     await self._journal.put(DELIVERY, delivery.id, attrs.asdict(delivery))
                 except SgldError as error:  # the next try is made all the same
-                    log.error("webhook %s: the journal does not hear of a try: %s", id, error)
+                    log.error("webhook %s: a try is not in the journal: %s", id, error)
         if self._journal is None:
             log.error("webhook %s: %s is not delivered, for the server stops", id, event)
 
     async def _failure(self, endpoint: Endpoint, delivery: Delivery) -> str | None:
-        """Send once; why it failed, or None."""
+        """Send a delivery once. Return the reason of a failure, or None."""
         try:
             status = await self._post(endpoint, delivery.event, delivery.body)
         except BadRequest as error:
@@ -264,7 +276,7 @@ class Webhooks:
         return None if 200 <= status < 300 else f"it answered {status}"
 
     async def _post(self, endpoint: Endpoint, event: str, body: str) -> int:
-        return await self._fetcher.post(endpoint.url, body.encode(), endpoint.signed(event, body))
+        return await self._poster.post(endpoint.url, body.encode(), endpoint.signed(event, body))
 
     async def _closes_before(self, moment: float) -> bool:
         with suppress(TimeoutError):

@@ -15,13 +15,13 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse, sse_response
 
 from sgld.convert import shorten
-from sgld.errors import BadRequest, NotFound, SgldError
+from sgld.errors import INTERNAL, BadRequest, NotFound, SgldError
 from sgld.server.http.auth import IDENTITY
 from sgld.server.http.body import read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
-from sgld.server.http.errors import INTERNAL, error_of
+from sgld.server.http.errors import error_of
 from sgld.server.http.files import send_file
-from sgld.server.http.pictures import MASK, Source
+from sgld.server.http.pictures import MASK, PictureSource
 from sgld.server.http.schema import (
     CompletedImage,
     EditFields,
@@ -36,7 +36,8 @@ from sgld.server.http.schema import (
     body,
 )
 from sgld.server.http.urls import absolute
-from sgld.server.jobs.job import Artifact, Job
+from sgld.server.jobs.job import Job
+from sgld.server.jobs.record import Artifact
 from sgld.server.service import SERVICE, ParsedRequest, RequestSpec, Service
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ async def vary(request: web.Request) -> web.StreamResponse:
 async def content(request: web.Request) -> web.StreamResponse:
     """Send the file of one output; `variant` is its number."""
     service = request.app[SERVICE]
-    job = service.jobs.get("image", request.match_info["id"], request[IDENTITY])
+    job = service.jobs.get("image", request.match_info["id"], request[IDENTITY].visible_owner)
     artifact = artifact_of(job, read_query(request, PictureQuery).variant)
     return await send_result(request, artifact.name, artifact.media_type)
 
@@ -131,16 +132,20 @@ async def send_result(request: web.Request, name: str, media_type: str) -> web.S
 def artifact_of(job: Job, variant: str) -> Artifact:
     """Return an output by its number. Raises NotFound."""
     if job.status != "completed":
-        reason = job.error.message if job.error is not None else f"it is {job.status}, {job.progress} %"
+        reason = (
+            job.record.error.message
+            if job.record.error is not None
+            else f"it is {job.status}, {job.record.progress.percent} %"
+        )
         raise NotFound(f"{job.kind} {job.id!r} has no content: {reason}", "id")
-    numbers = [str(i) for i in range(len(job.artifacts))]
+    numbers = [str(i) for i in range(len(job.record.artifacts))]
     if variant not in numbers:
         raise NotFound(f"{variant!r} is not one of {', '.join(numbers)}", field="variant")
-    return job.artifacts[int(variant)]
+    return job.record.artifacts[int(variant)]
 
 
 def _parse(
-    cls: type[F], service: Service, values: dict[str, Any], sources: Sequence[Source], *, prompted: bool = True
+    cls: type[F], service: Service, values: dict[str, Any], sources: Sequence[PictureSource], *, prompted: bool = True
 ) -> ParsedRequest[F]:
     """Read the body of an image request. Raises BadRequest, UnknownModel."""
     fields, sampling, notes = split(values, cls)
@@ -171,14 +176,14 @@ VARIATION = RequestSpec("image", EditFields, partial(_parse, EditFields, prompte
 async def _make(request: web.Request, spec: RequestSpec[F], event: str) -> web.StreamResponse:
     service = request.app[SERVICE]
     job, fields = await service.submit(request, spec)
-    in_memory = job.file_names() if fields.stream or fields.response_format == "b64_json" else ()
+    in_memory = job.record.file_names if fields.stream or fields.response_format == "b64_json" else ()
     with service.jobs.outputs.retain(in_memory):
         async with service.jobs.attend(job):
             if fields.stream:
                 return await _stream(request, job, fields, event)
             await job.wait()
-            if job.error is not None:
-                raise job.error
+            if job.record.error is not None:
+                raise job.record.error
             return await _answer(request, job, fields)
 
 
@@ -197,16 +202,18 @@ def _without_effect(fields: ImageFields, sampling: dict[str, object]) -> list[st
 async def _answer(request: web.Request, job: Job, fields: ImageFields) -> web.Response:
     answer = Images(
         id=job.id,
-        created=int(job.created_at),
-        data=[await _picture(request, job, i, fields) for i in range(len(job.artifacts))],
+        created=int(job.record.created_at),
+        data=[await _picture(request, job, i, fields) for i in range(len(job.record.artifacts))],
         background="opaque",
         output_format=fields.output_format,
         quality="high",
-        size=job.spec.size,
-        seeds=job.seeds,
+        size=job.record.spec.size,
+        seeds=job.record.seeds,
         usage=usage(job),
-        warnings=list(job.notes),
-        inference_time_s=round((job.completed_at or time.time()) - (job.started_at or job.created_at), 3),
+        warnings=list(job.record.notes),
+        inference_time_s=round(
+            (job.record.completed_at or time.time()) - (job.record.started_at or job.record.created_at), 3
+        ),
     )
     text = await anyio.to_thread.run_sync(lambda: json.dumps(body(answer)))  # megabytes of base64
     return web.Response(text=text, content_type="application/json")
@@ -214,20 +221,24 @@ async def _answer(request: web.Request, job: Job, fields: ImageFields) -> web.Re
 
 async def _picture(request: web.Request, job: Job, index: int, fields: ImageFields) -> Picture:
     if fields.response_format == "url":
-        return Picture(None, absolute(request, f"/v1/images/{job.id}/content?variant={index}"), job.params.prompt)
-    return Picture(await _base64(request.app[SERVICE], job, index), None, job.params.prompt)
+        return Picture(
+            None, absolute(request, f"/v1/images/{job.id}/content?variant={index}"), job.record.params.prompt
+        )
+    return Picture(await _base64(request.app[SERVICE], job, index), None, job.record.params.prompt)
 
 
 async def _base64(service: Service, job: Job, index: int) -> str:
-    data = await service.jobs.outputs.read(job.artifacts[index])
+    data = await service.jobs.outputs.read(job.record.artifacts[index])
     return (await anyio.to_thread.run_sync(base64.b64encode, data)).decode()
 
 
 def usage(job: Job, outputs: int | None = None) -> Usage:
     """Count the tokens of the prompt and of the denoised latents, for some of the outputs or for all."""
-    details = InputTokensDetails(text_tokens=job.prompt_tokens, image_tokens=0)
-    made = job.output_tokens if outputs is None else job.output_tokens * outputs // len(job.artifacts)
-    return Usage(job.prompt_tokens, details, made, job.prompt_tokens + made)
+    details = InputTokensDetails(text_tokens=job.record.prompt_tokens, image_tokens=0)
+    made = (
+        job.record.output_tokens if outputs is None else job.record.output_tokens * outputs // len(job.record.artifacts)
+    )
+    return Usage(job.record.prompt_tokens, details, made, job.record.prompt_tokens + made)
 
 
 async def _stream(request: web.Request, job: Job, fields: ImageFields, event: str) -> web.StreamResponse:
@@ -252,10 +263,10 @@ async def _send_events(
     """Send the events of a job until its end. Raises the error of the job."""
     common = {
         "background": "opaque",
-        "created_at": int(job.created_at),
+        "created_at": int(job.record.created_at),
         "output_format": fields.output_format,
         "quality": "high",
-        "size": job.spec.size,
+        "size": job.record.spec.size,
     }
 
     async def send(name: str, **own: Any) -> None:
@@ -266,8 +277,8 @@ async def _send_events(
         if change.name == "preview":
             index = {"partial_image_index": change.data["index"], "output_index": change.data["output"]}
             await send("partial_image", b64_json=change.data["b64_json"], **index)
-    if job.error is not None:
-        raise job.error
-    for i in range(len(job.artifacts)):
-        own = {"usage": body(usage(job, 1)), "id": job.id, "seed": job.seeds[i], "output_index": i}
-        await send("completed", b64_json=await _base64(service, job, i), warnings=job.notes, **own)
+    if job.record.error is not None:
+        raise job.record.error
+    for i in range(len(job.record.artifacts)):
+        own = {"usage": body(usage(job, 1)), "id": job.id, "seed": job.record.seeds[i], "output_index": i}
+        await send("completed", b64_json=await _base64(service, job, i), warnings=job.record.notes, **own)

@@ -17,7 +17,7 @@ from sgld.resolve import values_of
 from sgld.server.http.auth import IDENTITY
 from sgld.server.http.body import read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
-from sgld.server.http.pictures import Source
+from sgld.server.http.pictures import PictureSource
 from sgld.server.http.schema import (
     DeletedVideo,
     Problem,
@@ -30,7 +30,9 @@ from sgld.server.http.schema import (
     body,
 )
 from sgld.server.http.urls import absolute
-from sgld.server.jobs.job import PICTURES, Job, event_text
+from sgld.server.jobs.events import event_text
+from sgld.server.jobs.job import Job
+from sgld.server.jobs.record import PICTURES, JobRecord
 from sgld.server.routes.images import KEEP_ALIVE_S, artifact_of, send_result
 from sgld.server.service import SERVICE, ParsedRequest, RequestSpec, Service
 
@@ -89,7 +91,7 @@ async def create(request: web.Request) -> web.Response:
 )
 async def remix(request: web.Request) -> web.Response:
     """Queue the same video, seeds included, with another prompt."""
-    before = _find(request)
+    before = _find(request).record
     priority = before.priority if request[IDENTITY].admin else "normal"
     spec = RequestSpec("video", Remix, partial(_parse_remix, before, priority), before=before)
     job, _ = await request.app[SERVICE].submit(request, spec)
@@ -101,8 +103,8 @@ async def remix(request: web.Request) -> web.Response:
 async def list_jobs(request: web.Request) -> web.Response:
     """List jobs, the newest first by default."""
     page = read_query(request, Page)
-    jobs, more = request.app[SERVICE].jobs.page(
-        "video", request[IDENTITY], after=page.after, limit=page.limit, newest_first=page.order == "desc"
+    jobs, more = request.app[SERVICE].jobs.index.page(
+        "video", request[IDENTITY].visible_owner, after=page.after, limit=page.limit, newest_first=page.order == "desc"
     )
     shown = [_video(request, job) for job in jobs]
     first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
@@ -149,14 +151,14 @@ async def events(request: web.Request) -> web.StreamResponse:
     last = request.headers.get("Last-Event-ID")
     if last is not None and not _EVENT_NUMBER.fullmatch(last):
         raise BadRequest(f"{last!r} is not the number of an event", field="Last-Event-ID")
-    seen = int(last) if last is not None else max(0, job.number - 1)  # a newcomer gets the latest
-    if last is not None and job.ended and 0 < seen == job.number:  # 0: this server has told nothing of it
+    seen = int(last) if last is not None else max(0, job.events.number - 1)  # a newcomer gets the latest
+    if last is not None and job.ended and 0 < seen == job.events.number:  # 0: this server has told nothing of it
         return web.Response(status=204)
-    if seen > job.number:  # of the server before this one
+    if seen > job.events.number:  # of the server before this one
         seen = 0
     async with sse_response(request, ping_interval=KEEP_ALIVE_S, sep="\n") as stream:
-        if job.ended and not job.number:  # ended before this server started
-            await stream.send(event_text(job.status, request.app[SERVICE].jobs.state(job)), event=job.status)
+        if job.ended and not job.events.number:  # ended before this server started
+            await stream.send(event_text(job.status, request.app[SERVICE].jobs.scheduler.state(job)), event=job.status)
         async for event in job.follow(seen):
             await stream.send(event.text, id=str(event.number), event=event.name)
     return stream
@@ -177,10 +179,10 @@ async def content(request: web.Request) -> web.StreamResponse:
 
 
 def _find(request: web.Request) -> Job:
-    return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY])
+    return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY].visible_owner)
 
 
-def _parse(service: Service, values: dict[str, Any], _: Sequence[Source]) -> ParsedRequest[VideoFields]:
+def _parse(service: Service, values: dict[str, Any], _: Sequence[PictureSource]) -> ParsedRequest[VideoFields]:
     """Read the body of a video request. Raises BadRequest, UnknownModel, NotReady."""
     fields, sampling, notes = split(values, VideoFields)
     require_prompt(sampling)
@@ -194,7 +196,7 @@ CREATION = RequestSpec("video", VideoFields, _parse, PICTURE_FIELDS)
 
 
 def _parse_remix(
-    before: Job, priority: str, service: Service, values: dict[str, Any], _: Sequence[Source]
+    before: JobRecord, priority: str, service: Service, values: dict[str, Any], _: Sequence[PictureSource]
 ) -> ParsedRequest[VideoFields]:
     """Take the values of another job, seeds included, with a new prompt. Raises BadRequest, NotReady."""
     prompt = structure(values, Remix).prompt
@@ -218,7 +220,7 @@ def _length(fields: VideoFields, sampling: dict[str, Any], service: Service) -> 
 
 
 def _answer(request: web.Request, job: Job) -> web.Response:
-    eta = request.app[SERVICE].jobs.eta(job)
+    eta = request.app[SERVICE].jobs.scheduler.eta(job)
     low, high = POLL_MS
     wait = low if eta is None else min(high, max(low, int(100 * eta)))
     headers = {} if job.ended else {"openai-poll-after-ms": str(wait)}
@@ -226,33 +228,34 @@ def _answer(request: web.Request, job: Job) -> web.Response:
 
 
 def _video(request: web.Request, job: Job) -> Video:
-    params, state = job.params, request.app[SERVICE].jobs.state(job)
-    content = absolute(request, f"/v1/videos/{job.id}/content")
-    urls = [f"{content}?variant={i}" for i in range(len(job.artifacts))]
+    record, params = job.record, job.record.params
+    state = request.app[SERVICE].jobs.scheduler.state(job)
+    content = absolute(request, f"/v1/videos/{record.id}/content")
+    urls = [f"{content}?variant={i}" for i in range(len(record.artifacts))]
     return Video(
-        id=job.id,
-        model=job.model,
-        status=job.status,
-        progress=job.progress,
-        created_at=int(job.created_at),
-        completed_at=int(job.completed_at) if job.status == "completed" and job.completed_at else None,
-        expires_at=int(job.expires_at) if job.expires_at else None,
+        id=record.id,
+        model=record.model,
+        status=record.status,
+        progress=record.progress.percent,
+        created_at=int(record.created_at),
+        completed_at=int(record.completed_at) if record.status == "completed" and record.completed_at else None,
+        expires_at=int(record.expires_at) if record.expires_at else None,
         prompt=params.prompt,
-        size=job.spec.size,
-        seconds=f"{job.spec.seconds:g}",
+        size=record.spec.size,
+        seconds=f"{record.spec.seconds:g}",
         fps=params.fps,
         num_frames=params.num_frames,
-        num_outputs=len(job.outputs),
-        seeds=job.seeds,
-        stage=job.stage,
-        step=job.step,
-        total=job.total,
+        num_outputs=len(record.outputs),
+        seeds=record.seeds,
+        stage=record.progress.stage,
+        step=record.progress.step,
+        total=record.progress.total,
         queue_position=state["queue_position"],
         eta_seconds=state["eta_seconds"],
-        priority=job.priority,
-        warnings=list(job.notes),
+        priority=record.priority,
+        warnings=list(record.notes),
         urls=urls,
         url=urls[0] if urls else None,
-        remixed_from_video_id=job.remixed_from,
-        error=Problem(job.error.code, job.error.message) if job.error is not None else None,
+        remixed_from_video_id=record.remixed_from,
+        error=Problem(record.error.code, record.error.message) if record.error is not None else None,
     )

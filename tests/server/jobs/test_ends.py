@@ -27,9 +27,9 @@ async def test_who_is_urgent_goes_first(start: Start) -> None:
     began: dict[str, float] = {}
     for name, video in waiting.items():
         await client.until(video, "completed")
-        job = client.app[SERVICE].jobs._jobs.get(video["id"])
-        assert job is not None and job.started_at is not None
-        began[name] = job.started_at
+        job = client.app[SERVICE].jobs.index.get(video["id"])
+        assert job is not None and job.record.started_at is not None
+        began[name] = job.record.started_at
     assert sorted(began, key=began.__getitem__) == ["high", "normal", "low"]
     await client.until(running, "completed")
 

@@ -16,16 +16,19 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.server.app import load, make_app
 from sgld.server.http.auth import Identity, Key, Keys, digest_of
 from sgld.server.jobs import thumbnails
+from sgld.server.jobs.repository import SqliteJobRepository
+from sgld.server.jobs.service import JobService
+from sgld.server.jobs.sqlite import Journal
 from sgld.server.service import SERVICE
+from sgld.settings import Settings
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
-from tests.server.jobs.test_journal import full_disk
+from tests.server.jobs.test_sqlite import full_disk
 
 SLOW = {"step_s": 0.1}  # 0.4 s a job
 ALICE, BOB, ROOT = "alice-0123456789abcdef", "bob-0123456789abcdef", "root-0123456789abcdef"
@@ -80,6 +83,11 @@ async def _read_events(
             fields = {}
 
 
+def journal_of(jobs: JobService) -> Journal:
+    assert isinstance(jobs.repository, SqliteJobRepository)
+    return jobs.repository.journal
+
+
 Serve = Callable[..., Awaitable[TestServer]]
 Start = Callable[..., Awaitable[Client]]
 
@@ -94,7 +102,7 @@ async def start(aiohttp_server: Serve, tmp_path: Path) -> AsyncIterator[Start]:
         async def run(keys: Keys | None = None, **own: Any) -> Client:
             names = {"model_path": "model", "output_path": "out", "input_save_path": "uploads"}
             given = {option: str(tmp_path / name) for option, name in names.items()}
-            settings = Settings(**{**given, "warmup": "off", **own})
+            settings = Settings.of(**{**given, "warmup": "off", **own})
             engine = Engine(settings, WorkerGroup(1, run_faulty, patience=PATIENCE))
             app = make_app(settings, {}, engine, keys)
             server = await aiohttp_server(app)
@@ -279,21 +287,20 @@ async def test_a_repeat_does_not_hang_on_a_request_that_was_given_up(start: Star
     async with asyncio.timeout(20):
         with busy(tmp_path):
             first = asyncio.create_task(client.call("POST", path, **options))
-            while not store._admitting:
+            while not store.admitting:
                 await asyncio.sleep(0.01)
-            (given_up,) = store._admitting
+            (given_up,) = store.admitting
             second = asyncio.create_task(client.call("POST", path, **options))
             await asyncio.sleep(0.1)
             assert not second.done(), "it is not told of a job that is not yet kept"
             first.cancel()
-            while given_up in store._jobs:
+            while given_up in store.index:
                 await asyncio.sleep(0.01)
         status, answer = await second
         assert status == 200 and answer["id"] != given_up.id and given_up.status == "deleted"
         if path == "/v1/videos":
             assert (await client.until(answer, "completed", "failed"))["status"] == "completed"
-        assert store._ledger._journal is not None
-        while [record["id"] for record in await store._ledger._journal.all("job")] != [answer["id"]]:
+        while [record["id"] for record in await journal_of(store).all("job")] != [answer["id"]]:
             await asyncio.sleep(0.01)
 
 
@@ -325,16 +332,16 @@ async def test_a_job_is_queued_until_a_worker_begins_it(start: Start) -> None:
         await asyncio.sleep(0.2)
         places = [(await client.call("GET", f"/v1/videos/{each['id']}"))[1] for each in (held, unwanted, behind)]
         assert [(each["status"], each["queue_position"]) for each in places] == [("queued", i) for i in (1, 2, 3)]
-        assert (store.waiting, store.running) == (3, 0)
-        job = store._jobs.get(held["id"])
-        assert (job.started_at, job.attempts) == (None, 0)
+        assert (store.scheduler.waiting, store.scheduler.running) == (3, 0)
+        job = store.index.get(held["id"])
+        assert (job.record.started_at, job.record.attempts) == (None, 0)
         await client.call("POST", f"/v1/videos/{unwanted['id']}/cancel")
         assert (await client.call("GET", f"/v1/videos/{behind['id']}"))[1]["queue_position"] == 2
         status, answer = await client.call("POST", f"/v1/videos/{held['id']}/cancel")
         assert (status, answer["error"]["code"]) == (200, "cancelled")
         assert (await client.call("GET", f"/v1/videos/{behind['id']}"))[1]["queue_position"] == 1
     assert (await client.until(behind, "completed", "failed"))["status"] == "completed"
-    assert (store._jobs.get(held["id"]).attempts, store._jobs.get(behind["id"]).attempts) == (0, 1)
+    assert [store.index.get(each["id"]).record.attempts for each in (held, behind)] == [0, 1]
 
 
 async def test_a_job_is_queued_while_the_workers_restart(start: Start) -> None:
@@ -355,18 +362,17 @@ async def test_an_output_that_cannot_be_saved_ends_its_job(start: Start) -> None
     """The second is broken off, and the journal hears of the end as soon as it can."""
     client = await start()
     store = client.app[SERVICE].jobs
-    assert store._ledger._journal is not None
     video = await client.until(await client.create({"step_s": 0.3}, n=3), "in_progress")
-    while (await store._ledger._journal.all("job"))[0]["status"] == "queued":
+    while (await journal_of(store).all("job"))[0]["status"] == "queued":
         await asyncio.sleep(0.01)  # a client may see it before the journal has written it down
     with full_disk(1):
         video = await client.until(video, "completed", "failed")
     assert (video["status"], video["error"]["code"]) == ("failed", "output_error")
     async with client.session.get(f"{client.url}/metrics") as answer:
         assert 'sgld_stage_seconds_count{stage="denoise"} 1.0' in await answer.text()
-    assert [record["status"] for record in await store._ledger._journal.all("job")] == ["in_progress"], "the control"
+    assert [record["status"] for record in await journal_of(store).all("job")] == ["in_progress"], "the control"
     await client.until(await client.create(), "completed")
-    assert (await store._ledger._journal.all("job"))[0]["status"] == "failed"
+    assert (await journal_of(store).all("job"))[0]["status"] == "failed"
 
 
 async def test_a_delete_that_fails_removes_nothing(start: Start, tmp_path: Path) -> None:
@@ -578,10 +584,9 @@ async def test_a_cancel_whose_client_has_gone_is_carried_out(start: Start, tmp_p
         assert (await client.until(video, "failed"))["error"]["code"] == "cancelled"
         await drop(client, "DELETE", f"/v1/videos/{video['id']}")
     async with asyncio.timeout(20):
-        while [job.id for job in store._jobs] != [running["id"]]:
+        while [job.id for job in store.index] != [running["id"]]:
             await asyncio.sleep(0.02)
-        assert store._ledger._journal is not None
-        while len(await store._ledger._journal.all("job")) != 1:
+        while len(await journal_of(store).all("job")) != 1:
             await asyncio.sleep(0.02)
 
 
@@ -599,20 +604,19 @@ async def test_a_cancelled_job_stays_cancelled_when_the_server_stops(start: Star
     for task in cancels:
         status, answer = await task
         told[answer.get("id")] = status
-    assert store._ledger._journal is not None
-    kept = {record["id"]: record for record in await store._ledger._journal.all("job")}
+    kept = {record["id"]: record for record in await journal_of(store).all("job")}
     for video in videos:
         assert (kept[video["id"]]["status"] == "failed") == (video["id"] in told), kept[video["id"]]["status"]
     assert len(kept) == 9
 
 
-async def test_a_parked_job_keeps_nobody_waiting(start: Start) -> None:
+async def test_a_job_that_is_handed_over_keeps_nobody_waiting(start: Start) -> None:
     client = await start()
     store = client.app[SERVICE].jobs
     video = await client.until(await client.create(SLOW, num_inference_steps=1000), "in_progress")
     await store.close()
     async with asyncio.timeout(5):
-        await store._jobs.get(video["id"]).wait()
+        await store.index.get(video["id"]).wait()
         status, error = await client.call("POST", f"/v1/videos/{video['id']}/cancel")
     assert (status, error["error"]["code"]) == (503, "not_ready")
 
@@ -621,8 +625,7 @@ async def test_a_job_ends_though_the_journal_does_not_answer(start: Start) -> No
     client = await start()
     store = client.app[SERVICE].jobs
     video = await client.until(await client.create(SLOW), "in_progress")
-    assert store._ledger._journal is not None
-    await store._ledger._journal.close()
+    await journal_of(store).close()
     assert (await client.until(video, "completed", "failed"))["status"] == "completed"
     status, error = await client.call("POST", "/v1/videos", json={"prompt": "{}"})
     assert status == 500 and "journal" in error["detail"], "what cannot be kept is not taken"

@@ -223,16 +223,16 @@ async def test_a_remix_is_resolved_again(start: Start) -> None:
     status, error, _ = await refusal(client, "POST", path, json=body)
     assert (status, error["code"], error["param"]) == (413, "too_large", "num_frames")
 
-    service.info, service.settings = info, attrs.evolve(settings, served_model_name="another")
+    service.info, service.settings = info, settings.evolve(served_model_name="another")
     status, error, _ = await refusal(client, "POST", path, json=body)
     assert (status, error["param"]) == (400, "id")
-    assert repr(settings.model_path) in error["message"] and "'another'" in error["message"]
+    assert repr(settings.model.model_path) in error["message"] and "'another'" in error["message"]
 
     service.settings, service.sampling = settings, {"num_inference_steps": 7, "output_compression": 3}
     status, remix = await client.call("POST", path, json=body)
     assert (status, remix["seeds"], remix["num_frames"]) == (200, [4, 9], 9)
     for job_id in (video["id"], remix["id"]):
-        params = service.jobs._jobs.get(job_id).params
+        params = service.jobs.index.get(job_id).record.params
         assert (params.num_inference_steps, params.output_compression) == (4, None), "the operator's defaults are new"
 
 
@@ -409,7 +409,7 @@ async def test_small_pictures_decode_what_they_show(start: Start, folder: Path) 
     client = await start()
     video = await client.until(await client.create(num_frames=41), "completed")
     service = client.app[SERVICE]
-    artifact = service.jobs._jobs.get(video["id"]).artifacts[0]
+    artifact = service.jobs.index.get(video["id"]).record.artifacts[0]
     sheet = folder / await service.jobs.outputs.picture(artifact, "spritesheet")
     assert Image.open(io.BytesIO(sheet.read_bytes())).size == (5 * 16, 4 * 16)
     seen: list[int] = []

@@ -23,7 +23,7 @@ from sgld.errors import BadRequest, NotFound, OutputError
 from sgld.server.http.auth import KEYS, Identity, Key, Keys, authenticate
 from sgld.server.http.errors import answer_errors
 from sgld.server.http.fetch import Fetcher
-from sgld.server.jobs.journal import Journal
+from sgld.server.jobs.sqlite import Journal
 from sgld.server.jobs.webhooks import DELAYS_S, DELIVERY, EVENT_TYPES, MAX_ENDPOINTS, Webhooks
 from sgld.server.routes.webhooks import WEBHOOKS, routes, view_with_secret
 

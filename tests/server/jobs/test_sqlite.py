@@ -17,13 +17,13 @@ import pytest
 
 from sgld.errors import OutputError, SgldError
 from sgld.params import OutputParams
-from sgld.server.jobs.job import Job
-from sgld.server.jobs.journal import Journal
+from sgld.server.jobs.record import JobRecord, from_document, to_document
+from sgld.server.jobs.sqlite import Journal
 
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from sgld.server.jobs.journal import Journal
+from sgld.server.jobs.sqlite import Journal
 
 async def main():
     journal = await Journal.open(Path(sys.argv[1]))
@@ -161,7 +161,7 @@ async def test_a_put_that_fails_unheard_is_logged(journal: Journal, caplog: pyte
         with pytest.raises(asyncio.CancelledError):
             await put
         assert await journal.all("job") == []  # behind the put
-    assert [record.name for record in caplog.records] == ["sgld.server.jobs.journal"]
+    assert [record.name for record in caplog.records] == ["sgld.server.jobs.sqlite"]
     assert str(journal.path) in caplog.text
 
 
@@ -257,21 +257,21 @@ async def test_a_folder_in_the_place_of_the_journal(path: Path) -> None:
     [
         ("'{'", "it is not JSON"),
         ("'[]'", "it is not a JSON object"),
-        ("json_remove(body, '$.artifacts')", "it has no 'artifacts'"),
+        ("json_remove(body, '$.params')", "it has no 'params'"),
         ("json_remove(body, '$.owner')", "'owner'"),
         ("json_remove(body, '$.params.seed')", "it has no seeds"),
         ("json_set(body, '$.newer', 1)", "it has 'newer', as another version of sgld writes it"),
-        ("json_set(body, '$.artifacts', json('[{\"newer\": 1}]'))", "'newer'"),
+        ("json_set(body, '$.artifacts', json('[{\"newer\": 1}]'))", "'name'"),
         ("json_set(body, '$.params', 1)", "'int'"),
     ],
 )
 async def test_a_job_that_cannot_be_read_is_named(journal: Journal, change: str, told: str) -> None:
-    made = Job("video_1", "video", "", (OutputParams(seed=1),), "mp4", 1.0)
-    await journal.put("job", made.id, made.record())
-    assert [job.record() for job in await journal.restore("job", Job.restore)] == [made.record()], "the control"
+    made = JobRecord("video_1", "video", "", (OutputParams(seed=1),), "mp4", 1.0)
+    await journal.put("job", made.id, to_document(made))
+    assert await journal.restore("job", from_document) == [made], "the control"
     edit(journal.path, f"UPDATE document SET body = {change}")
     with pytest.raises(SgldError) as caught:
-        await journal.restore("job", Job.restore)
+        await journal.restore("job", from_document)
     message = str(caught.value)
     assert message.startswith(f"the journal {journal.path} holds the job 'video_1', which cannot be read: ")
     assert told in message and "move the journal away" in message and "--ephemeral" in message

@@ -52,7 +52,7 @@ class Journal:
 
     @classmethod
     async def open(cls, path: Path) -> Journal:
-        """The journal at `path`, made if it is not there, and this server's alone until it is closed or killed.
+        """Open the journal at `path`, or make it, for this server alone until it is closed or killed.
 
         Raises:
             OutputError: the folder or the file cannot be written.
@@ -80,11 +80,11 @@ class Journal:
         await self._run(self._write, "DELETE FROM document WHERE kind = ? AND id = ?", [(kind, id) for id in ids])
 
     async def all(self, kind: str) -> list[dict[str, Any]]:
-        """The documents of a kind, the first added first. Raises SgldError for one that is not a JSON object."""
+        """Return the documents of a kind, the first added first. Raises SgldError for one that is not a JSON object."""
         return await self._run(self._read, kind)
 
     async def restore(self, kind: str, make: Callable[[dict[str, Any]], T]) -> list[T]:
-        """The documents of a kind as `make` reads them. Raises SgldError that names the one it cannot read."""
+        """Return the documents of a kind converted by `make`. Raises SgldError that names an unreadable one."""
         return [self._made(kind, make, record) for record in await self.all(kind)]
 
     def _made(self, kind: str, make: Callable[[dict[str, Any]], T], record: dict[str, Any]) -> T:
@@ -97,7 +97,7 @@ class Journal:
         raise _unreadable(self.path, kind, record.get("id", kind), reason)
 
     async def close(self) -> None:
-        """Let the writes under way end, and give the journal up; once."""
+        """Wait for the writes under way and release the file. Calls after the first do nothing."""
         if not self.closed:
             await asyncio.shield(self._shut())
 
@@ -132,7 +132,7 @@ class Journal:
             self._connection.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
 
     def _lock(self) -> None:
-        """Take the file beside the journal; the system frees it when this process ends, however it ends."""
+        """Lock the file beside the journal. The system unlocks it when this process ends, however it ends."""
         lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         self._resources.callback(os.close, lock)
         try:
@@ -145,7 +145,7 @@ class Journal:
             ) from None
 
     def _check(self) -> None:
-        """Make the table in an empty file; refuse what this version did not write."""
+        """Make the table in an empty file. Refuse the file of another program or version."""
         mark = (self._pragma("application_id"), self._pragma("user_version"))
         if mark == _EMPTY and self._pragma("schema_version") == 0:
             self._create()
@@ -218,6 +218,6 @@ def _not_ours(path: Path, reason: str) -> SgldError:
 
 
 def _log_failure(future: asyncio.Future[Any]) -> None:
-    """Nobody waits for this call any more, but its failure is not lost."""
+    """Log the failure of a call that nobody waits for any more."""
     if not future.cancelled() and (error := future.exception()) is not None:
         log.error("%s", error)
