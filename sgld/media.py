@@ -24,11 +24,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sgld import __version__
-from sgld.config import Settings
 from sgld.convert import fields_of, knob_of
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Audio, Frames
 from sgld.params import DEBUG, LoraUse, OutputSpec, SamplingParams
+from sgld.settings import Settings
 
 VIDEO, IMAGE, RAW = "video", "image", "raw"
 Codec = tuple[str, dict[str, str]]  # name and options
@@ -114,10 +114,10 @@ def _describe_adapter(lora: LoraUse) -> dict[str, Any]:
 
 
 def _describe_settings(settings: Settings) -> dict[str, Any]:
-    tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name)) is not None}
-    adapters = [Path(path).name for path in settings.lora_path or []]
-    values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
-    values["backend"] = settings.backend if settings.backend == "diffusers" else None
+    tiles = {name: value for name in _TILES if (value := getattr(settings.memory.vae_config, name)) is not None}
+    adapters = [Path(path).name for path in settings.lora.lora_path or []]
+    values = {name: settings.get(name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
+    values["backend"] = settings.model.backend if settings.model.backend == "diffusers" else None
     return {name: value for name, value in values.items() if value or value is False}
 
 

@@ -9,7 +9,6 @@ from contextlib import AbstractAsyncContextManager
 
 import anyio.to_thread
 
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.forkserver import prepare
 from sgld.engine.group import Emit, WorkerGroup
@@ -32,6 +31,7 @@ from sgld.messages import (
     UnmergeLora,
 )
 from sgld.params import LoraUse, ModelInfo, OutputParams, check_lora_target, check_loras
+from sgld.settings import Settings
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class Engine(AbstractAsyncContextManager["Engine"]):
         self.adapters = LoraRegistry(settings)
         self._settings = settings
         self._group = group or WorkerGroup(
-            settings.num_gpus,
+            settings.parallel.num_gpus,
             run_rank,
-            dist_timeout_s=settings.dist_timeout,
-            node_listener=NodeListener(settings) if settings.nnodes > 1 else None,
-            worker_start=settings.worker_start,
+            dist_timeout_s=settings.parallel.dist_timeout,
+            node_listener=NodeListener(settings) if settings.parallel.nnodes > 1 else None,
+            worker_start=settings.parallel.worker_start,
         )
         self._supervisor = Supervisor(self._group)
         self._turn = asyncio.Lock()
@@ -77,7 +77,7 @@ class Engine(AbstractAsyncContextManager["Engine"]):
     async def load(self, emit: Emit) -> ModelInfo:
         """Resolve the model and its adapters, start the workers and load them. Downloads run in a thread."""
         self._supervisor.state = "loading"
-        await anyio.to_thread.run_sync(prepare, self._settings.worker_start)
+        await anyio.to_thread.run_sync(prepare, self._settings.parallel.worker_start)
         command = await anyio.to_thread.run_sync(resolve_model, self._settings)
         loras = at_start(self._settings)
         found = await self.adapters.resolve(loras, "lora_path", local=True)
@@ -90,11 +90,11 @@ class Engine(AbstractAsyncContextManager["Engine"]):
             self.adapters.register(loras, found)
         await self.adapters.save()
         self._supervisor.become_ready()
-        if self.info.backend != "native" and self._settings.backend == "auto":
+        if self.info.backend != "native" and self._settings.model.backend == "auto":
             log.warning("%s: sgld has no native code for it; diffusers runs it (--backend diffusers)", self.info.name)
-        if self._settings.num_gpus > 1:
+        if self._settings.parallel.num_gpus > 1:
             shares = " x ".join(f"{name} {degree}" for name, degree in self.info.degrees.items())
-            log.info("%d workers: %s", self._settings.num_gpus, shares)
+            log.info("%d workers: %s", self._settings.parallel.num_gpus, shares)
         if self.info.attention:
             log.info("attention: %s", ", ".join(f"{use} {kernel}" for use, kernel in self.info.attention.items()))
         return self.info
@@ -123,7 +123,7 @@ class Engine(AbstractAsyncContextManager["Engine"]):
         `worker_retries` times.
 
         Raises:
-            errors.Cancelled: never; a cancelled task raises asyncio.CancelledError as any other.
+            errors.JobCancelled: never; a cancelled task raises asyncio.CancelledError as any other.
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
         unfinished = {index: Item(index, params) for index, params in enumerate(items)}
@@ -156,7 +156,7 @@ class Engine(AbstractAsyncContextManager["Engine"]):
                 await self._generate(Generate(job_id, tuple(unfinished.values()), previews), emit)
             except WorkerDied as error:
                 deaths = deaths + 1 if len(unfinished) == before else 1
-                if deaths > self._settings.worker_retries or self.state == "stopped":
+                if deaths > self._settings.parallel.worker_retries or self.state == "stopped":
                     raise
                 log.warning("%s; the output is tried again", error)
                 error.__traceback__ = error.__context__ = None  # they hold `emit`, and all that it collects

@@ -18,7 +18,6 @@ import torch
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from sgld.config import TRANSFORMERS
 from sgld.convert import structure
 from sgld.errors import ModelError
 from sgld.messages import Load
@@ -30,6 +29,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.runner import StepContext
 from sgld.params import Memory, ModelInfo, OutputParams, SamplingParams
 from sgld.platform import Platform
+from sgld.settings import TRANSFORMERS
 
 ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_PIPELINE = {"diffusers_kwargs": "it runs as native code; start it with backend diffusers to use them"}
@@ -188,7 +188,7 @@ class DiffusionModel(AnyModel):
         self.load_components()
         self.transformers = {name: parts.denoiser(name, spec) for name in TRANSFORMERS if name in parts.names}
         self.lora = parts.lora(self.transformers, self.lora_names)
-        self.parallel_decode = load.settings.parallel_decode
+        self.parallel_decode = load.settings.memory.parallel_decode
         self.check_widths()
         parts.mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self.describe()

@@ -334,7 +334,7 @@ class Flux2(DiffusionModel):
         return self.vae.decode(x, raise_if_cancelled)
 
     def describe(self) -> ModelInfo:
-        takes_pictures = self.parts.settings.vae_config.load_encoder
+        takes_pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="image",
             defaults=self.defaults,

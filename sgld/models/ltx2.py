@@ -284,7 +284,7 @@ class LTX2(DiffusionModel):
     # -------------------------------------------------------------------------------------------- description
 
     def describe(self) -> ModelInfo:
-        takes_pictures = self.parts.settings.vae_config.load_encoder
+        takes_pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="video",
             defaults=self.defaults,

@@ -306,7 +306,7 @@ class QwenImage(DiffusionModel):
         return self.form.max_pictures > 0
 
     def known_defaults(self) -> Mapping[str, Any]:
-        later = "Qwen-Image-2512" in f"{self.parts.settings.model_path} {self.parts.folder}"
+        later = "Qwen-Image-2512" in f"{self.parts.settings.model.model_path} {self.parts.folder}"
         width, height = (1024, 1024) if self.edits else (1280, 720)
         return {
             "width": width, "height": height, "num_inference_steps": self.form.steps, "guidance_scale": 4.0,
@@ -320,7 +320,7 @@ class QwenImage(DiffusionModel):
         self.text_encoders = (self.text,)
         self.vae = WanAutoencoder(self.parts)
         if self.edits:
-            if not self.parts.settings.vae_config.load_encoder:
+            if not self.parts.settings.memory.vae_config.load_encoder:
                 raise BadRequest("this model cannot work without the encoder", field="vae_config.load_encoder")
             self.vae.load_encoder()
 

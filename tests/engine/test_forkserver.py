@@ -17,13 +17,13 @@ import numpy as np
 import psutil
 import pytest
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.forkserver import FORK_SERVER, ForkServer, RankProcess, start_rank
 from sgld.engine.group import WorkerGroup
 from sgld.errors import WorkerDied
 from sgld.messages import Frames, Load, RankAssignment
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from tests.engine.outputs import generate_one
 from tests.engine.ranks import INFO, run_faulty, run_report
 from tests.engine.test_group import PATIENCE, dies, works
@@ -167,7 +167,7 @@ def test_the_parent_never_imports_torch(tmp_path: Path) -> None:
 
 
 async def picture(**settings: Any) -> Frames:
-    async with Engine(Settings(**settings)) as engine:
+    async with Engine(Settings.of(**settings)) as engine:
         info = await engine.load(lambda event: None)
         asked = {"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
         return (await generate_one(engine, "job", resolve(asked, info).params)).frames.array.copy()

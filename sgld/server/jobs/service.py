@@ -9,9 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
-from sgld.errors import INTERNAL, Cancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
+from sgld.errors import INTERNAL, JobCancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
 from sgld.log import job_context
 from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.index import JobIndex
@@ -19,10 +18,11 @@ from sgld.server.jobs.job import Job
 from sgld.server.jobs.record import JobRecord, Outcome
 from sgld.server.jobs.repository import JobRepository, MemoryJobRepository
 from sgld.server.jobs.results import Outputs
-from sgld.server.jobs.run import JobMetrics, JobRun, Runner
+from sgld.server.jobs.run import JobMetrics, JobRun, RunResources
 from sgld.server.jobs.scheduler import Scheduler
 from sgld.server.jobs.tasks import Tasks
 from sgld.server.jobs.webhooks import Webhooks
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
@@ -50,7 +50,7 @@ class JobService:
         self._metrics = metrics
         self._webhooks = webhooks
         self._tasks = Tasks()
-        self._runner = Runner(engine, outputs, self.scheduler, metrics, self._tasks)
+        self._runner = RunResources(engine, outputs, self.scheduler, metrics, self._tasks)
         self._dispatcher: asyncio.Task[None] | None = None
 
     # Life
@@ -138,7 +138,7 @@ class JobService:
                 self.index.release_key(before)  # its files have vanished: they are made anew
         if self.draining:
             raise NotReady("the server is stopping; try another one")
-        most = self._settings.max_queue
+        most = self._settings.server.max_queue
         if len(self.scheduler) + len(self.admitting) >= most:
             raise QueueFull(f"{most} jobs wait already; try again later", None, self.scheduler.retry_after())
         return await self._admit(Job(record))
@@ -212,12 +212,12 @@ class JobService:
     async def _cancel(self, job: Job) -> None:
         if job.decide_end():
             self._stop(job)
-            await self.finish(job, Outcome("failed", Cancelled("the job was cancelled")))
+            await self.finish(job, Outcome("failed", JobCancelled("the job was cancelled")))
         else:
             await self._wait_for_end(job)
 
     async def _delete(self, job: Job) -> None:
-        error = Cancelled("the job was cancelled")
+        error = JobCancelled("the job was cancelled")
         if job.decide_end():
             self._stop(job)
             try:
@@ -314,7 +314,7 @@ class JobService:
         Raises:
             OutputError: a deletion cannot be stored; the job has not ended then.
         """
-        record, video = job.record.end(outcome, self._settings.job_ttl), job.kind == "video"
+        record, video = job.record.end(outcome, self._settings.server.job_ttl), job.kind == "video"
         event = "video.completed" if outcome.error is None else "video.failed"
         deliveries = self._webhooks.due(job.owner, event, job.id) if video else []
         deleted = outcome.status == "deleted"
@@ -337,7 +337,7 @@ class JobService:
     def _count(self, kind: str, error: SgldError | None) -> None:
         if error is None:
             self._metrics.job_finished(kind)
-        elif isinstance(error, Cancelled):
+        elif isinstance(error, JobCancelled):
             self._metrics.job_cancelled(kind)
         else:
             self._metrics.job_failed(kind, error.code)
@@ -381,7 +381,7 @@ class JobService:
                 await self._delete_expired()
             except Exception:  # the next round may fare better
                 log.exception("expired jobs stay for now")
-            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
+            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.server.job_ttl / 4)))
 
     async def _delete_expired(self) -> None:
         now = time.time()
