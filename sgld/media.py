@@ -280,12 +280,12 @@ def _write_video(
 class _Track:
     """The sound of a file under construction."""
 
-    stream: Any
+    stream: av.AudioStream
     audio: Audio
     done: int = 0  # samples
 
     @classmethod
-    def of(cls, container: Any, codec: str, audio: Audio) -> _Track:
+    def of(cls, container: av.container.OutputContainer, codec: str, audio: Audio) -> _Track:
         """Add a stream with the rate of the sound, or 48 kHz if the codec does not support that rate."""
         known = av.Codec(codec, "w").audio_rates
         stream = container.add_stream(codec, rate=audio.rate if known and audio.rate in known else _SOUND_RATE)

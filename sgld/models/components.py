@@ -202,7 +202,7 @@ class ComponentLoader:
             if module is not None
         }
 
-    def defaults(self, known: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults(self, known: Mapping[str, object]) -> dict[str, Any]:
         """The folder's generation_config.json, else these."""
         return folder_defaults(self.folder) or dict(known)
 
