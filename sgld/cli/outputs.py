@@ -110,7 +110,7 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
     return [_output(plan, *one, i, len(found), now) for i, one in enumerate(found)], [*notes]
 
 
-def _idle(plan: Plan, given: Mapping[str, Any], format: str) -> list[str]:
+def _idle(plan: Plan, given: Mapping[str, object], format: str) -> list[str]:
     """Return warnings for options without effect."""
     reasons = {}
     if format != "mp4" and given.get("x264_preset"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import attrs
 from cattrs import BaseValidationError, Converter
 
 from sgld.config import user_path
+from sgld.engine.group import WorkerGroup
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
 from sgld.hub.reference import Reference
 from sgld.messages import Command, LoraCommand, LoraPart, LoraState, MergeMode, SetLora, UnmergeLora
@@ -181,13 +182,19 @@ class LoraRegistry:
             raise BadRequest(f"no adapter was set for {target!r}; set one first", field="target")
         return [SetLora(tuple(loras), mode) for mode, loras in by_mode.items()]
 
-    def update(self, command: LoraCommand, answer: LoraState) -> Collection[str]:
-        """Note that all ranks have carried out `command`. Return the components whose adapters they changed."""
-        changed = answer.parts
-        if isinstance(command, UnmergeLora):
-            changed = {name: attrs.evolve(part, applied=None) for name, part in self._parts(command.target).items()}
-        self.state = LoraState({**self.state.parts, **changed})
-        return changed
+    def apply(self, commands: Sequence[LoraCommand], group: WorkerGroup) -> None:
+        """Carry out each command, and note what it changed for new ranks. Runs on the executor thread."""
+        for command in commands:
+            changed: dict[str, LoraPart] = group.run(command).parts
+            if isinstance(command, UnmergeLora):
+                changed = {name: attrs.evolve(part, applied=None) for name, part in self._parts(command.target).items()}
+            self.state = LoraState({**self.state.parts, **changed})
+            group.set_replay(self.commands(), changed)
+
+    def replay(self, group: WorkerGroup) -> list[BadRequest]:
+        """Give the ranks all adapters of the state. Return the errors of those that fail."""
+        group.set_replay(self.commands())
+        return group.catch_up()
 
     def _parts(self, target: str) -> dict[str, LoraPart]:
         return {name: part for name, part in self.state.parts.items() if target in ("all", name)}

@@ -49,7 +49,7 @@ class Conditioning:
     negative: Any | None = None
     pictures: Any = attrs.field(default=None, kw_only=True)  # what `encode_pictures` made of the input pictures
     params: SamplingParams = attrs.field(factory=SamplingParams, kw_only=True)
-    store: dict[Any, Any] = attrs.field(factory=dict, kw_only=True)  # computed at the first step, for all others
+    store: dict[object, Any] = attrs.field(factory=dict, kw_only=True)  # computed at the first step, for all others
     prompt_tokens: int = attrs.field(default=0, kw_only=True)  # of the prompt alone, without padding
     latent_tokens: int = attrs.field(default=0, kw_only=True)  # that the transformer works on
 
@@ -205,7 +205,7 @@ class DiffusionModel(AnyModel):
 
     # ------------------------------------------------------------------------------------------------ loading
 
-    def known_defaults(self) -> Mapping[str, Any]:
+    def known_defaults(self) -> Mapping[str, object]:
         """Return this checkpoint's values of `SamplingParams`, where its folder has no generation_config.json."""
         raise NotImplementedError
 
@@ -267,12 +267,12 @@ class DiffusionModel(AnyModel):
             for name, prompt in prompts.items():
                 raise_if_cancelled()
                 texts[name].append(encoder.encode(name, prompt, request))
-        shown = self.encode_pictures(request) if pictures else None
-        branches = [self.branch(found, shown, params) for found in texts.values()]
+        encoded = self.encode_pictures(request) if pictures else None
+        branches = [self.branch(found, encoded, params) for found in texts.values()]
         condition = Conditioning(
             branches[0],
             branches[1] if guided else None,
-            pictures=shown,
+            pictures=encoded,
             params=params,
             prompt_tokens=max((text.tokens for text in texts["prompt"] if text is not None), default=0),
             latent_tokens=self.latent_tokens(params),

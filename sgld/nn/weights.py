@@ -65,7 +65,7 @@ def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
     return cls(**values)
 
 
-def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) -> None:
+def require(config: Mapping[str, object], file: Path, needed: Mapping[str, object]) -> None:
     """Raise `ModelError` where a component's config.json says something else; what it does not say is as needed."""
     for key, value in needed.items():
         if (given := config.get(key, value)) != value:
@@ -110,12 +110,12 @@ def read_architecture(file: Path, cls: type[C]) -> C:
     return config
 
 
-def _check_type(where: str, value: Any, kind: Any) -> None:
+def _check_type(where: str, value: object, kind: Any) -> None:
     if not _fits(value, kind):
         raise ModelError(f"{where}: {shorten(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: object, kind: Any) -> bool:
     """Whether a value of a JSON file has that type."""
     inner = get_args(kind)
     if get_origin(kind) in (Union, UnionType):

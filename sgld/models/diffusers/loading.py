@@ -233,7 +233,7 @@ def set_vae_modes(vae: Any, settings: Settings) -> None:
         _enable(vae, "vae_slicing", "enable_slicing", {})
 
 
-def _enable(vae: Any, param: str, method: str, options: Mapping[str, Any]) -> None:
+def _enable(vae: Any, param: str, method: str, options: Mapping[str, object]) -> None:
     try:
         getattr(vae, method)(**options)
     except (AttributeError, NotImplementedError):

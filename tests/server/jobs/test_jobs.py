@@ -84,8 +84,8 @@ async def _read_events(
 
 
 def journal_of(jobs: JobService) -> Journal:
-    assert isinstance(jobs.repository, SqliteJobRepository)
-    return jobs.repository.journal
+    assert isinstance(jobs.ends.repository, SqliteJobRepository)
+    return jobs.ends.repository.journal
 
 
 Serve = Callable[..., Awaitable[TestServer]]
