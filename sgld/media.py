@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -72,12 +72,6 @@ _SETTINGS = (
     "vae_tiling", "lora_nickname", "lora_scale", "lora_target",
 )  # fmt: skip
 _TILES = ("use_tiling", *(f"tile_sample_{what}_{side}" for what in ("min", "stride") for side in ("height", "width")))
-
-
-def format_of(file_name: str) -> str | None:
-    """Return the format of a file name by its extension; None if it is not one of `FORMATS`."""
-    suffix = PurePath(file_name).suffix[1:].lower()
-    return suffix if suffix in FORMATS else None
 
 
 def is_image(format: str) -> bool:

@@ -57,21 +57,6 @@ def test_every_format_of_the_knobs_is_known() -> None:
     assert {*VIDEO_FORMATS, *IMAGE_FORMATS, "npy"} == set(media.FORMATS)
 
 
-@pytest.mark.parametrize(
-    ("name", "format"),
-    [
-        ("a.mp4", "mp4"),
-        ("a b.JPEG", "jpeg"),
-        ("a.tar.webp", "webp"),
-        ("mp4", None),
-        ("a.avi", None),
-        ("a.", None),
-    ],
-)
-def test_the_extension_decides(name: str, format: str | None) -> None:
-    assert media.format_of(name) == format
-
-
 @pytest.mark.parametrize("format", ALL)
 def test_round_trip(format: str, clip: Frames, tmp_path: Path) -> None:
     sent = frames_for(format, clip)

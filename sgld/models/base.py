@@ -87,13 +87,6 @@ class TextEncoder(Protocol):
         """Encode a prompt; a warning that it was cut calls it by `name`: prompt or negative_prompt."""
 
 
-class Decoder(Protocol):
-    """An autoencoder, as far as every family uses it."""
-
-    def decode(self, z: Tensor, raise_if_cancelled: RaiseIfCancelled) -> Tensor:
-        """Decode latents to frames u8 [N, H, W, 3] on the CPU."""
-
-
 @attrs.frozen
 class Schedule:
     """The noise levels of one generation, where they are not the scheduler's own."""
@@ -186,7 +179,7 @@ class DiffusionModel(AnyModel):
         guided = self.guidance_scale(structure(self.defaults, SamplingParams)) > 1
         parts.share(self.config.num_attention_heads, guided)
         self.load_components()
-        self.transformers = {name: parts.denoiser(name, spec) for name in TRANSFORMERS if name in parts.names}
+        self.transformers = {name: parts.transformer(name, spec) for name in TRANSFORMERS if name in parts.names}
         self.lora = parts.lora(self.transformers, self.lora_names)
         self.parallel_decode = load.settings.memory.parallel_decode
         self.check_widths()
@@ -418,14 +411,3 @@ class DiffusionModel(AnyModel):
     def memory(self) -> Memory:
         """Return the estimate of the bytes that an output takes."""
         raise NotImplementedError
-
-
-class NativeModel(DiffusionModel):
-    """The template for families that still construct themselves; goes away with the last of them."""
-
-    @abstractmethod
-    def predict(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
-        """Predict for one branch."""
-
-    def forward(self, x: Tensor, t: Tensor, branch: Any, step: StepContext) -> Tensor:
-        return self.predict(x, t, branch)

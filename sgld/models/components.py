@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,6 @@ from sgld.params import Memory, SamplingParams
 from sgld.platform import Platform
 from sgld.settings import TRANSFORMERS, Settings
 
-D = TypeVar("D", bound=DiffusionTransformer)
 M = TypeVar("M", bound=nn.Module)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NO_TRUE_CFG = {"true_cfg_scale": "its guidance_scale is classifier-free guidance already"}
@@ -141,45 +140,31 @@ class ComponentLoader:
         name = own or s.dtypes.precision
         return PRECISIONS[name] if name else self.platform.dtype
 
-    def transformer(
-        self,
-        name: str,
-        make: Callable[..., D],
-        head: int,
-        layers: Sequence[str] = ("blocks",),
-        unused: Iterable[str] = (),
-        crosses: bool = True,
-        precise: Iterable[str] = (),
-    ) -> D:
-        """The transformer that `make` builds with a kernel for its attention to itself and, if it `crosses`, across.
-
-        `head` is how many channels a head has; `layers` names the lists of blocks, in the order in which they run;
-        tensors of the file whose names begin with one of `unused` are passed over, and those that one of `precise` is
-        part of the name of are float32.
-        """
-        dtype, ring = self.dtype(name), self.mesh.ring.size > 1
-        own = self._chooser.choose(name, SELF, dtype, head, ring)
-        kernels = [own, self._chooser.choose(name, CROSS, dtype, head)] if crosses else [own]
-        self.kernels |= {f"{name}.{role}": kernel.name for role, kernel in zip((SELF, CROSS), kernels, strict=False)}
-        if not crosses:
-            self._chooser.refuse(f"{name}.{CROSS}", "it attends to picture and text as one sequence")
-        keeper = self.offloader.keeper(name, layers)
-        folder, device = self.path(name), self.mesh.device
-        module = load_module(
-            lambda: make(*kernels), folder, dtype, device, unused=unused, offload=keeper, precise=precise
-        )
-        module.runner = self.offloader.runner(name)
-        return self.loaded(module)
-
     def architecture(self, name: str, spec: Component) -> Any:
         """Read a transformer's config.json as its family's `Architecture`."""
         return read_architecture(self.path(name) / "config.json", spec.config)
 
-    def denoiser(self, name: str, spec: Component) -> DiffusionTransformer:
-        """Load a transformer."""
-        c = self.architecture(name, spec)
-        make, head = partial(spec.build, c, self.mesh), c.attention_head_dim
-        return self.transformer(name, make, head, spec.blocks, spec.unused, spec.crosses, spec.precise)
+    def transformer(self, name: str, spec: Component) -> DiffusionTransformer:
+        """Build and fill a transformer, with a kernel for its attention to itself and, if it crosses, to the text."""
+        c, dtype, ring = self.architecture(name, spec), self.dtype(name), self.mesh.ring.size > 1
+        head, choose = c.attention_head_dim, self._chooser.choose
+        kernels = {SELF: choose(name, SELF, dtype, head, ring)}
+        if spec.crosses:
+            kernels[CROSS] = choose(name, CROSS, dtype, head)
+        else:
+            self._chooser.refuse(f"{name}.{CROSS}", "it attends to picture and text as one sequence")
+        self.kernels |= {f"{name}.{role}": kernel.name for role, kernel in kernels.items()}
+        module = load_module(
+            partial(spec.build, c, self.mesh, *kernels.values()),
+            self.path(name),
+            dtype,
+            self.mesh.device,
+            unused=spec.unused,
+            offload=self.offloader.keeper(name, spec.blocks),
+            precise=spec.precise,
+        )
+        module.runner = self.offloader.runner(name)
+        return self.loaded(module)
 
     def module(self, name: str, make: Callable[[], M], **options: Any) -> M:
         """Another component, strictly: what `make` builds, filled by `load_module` with these options."""

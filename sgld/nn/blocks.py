@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +37,6 @@ class DiffusionTransformer(ComputeModule):
     """A transformer whose blocks are run by `runner`."""
 
     runner: BlockRunner = PlainRunner()
-
-    @property
-    def dtype(self) -> torch.dtype:  # until every family says compute_dtype
-        """Return `compute_dtype`."""
-        return self.compute_dtype
-
-    def walk(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:  # until every family calls runner.run
-        """Visit blocks with their weights loaded."""
-        return self.runner.visit(blocks)
-
-
-Denoiser = DiffusionTransformer  # until every family is migrated
 
 
 class Embedder(nn.Module):
