@@ -20,12 +20,13 @@ ENDLESS = {"num_inference_steps": 1000}
 
 
 class CountingJournal(Journal):
-    """The journal, with a list of its transactions."""
+    """The journal, with a list of the transactions that concern jobs."""
 
     made: list[str]
 
     async def put_many(self, documents: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-        self.made.extend(str(body.get("status", kind)) for (kind, _), body in list(documents.items())[:1])
+        statuses = [str(body["status"]) for (kind, _), body in documents.items() if kind == "job"]
+        self.made.extend(["+".join(statuses)] if statuses else [])
         await super().put_many(documents)
 
     async def delete(self, kind: str, ids: Iterable[str]) -> None:
