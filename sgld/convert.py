@@ -357,7 +357,7 @@ def unbuilt(instance: object, prefix: str = "") -> Iterator[Unbuilt]:
     for name, field in fields_of(type(instance)).items():
         value = getattr(instance, name)
         if attrs.has(type(value)):
-            yield from unbuilt(value, f"{prefix}{name}.")
+            yield from unbuilt(value, f"{prefix}{name}." if "knob" in field.metadata else prefix)
             continue
         meta = knob_of(field)
         if meta.pending and value != default_of(field) and value not in meta.built:

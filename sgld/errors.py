@@ -173,7 +173,7 @@ class NotReady(SgldError):
     code = "not_ready"
 
 
-class Cancelled(SgldError):
+class JobCancelled(SgldError):
     """A job that its caller stopped."""
 
     status = 499

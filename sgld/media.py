@@ -24,11 +24,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sgld import __version__
-from sgld.config import Settings
 from sgld.convert import fields_of, knob_of
 from sgld.errors import BadRequest, OutputError
 from sgld.messages import Audio, Frames
 from sgld.params import DEBUG, LoraUse, OutputSpec, SamplingParams
+from sgld.settings import Settings
 
 VIDEO, IMAGE, RAW = "video", "image", "raw"
 Codec = tuple[str, dict[str, str]]  # name and options
@@ -114,14 +114,14 @@ def _describe_adapter(lora: LoraUse) -> dict[str, Any]:
 
 
 def _describe_settings(settings: Settings) -> dict[str, Any]:
-    tiles = {name: value for name in _TILES if (value := getattr(settings.vae_config, name)) is not None}
-    adapters = [Path(path).name for path in settings.lora_path or []]
-    values = {name: getattr(settings, name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
-    values["backend"] = settings.backend if settings.backend == "diffusers" else None
+    tiles = {name: value for name in _TILES if (value := getattr(settings.memory.vae_config, name)) is not None}
+    adapters = [Path(path).name for path in settings.lora.lora_path or []]
+    values = {name: settings.get(name) for name in _SETTINGS} | {"vae_config": tiles, "lora_path": adapters}
+    values["backend"] = settings.model.backend if settings.model.backend == "diffusers" else None
     return {name: value for name, value in values.items() if value or value is False}
 
 
-def check_encodable(format: str, output: OutputSpec, metadata: Mapping[str, Any] | None = None) -> None:
+def check_encodable(format: str, output: OutputSpec, metadata: Mapping[str, object] | None = None) -> None:
     """Refuse an output that the format cannot hold. Cheap: call it before denoising. Raises BadRequest."""
     spec = FORMATS[format]
     if spec.kind == IMAGE and output.frames != 1:
@@ -159,7 +159,7 @@ def encode(
     *,
     fps: int,
     quality: int,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
     x264_preset: str | None = None,
     audio: Audio | None = None,
 ) -> None:
@@ -186,7 +186,7 @@ def encode(
         _write_video(path, format, codec, map(_to_yuv, frames), (width, height), fps, metadata, audio)
 
 
-def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[str, Any]) -> bytes:
+def encode_image(frame: Frames, format: str, *, quality: int, metadata: Mapping[str, object]) -> bytes:
     """Encode one frame [H, W, 3] as png, jpg or webp."""
     options: dict[str, Any] = {"quality": quality, "exif": _exif(metadata)}
     if format == "png":
@@ -231,7 +231,7 @@ def _video_codec(format: str, quality: int, x264_preset: str | None) -> Codec:
     return "libx264", {"crf": str(crf), "preset": x264_preset or "fast"}
 
 
-def _to_yuv(frame: Frames) -> Any:
+def _to_yuv(frame: Frames) -> av.VideoFrame:
     """Convert full-range RGB to limited-range BT.709 4:2:0."""
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24").reformat(
         format="yuv420p",
@@ -246,10 +246,10 @@ def _write_video(
     path: Path,
     format: str,
     codec: Codec,
-    pictures: Iterable[Any],
+    pictures: Iterable[av.VideoFrame],
     size: tuple[int, int],
     fps: int,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
     audio: Audio | None = None,
 ) -> None:
     """Mux pictures and sound, each picture followed by its sound."""
@@ -280,12 +280,12 @@ def _write_video(
 class _Track:
     """The sound of a file under construction."""
 
-    stream: Any
+    stream: av.AudioStream
     audio: Audio
     done: int = 0  # samples
 
     @classmethod
-    def of(cls, container: Any, codec: str, audio: Audio) -> _Track:
+    def of(cls, container: av.container.OutputContainer, codec: str, audio: Audio) -> _Track:
         """Add a stream with the rate of the sound, or 48 kHz if the codec does not support that rate."""
         known = av.Codec(codec, "w").audio_rates
         stream = container.add_stream(codec, rate=audio.rate if known and audio.rate in known else _SOUND_RATE)
@@ -293,7 +293,7 @@ class _Track:
         stream.bit_rate = _SOUND_BITS * len(audio.samples)
         return cls(stream, audio)
 
-    def until(self, time: Fraction) -> list[Any]:
+    def until(self, time: Fraction) -> list[av.Packet]:
         """Encode the sound up to `time`, in seconds, and return its packets."""
         end = min(round(time * self.audio.rate), self.audio.samples.shape[1])
         if end <= self.done:
@@ -304,12 +304,12 @@ class _Track:
         self.done = end
         return list(self.stream.encode(frame))
 
-    def rest(self) -> list[Any]:
+    def rest(self) -> list[av.Packet]:
         """Encode the rest of the sound and return its packets."""
         return [*self.until(Fraction(self.audio.samples.shape[1], self.audio.rate)), *self.stream.encode(None)]
 
 
-def _write_gif(path: Path, frames: Frames, fps: int, metadata: Mapping[str, Any]) -> None:
+def _write_gif(path: Path, frames: Frames, fps: int, metadata: Mapping[str, object]) -> None:
     """Encode all frames with one palette, so that still areas do not flicker."""
     _, height, width, _ = frames.shape
     palette = _palette(frames)
@@ -357,7 +357,7 @@ def _map_ffmpeg_errors(format: str) -> Iterator[None]:
         raise OutputError(f"cannot encode {format}: {error}") from error
 
 
-def _json(metadata: Mapping[str, Any]) -> str:
+def _json(metadata: Mapping[str, object]) -> str:
     """Return readable JSON. Text with a lone surrogate is escaped."""
     text = json.dumps(dict(metadata), ensure_ascii=False)
     try:
@@ -367,11 +367,11 @@ def _json(metadata: Mapping[str, Any]) -> str:
     return text
 
 
-def _ascii_json(metadata: Mapping[str, Any]) -> bytes:
+def _ascii_json(metadata: Mapping[str, object]) -> bytes:
     return json.dumps(dict(metadata)).encode("ascii")
 
 
-def _exif(metadata: Mapping[str, Any]) -> Image.Exif:
+def _exif(metadata: Mapping[str, object]) -> Image.Exif:
     exif = Image.Exif()
     exif.get_ifd(_EXIF)[_USER_COMMENT] = _ASCII + _ascii_json(metadata)
     return exif

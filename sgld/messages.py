@@ -18,9 +18,9 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from sgld.config import Settings
 from sgld.errors import SgldError
 from sgld.params import LoraUse, OutputParams
+from sgld.settings import Settings
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W, 3]
 MergeMode = Literal["auto", "merge", "dynamic"]

@@ -412,7 +412,7 @@ def check_lora_target(target: str, info: ModelInfo, param: str = "target") -> No
         raise BadRequest(f"{target!r}: this model has only {', '.join(allowed)}", field=param)
 
 
-def check_picture(given: Mapping[str, Any]) -> None:
+def check_picture(given: Mapping[str, object]) -> None:
     """Refuse fields that have no effect without an input picture. Raises BadRequest."""
     for name in ("strength", "mask_path"):
         if given.get(name) is not None and not given.get("image_path"):

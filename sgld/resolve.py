@@ -76,10 +76,10 @@ def outputs_from(values: Mapping[str, Any]) -> tuple[OutputParams, ...]:
 
 
 def resolve(
-    given: Mapping[str, Any],
+    given: Mapping[str, object],
     info: ModelInfo,
     *,
-    base: Mapping[str, Any] | None = None,
+    base: Mapping[str, object] | None = None,
     picture: tuple[int, int] | None = None,
 ) -> Resolved:
     """Merge the request's values over the operator's (`base`) over the model's, and fit them to the model.
@@ -130,14 +130,14 @@ def _seeds(params: SamplingParams) -> list[int]:
     return list(range(first, first + count))
 
 
-def _left_open(params: SamplingParams, asked: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
+def _left_open(params: SamplingParams, asked: Mapping[str, object], info: ModelInfo) -> SamplingParams:
     """Pass None to a pipeline's call for each field that nobody set, so that the pipeline decides."""
     if not (left := [name for name in info.left_open if name not in asked]):
         return params
     return attrs.evolve(params, diffusers_kwargs=dict.fromkeys(left) | (params.diffusers_kwargs or {}))
 
 
-def _refuse_start(asked: Mapping[str, Any]) -> None:
+def _refuse_start(asked: Mapping[str, object]) -> None:
     """Refuse fields that only a model that starts from its picture can use. Raises NotBuilt."""
     for name in ("strength", "mask_path"):
         if name in asked:
@@ -145,7 +145,7 @@ def _refuse_start(asked: Mapping[str, Any]) -> None:
             raise NotBuilt(f"this model cannot use it: {reason}", field=name)
 
 
-def _with_picture(params: SamplingParams, own: Mapping[str, Any], info: ModelInfo) -> SamplingParams:
+def _with_picture(params: SamplingParams, own: Mapping[str, object], info: ModelInfo) -> SamplingParams:
     """Set the strength where denoising starts from a picture, and clear it elsewhere. Raises BadRequest."""
     count, least, most = len(params.image_path or ()), info.pictures.min, info.pictures.max
     if not least <= count <= most:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from sgld import config
-from sgld.config import SECTION_OF, SECTIONS, RunOptions, Settings, from_text, settings_of, user_path
+from sgld.config import SECTION_OF, SECTIONS, from_text, settings_of, user_path
 from sgld.convert import fields_of, knob_of, unbuilt
 from sgld.errors import BadRequest, SgldError
 from sgld.params import SamplingParams
+from sgld.settings import TITLES, ParallelSettings, RunOptions, Settings
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_settings_that_contradict_each_other(values: dict[str, Any], line: str) 
     {"num_gpus": 4, "tp_size": 2, "text_encoder_cpu_offload": True, "pin_cpu_memory": False},
 ])  # fmt: skip
 def test_settings_that_agree(values: dict[str, Any]) -> None:
-    assert settings_of(values).num_gpus == 4
+    assert settings_of(values).parallel.num_gpus == 4
 
 
 def test_every_knob_has_one_home_and_a_help() -> None:
@@ -97,14 +98,27 @@ def test_every_knob_has_one_home_and_a_help() -> None:
     assert len(names) == len(set(names)) == len(SECTION_OF)
     aliases = [alias for cls in SECTIONS for field in fields_of(cls).values() for alias in knob_of(field).aliases]
     assert not set(aliases) & set(names)
-    assert all(knob_of(field).help and knob_of(field).group for cls in SECTIONS for field in fields_of(cls).values())
+    assert all(knob_of(field).help for cls in SECTIONS for field in fields_of(cls).values())
+    assert all(knob_of(field).group or cls in TITLES for cls in SECTIONS for field in fields_of(cls).values())
 
 
 def test_a_section_takes_its_own() -> None:
     values = {"height": 1, "num_gpus": 2, "json": True}
-    assert [config.section(values, cls) for cls in (SamplingParams, Settings, RunOptions)] == [
+    assert [config.section(values, cls) for cls in (SamplingParams, ParallelSettings, RunOptions)] == [
         {"height": 1}, {"num_gpus": 2}, {"json": True}
     ]  # fmt: skip
+
+
+def test_settings_have_flat_names() -> None:
+    settings = Settings.of(num_gpus=2, port=1)
+    assert (settings.parallel.num_gpus, settings.server.port, settings.get("port")) == (2, 1, 1)
+    changed = settings.evolve(port=2, host="x")
+    assert changed == Settings.of(num_gpus=2, port=2, host="x") != settings
+    assert changed.flat() == {**Settings().flat(), "num_gpus": 2, "port": 2, "host": "x"}
+    with pytest.raises(KeyError, match="prot"):
+        settings.evolve(prot=1)
+    with pytest.raises(BadRequest, match="^port: 65536 is out of range"):
+        settings.evolve(port=65536)
 
 
 @pytest.mark.parametrize("cls", SECTIONS)

@@ -10,11 +10,11 @@ from pathlib import Path
 import attrs
 import pytest
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.messages import Frames
 from sgld.params import LoraUse
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from tests.engine.outputs import generate_one
 from tools.judge import Scene, caption, judge_frames
 from tools.judge_lora import gridness, hollowness

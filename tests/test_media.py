@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sgld import __version__, media
-from sgld.config import Settings
+from sgld.config import settings_of
 from sgld.convert import structure
 from sgld.errors import BadRequest
 from sgld.messages import Audio, Frames
@@ -341,9 +341,7 @@ def test_a_file_says_which_settings_made_it() -> None:
         "revision": "v1", "component_paths": {"vae": "x"}, "precision": "bf16", "text_encoder_precisions": ["fp32"],
         "vae_tiling": True, "vae_config": {"tile_sample_min_height": 64},
     }  # fmt: skip
-    plain = media.describe(
-        SamplingParams(), "m", structure({"port": 1, "vae_config": {"load_encoder": False}}, Settings)
-    )
-    told = media.describe(SamplingParams(), "m", structure(given, Settings))
+    plain = media.describe(SamplingParams(), "m", settings_of({"port": 1, "vae_config": {"load_encoder": False}}))
+    told = media.describe(SamplingParams(), "m", settings_of(given))
     assert plain == media.describe(SamplingParams(), "m")
     assert {name: value for name, value in told.items() if name not in plain} == given

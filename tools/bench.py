@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from sgld import __version__
-from sgld.config import Settings, set_default_environment
+from sgld.config import set_default_environment
 from sgld.engine.engine import Engine
 from sgld.hub.hub import resolve_model
 from sgld.messages import Event
 from sgld.params import ModelInfo, OutputParams
 from sgld.resolve import resolve
+from sgld.settings import Settings
 
 PROMPT = "a red circle moving right on a blue background"
 Figures = dict[str, float]

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.forkserver import FORK_SERVER
 from sgld.messages import Event, OutputReady, Progress
 from sgld.params import OutputParams
 from sgld.resolve import resolve
+from sgld.settings import Settings
 
 REQUEST = {"prompt": "a red circle on a blue background", "num_frames": 5, "num_inference_steps": 8, "seed": 3}
 STAGES = ("idle", "encode", "denoise", "decode")
@@ -105,7 +105,7 @@ def _ignore(_: Event) -> None:
 
 async def measure(kills: int, workers: int, worker_start: str) -> dict[str, float]:
     """Return the figures of that many kills."""
-    async with Engine(Settings(num_gpus=workers, worker_retries=1, worker_start=worker_start)) as engine:
+    async with Engine(Settings.of(num_gpus=workers, worker_retries=1, worker_start=worker_start)) as engine:
         info = await engine.load(_ignore)
         params = resolve(REQUEST, info).params
         _, expected = await one_kill(engine, params, "denoise", 0)

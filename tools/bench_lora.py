@@ -25,8 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sgld.config import Settings, set_default_environment
+from sgld.config import set_default_environment
 from sgld.log import QUIET
+from sgld.settings import Settings
 
 set_default_environment(**QUIET, OMP_WAIT_POLICY="passive")  # as the ranks do
 
@@ -86,7 +87,7 @@ class Ours:
     """What a rank does."""
 
     def __init__(self, model: Path, precision: str):
-        settings = Settings(
+        settings = Settings.of(
             model_path=str(model), dit_precision=precision, text_encoder_precisions=[precision], vae_precision="fp32"
         )
         machine = choose_platform()

@@ -35,6 +35,7 @@ from sgld.convert import (
     type_name,
 )
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
+from sgld.settings import ATTENTION_ROLES, COMPONENTS, TITLES, TRANSFORMERS, ModelSettings, VaeConfig
 
 RESOLUTIONS = {"4k": (3840, 2160), "2k": (2560, 1440), "1080p": (1920, 1080), "720p": (1280, 720)}
 EPILOG = "Dashes and underscores are the same in a flag. A switch is set by --flag, --flag true|false or --no-flag."
@@ -106,12 +107,12 @@ def parser_for(command: str, description: str, sections: Iterable[type]) -> _Par
     groups: dict[str, Group] = {}
     for cls in sections:
         for name, field in fields_of(cls).items():
-            title = knob_of(field).group
+            title = knob_of(field).group or TITLES[cls]
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
             _add(groups[title], name, field)
-    for component in config.COMPONENTS:
-        _add_component(groups[config.MODEL], component)
+    for component in COMPONENTS:
+        _add_component(groups[TITLES[ModelSettings]], component)
     if "size" in groups:
         _add_resolutions(groups["size"])
     return parser
@@ -147,8 +148,8 @@ def _add(group: Group, name: str, field: Field) -> None:
     else:
         group.add_argument(*spellings, metavar=_metavar(kinds, meta), **common)
     if name == "component_attention_backends":
-        roles = [f"{component}.{role}" for component in config.TRANSFORMERS for role in config.ATTENTION_ROLES]
-        for part in (*config.COMPONENTS, *roles):
+        roles = [f"{component}.{role}" for component in TRANSFORMERS for role in ATTENTION_ROLES]
+        for part in (*COMPONENTS, *roles):
             _add_hidden(group, f"{name}.{part}")
     if isinstance(field.type, type) and attrs.has(field.type):
         for inner, inner_field in fields_of(field.type).items():
@@ -280,7 +281,7 @@ def _value(name: str, text: Any, flag: str) -> object:
     head, _, rest = name.partition(".")
     field = fields_of(config.SECTION_OF[head])[head]
     if rest and head == "vae_config":
-        field = fields_of(config.VaeConfig)[rest]
+        field = fields_of(VaeConfig)[rest]
     elif rest:
         return text
     kinds = [field.type, *typing.get_args(field.type)]

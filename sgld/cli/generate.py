@@ -25,13 +25,13 @@ def run(words: list[str]) -> int:
         if parsed.print_config:
             put(show.merged(layer, plan.settings, config.SECTIONS))
             return 0
-        log.set_up(plan.settings.log_level, plan.settings.log_format)
+        log.set_up(plan.settings.logging.log_level, plan.settings.logging.log_format)
         refuse_early(plan)
-        if plan.settings.node_rank > 0:
+        if plan.settings.parallel.node_rank > 0:
             raise BadRequest("only node 0 makes outputs; run `sgld serve` on the others", field="node_rank")
         from sgld.engine.forkserver import prepare
 
-        prepare(plan.settings.worker_start)
+        prepare(plan.settings.parallel.worker_start)
         from sgld.cli import make
         from sgld.cli.screen import warn
 

@@ -28,7 +28,7 @@ from sgld.cli.plan import Plan
 from sgld.cli.process import heeded
 from sgld.cli.screen import Screen, say
 from sgld.engine.engine import Engine
-from sgld.errors import Cancelled, SgldError
+from sgld.errors import JobCancelled, SgldError
 from sgld.messages import Event, Media, OutputReady, batch_key
 from sgld.params import OutputParams
 from sgld.storage.local import LocalStorage
@@ -37,7 +37,7 @@ GRACE_S = 3.0  # from a kill to leaving, whatever still runs
 
 
 def run(plan: Plan) -> int:
-    """Make all outputs. Raises SgldError for the first that fails, and `Cancelled` after ^C."""
+    """Make all outputs. Raises SgldError for the first that fails, and `JobCancelled` after ^C."""
     absent = absent_folders(plan)
     try:
         check_early(plan, LocalStorage(plan.folder))
@@ -56,7 +56,7 @@ async def _run(plan: Plan, absent: list[Path]) -> None:
             await making
         except (asyncio.CancelledError, SgldError) as error:
             if interrupts.count:
-                raise Cancelled("interrupted") from error
+                raise JobCancelled("interrupted") from error
             raise
 
 
@@ -182,4 +182,4 @@ class Interrupts:
         """Exit at once, because a download, for example, cannot be interrupted. The workers follow their parent."""
         self._run.abandon()
         say("error: interrupted")
-        os._exit(Cancelled.exit_code)
+        os._exit(JobCancelled.exit_code)

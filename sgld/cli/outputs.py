@@ -92,7 +92,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 def check_format(plan: Plan, sampling: SamplingParams, spec: OutputSpec, format: str) -> None:
     """Refuse an output that the format cannot hold."""
-    media.check_encodable(format, spec, media.describe(sampling, plan.settings.model_path, plan.settings))
+    media.check_encodable(format, spec, media.describe(sampling, plan.settings.model.model_path, plan.settings))
 
 
 def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
@@ -110,7 +110,7 @@ def outputs_of(plan: Plan, info: ModelInfo) -> tuple[list[Output], list[str]]:
     return [_output(plan, *one, i, len(found), now) for i, one in enumerate(found)], [*notes]
 
 
-def _idle(plan: Plan, given: Mapping[str, Any], format: str) -> list[str]:
+def _idle(plan: Plan, given: Mapping[str, object], format: str) -> list[str]:
     """Return warnings for options without effect."""
     reasons = {}
     if format != "mp4" and given.get("x264_preset"):
@@ -168,7 +168,7 @@ def _encode(part: Path, plan: Plan, output: Output, made: Media) -> None:
         made.frames.array,
         fps=made.fps,
         quality=media.file_quality(output.format, sampling.output_quality, sampling.output_compression),
-        metadata=media.describe(sampling, plan.settings.model_path, plan.settings),
+        metadata=media.describe(sampling, plan.settings.model.model_path, plan.settings),
         x264_preset=sampling.x264_preset,
         audio=made.audio,
     )
@@ -183,7 +183,7 @@ def line_of(plan: Plan, saved: Saved) -> str:
         "path": None if saved.path is None else str(saved.path),
         "prompt": saved.output.params.prompt,
         "seed": saved.output.seed,
-        "model": plan.settings.model_path,
+        "model": plan.settings.model.model_path,
         "num_frames": frames,
         "height": height,
         "width": width,
@@ -198,8 +198,8 @@ def dump_performance(plan: Plan, load_ms: float, made: list[Saved]) -> None:
     assert plan.report is not None
     report = {
         "sgld": __version__,
-        "model": plan.settings.model_path,
-        "num_gpus": plan.settings.num_gpus,
+        "model": plan.settings.model.model_path,
+        "num_gpus": plan.settings.parallel.num_gpus,
         "load_ms": load_ms,
         "outputs": [_performance(saved) for saved in made],
     }

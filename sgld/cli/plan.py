@@ -10,10 +10,10 @@ import attrs
 
 from sgld import config
 from sgld.cli.sources import Layer
-from sgld.config import RunOptions, Settings
-from sgld.convert import Knob, fields_of, knob_of, refuse_unbuilt, structure
+from sgld.convert import Knob, knob_of, refuse_unbuilt, structure
 from sgld.errors import BadRequest, NotBuilt
 from sgld.params import IMAGE_FORMATS, VIDEO_FORMATS, SamplingParams, check_picture
+from sgld.settings import RunOptions, Settings, settings_fields
 
 DEFAULT_FORMATS = {"video": "mp4", "image": "png"}
 
@@ -33,7 +33,7 @@ class Plan:
         """Return the folder of the files."""
         if self.options.output_file_path is not None:
             return config.user_path(self.options.output_file_path, "output_file_path").parent
-        return config.user_path(self.settings.output_path, "output_path")
+        return config.user_path(self.settings.storage.output_path, "output_path")
 
     @property
     def file_name(self) -> str | None:
@@ -94,7 +94,7 @@ def refuse_early(plan: Plan) -> None:
 
 def serve_only() -> dict[str, Knob]:
     """Return the knobs that `generate` ignores."""
-    return {name: meta for name, field in fields_of(Settings).items() if (meta := knob_of(field)).serve_only}
+    return {name: meta for name, field in settings_fields().items() if (meta := knob_of(field)).serve_only}
 
 
 def ignored(layer: Layer) -> list[str]:

@@ -14,10 +14,10 @@ from sgld.cli import flags, show
 from sgld.cli.plan import ignored
 from sgld.cli.process import heeded, put
 from sgld.cli.sources import gather
-from sgld.config import RunOptions, Settings
 from sgld.convert import Values, refuse_unbuilt, structure
 from sgld.errors import BadRequest, SgldError
 from sgld.params import SamplingParams
+from sgld.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
     from sgld.engine.engine import Engine
@@ -30,7 +30,7 @@ DESCRIPTION = "Run the OpenAI-compatible HTTP server. Sampling values in a confi
 
 def run(words: list[str]) -> int:
     """Parse and check, then serve, or follow node 0; or print help or the merged configuration."""
-    parser = flags.parser_for("serve", DESCRIPTION, [Settings])
+    parser = flags.parser_for("serve", DESCRIPTION, config.SETTINGS)
     parsed = flags.parse(parser, words)
     if parsed.help:
         put(parser.format_help())
@@ -42,11 +42,11 @@ def run(words: list[str]) -> int:
         for name in config.section(layer.values, RunOptions):
             raise BadRequest("only `sgld generate` has this; each request asks for its own", field=name)
         if parsed.print_config:
-            put(show.merged(layer, settings, [Settings, SamplingParams]))
+            put(show.merged(layer, settings, [*config.SETTINGS, SamplingParams]))
             return 0
-        log.set_up(settings.log_level, settings.log_format)
+        log.set_up(settings.logging.log_level, settings.logging.log_format)
         refuse_unbuilt(settings, checked, spell=layer.spell)
-        if settings.node_rank > 0:
+        if settings.parallel.node_rank > 0:
             from sgld.engine.follow import follow
 
             for flag in ignored(layer):
@@ -54,7 +54,7 @@ def run(words: list[str]) -> int:
             return follow(settings)
         from sgld.engine.forkserver import prepare
 
-        prepare(settings.worker_start)
+        prepare(settings.parallel.worker_start)
         from sgld.server.http.auth import check_exposure, load_keys
 
         keys = load_keys(settings)
@@ -83,7 +83,7 @@ async def _serve(settings: Settings, sampling: Values, keys: Keys) -> int:
     from sgld.server.http.protocol import Runner
     from sgld.server.service import SERVICE
 
-    listener = listen(settings.host, settings.port)
+    listener = listen(settings.server.host, settings.server.port)
     app = make_app(settings, sampling, keys=keys)
     runner = Runner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5, keepalive_timeout=KEEP_ALIVE_S)
     await runner.setup()
@@ -95,7 +95,7 @@ async def _serve(settings: Settings, sampling: Values, keys: Keys) -> int:
         logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
         service = app[SERVICE]
         await _until_stopped(asyncio.create_task(load(service)), stopping, service.engine)
-        await service.jobs.drain(settings.shutdown_timeout)
+        await service.jobs.drain(settings.server.shutdown_timeout)
     finally:
         await runner.cleanup()
     return 0

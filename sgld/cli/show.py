@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import yaml
 
 from sgld.cli.sources import Layer
-from sgld.config import Settings
 from sgld.convert import Values, default_of, fields_of, knob_of, unstructure
+from sgld.settings import SECTION_CLASSES, Settings
 
 
 def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
@@ -20,8 +20,8 @@ def merged(layer: Layer, settings: Settings, sections: Iterable[type]) -> str:
             meta = knob_of(field)
             if meta.secret:
                 secrets += [name] if layer.values.get(name) else []
-            elif cls is Settings:
-                whole[name] = unstructure(getattr(settings, name))
+            elif cls in SECTION_CLASSES.values():
+                whole[name] = unstructure(settings.get(name))
             else:
                 whole[name] = layer.values.get(name, None if meta.per_model else unstructure(default_of(field)))
     notes = "".join(f"# {name} is set, and not shown\n" for name in secrets)

@@ -14,6 +14,7 @@ from yaml.constructor import ConstructorError
 from sgld import config
 from sgld.convert import Values, fields_of, knob_of, once
 from sgld.errors import BadRequest, SgldError, UnknownField, nearest
+from sgld.settings import COMPONENTS
 
 MAP_SUFFIXES = (".json", ".yaml", ".yml")
 DOTTED = ("vae_config", "component_paths", "component_attention_backends")
@@ -97,7 +98,7 @@ def _placed(name: str, value: object, key: str, where: str) -> tuple[Values, str
     if rest and head in DOTTED:
         return {head: {rest: value}}, name
     component = name.removesuffix("_path")
-    if component in config.COMPONENTS and component != name:
+    if component in COMPONENTS and component != name:
         return {"component_paths": {component: value}}, f"component_paths.{component}"
     name = config.ALIASES.get(name, name)
     if name not in config.SECTION_OF:

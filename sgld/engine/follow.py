@@ -7,11 +7,11 @@ import time
 from multiprocessing.connection import Connection, wait
 from typing import cast
 
-from sgld.config import Settings
 from sgld.engine.forkserver import RankProcess, Target, prepare, start_rank
 from sgld.engine.node import Handshake, PeerConnection, call, numbers
 from sgld.errors import BadRequest
 from sgld.messages import RankAssignment, Refused
+from sgld.settings import Settings
 from sgld.worker.entry import run_rank
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def follow(settings: Settings, target: Target = run_rank) -> int:
 
     Raises BadRequest when node 0 was started with other settings.
     """
-    prepare(settings.worker_start)
+    prepare(settings.parallel.worker_start)
     try:
         while not _run_group(settings, target):
             log.warning("the group is gone; its workers here were killed")
@@ -36,21 +36,21 @@ def follow(settings: Settings, target: Target = run_rank) -> int:
 
 def _run_group(settings: Settings, target: Target) -> bool:
     """Run the ranks of one group to its end. Return true when node 0 stopped them."""
-    per_node = settings.num_gpus // settings.nnodes
-    ranks = range(per_node * settings.node_rank, per_node * (settings.node_rank + 1))
+    per_node = settings.parallel.num_gpus // settings.parallel.nnodes
+    ranks = range(per_node * settings.parallel.node_rank, per_node * (settings.parallel.node_rank + 1))
     peers: list[PeerConnection] = []
     processes: list[RankProcess] = []
     try:
         for rank in ranks:
-            peers.append(_reach(settings.node_address(), Handshake.of(settings, rank)))
+            peers.append(_reach(settings.parallel.node_address(), Handshake.of(settings, rank)))
         try:
             assignments = _receive_assignments(peers)
         except (EOFError, OSError):
             return False
-        log.info("node %d joins with workers %s", settings.node_rank, numbers(ranks))
+        log.info("node %d joins with workers %s", settings.parallel.node_rank, numbers(ranks))
         for peer in peers:
             assignment = assignments[peer.connection]
-            processes.append(start_rank(settings.worker_start, target, assignment, peer.connection))
+            processes.append(start_rank(settings.parallel.worker_start, target, assignment, peer.connection))
         return _were_stopped(processes, peers)
     finally:
         for process in processes:

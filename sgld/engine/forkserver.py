@@ -22,8 +22,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 
@@ -35,21 +36,9 @@ if TYPE_CHECKING:  # a command starts the server before it imports numpy
 Target = Callable[["RankAssignment", Connection], None]
 MAX_DESCRIPTORS = 3  # of one request: lifeline, connection, listener
 POLL_S = 0.2  # between two looks at whether the group was closed
+Children = dict[int, tuple[int, Connection]]  # pid and lifeline, by a pipe that closes when the child ends
+GONE = EOFError, BrokenPipeError, ConnectionResetError  # the errors of a connection whose other end is closed
 UNKNOWN = 255  # exit code of a rank that outlived the fork server
-
-
-class RankProcess(Protocol):
-    """The part of `multiprocessing.Process` that a group needs."""
-
-    @property
-    def pid(self) -> int | None: ...
-    @property
-    def sentinel(self) -> int: ...
-    @property
-    def exitcode(self) -> int | None: ...
-    def join(self, timeout: float | None = None) -> None: ...
-    def kill(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class ForkedProcess:
@@ -86,6 +75,9 @@ class ForkedProcess:
     def close(self) -> None:
         """Close the lifeline."""
         self._lifeline.close()
+
+
+RankProcess = ForkedProcess | SpawnProcess
 
 
 class ForkServer:
@@ -130,7 +122,7 @@ class ForkServer:
             return ForkedProcess(pid, lifeline)
         except BaseException as error:
             lifeline.close()
-            if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
+            if isinstance(error, GONE):
                 raise WorkerDied("the process that starts the workers died") from None
             raise
 
@@ -199,14 +191,6 @@ def interrupts_blocked() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ in the server and its ranks
 
 
-@attrs.frozen
-class _Child:
-    """A rank as the server sees it."""
-
-    pid: int
-    lifeline: Connection
-
-
 def serve(control_fd: int) -> NoReturn:
     """Import what ranks need, then fork one for each request until the parent is gone."""
     from sgld.worker.entry import name_process, preload
@@ -217,7 +201,7 @@ def serve(control_fd: int) -> NoReturn:
     with suppress(Exception):  # a rank fails by the same import and answers with it
         preload()
     gc.freeze()  # collections in a rank leave shared pages alone
-    children: dict[int, _Child] = {}  # by a pipe that closes when the child ends
+    children: Children = {}
     while True:
         for ready in wait([control, *children]):
             if ready is control:
@@ -225,10 +209,10 @@ def serve(control_fd: int) -> NoReturn:
             else:
                 assert isinstance(ready, int)
                 os.close(ready)
-                _report(children.pop(ready))
+                _report(*children.pop(ready))
 
 
-def _answer(control: socket.socket, children: dict[int, _Child]) -> None:
+def _answer(control: socket.socket, children: Children) -> None:
     """Fork a rank for one request. Exit when the parent is gone."""
     data, descriptors, _, _ = socket.recv_fds(control, 1, MAX_DESCRIPTORS)
     if not data:
@@ -245,20 +229,20 @@ def _answer(control: socket.socket, children: dict[int, _Child]) -> None:
         if pid == 0:
             control.close()
             os.close(alive)
-            for descriptor, child in children.items():
+            for descriptor, (_, other) in children.items():
                 os.close(descriptor)
-                child.lifeline.close()
+                other.close()
             _run_forked(lifeline, descriptors[1:])
-        children[alive] = _Child(pid, lifeline)
+        children[alive] = pid, lifeline
     for descriptor in (held, *descriptors[1:]):
         os.close(descriptor)
 
 
-def _report(child: _Child) -> None:
+def _report(pid: int, lifeline: Connection) -> None:
     """Reap a child and send its exit code to the parent."""
-    code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
-    with suppress(OSError), child.lifeline:
-        child.lifeline.send(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(OSError), lifeline:
+        lifeline.send(code)
 
 
 def _run_forked(lifeline: Connection, descriptors: list[int]) -> NoReturn:
@@ -278,7 +262,7 @@ def _run_forked(lifeline: Connection, descriptors: list[int]) -> NoReturn:
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except EOFError:  # the parent is gone
+    except GONE:  # the parent
         pass
     except BaseException:
         traceback.print_exc()

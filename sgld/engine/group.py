@@ -23,8 +23,7 @@ import attrs
 from sgld.engine.cancel import CancelToken
 from sgld.engine.forkserver import RankProcess, Target, start_rank
 from sgld.engine.node import NodeListener, Remote, listen
-from sgld.errors import BadRequest, NotReady, SgldError, WorkerDied
-from sgld.errors import Cancelled as CancelledError
+from sgld.errors import BadRequest, JobCancelled, NotReady, SgldError, WorkerDied
 from sgld.messages import (
     Cancel,
     Cancelled,
@@ -141,14 +140,14 @@ class WorkerGroup:
         """Give every rank `command`, block until all have answered, and return rank 0's value.
 
         Raises:
-            CancelledError: the token was set. A command that was not sent yet never reaches a rank.
+            JobCancelled: the token was set. A command that was not sent yet never reaches a rank.
             WorkerDied: the group was killed; the next call starts a new one.
             NotReady: new ranks lack the adapters that the output needs.
             SgldError: what the ranks failed with.
         """
         self.revive()
         if token is not None and token.is_set:
-            raise CancelledError("cancelled before it started")
+            raise JobCancelled("cancelled before it started")
         if _needs_configured(command) and self.catch_up():
             raise NotReady("the adapters that are set are gone; set them or others again, or unmerge them")
         return self._call(command, emit, token)
@@ -322,7 +321,7 @@ class _Call:
             raise self._error(failures[0])
         first = self._answers[0]
         if isinstance(first, Cancelled):
-            raise CancelledError(f"cancelled in {first.where}")
+            raise JobCancelled(f"cancelled in {first.where}")
         assert isinstance(first, Done)
         return first.value
 
@@ -400,7 +399,7 @@ class _Call:
                     return _GroupLost(self._error(answer))
                 reason = f"worker {number} failed alone ({answer.error}) and worker {silent} could not go on"
                 return _GroupLost(WorkerDied(reason))
-        return _GroupLost(CancelledError(f"cancelled; worker {silent} did not stop in time and was killed"))
+        return _GroupLost(JobCancelled(f"cancelled; worker {silent} did not stop in time and was killed"))
 
     def _error(self, failed: Failed) -> SgldError:
         if failed.trace:

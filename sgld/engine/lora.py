@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -13,11 +13,13 @@ import anyio.to_thread
 import attrs
 from cattrs import BaseValidationError, Converter
 
-from sgld.config import Settings, user_path
+from sgld.config import user_path
+from sgld.engine.group import WorkerGroup
 from sgld.errors import BadRequest, ModelError, SgldError, nearest
 from sgld.hub.reference import Reference
 from sgld.messages import Command, LoraCommand, LoraPart, LoraState, MergeMode, SetLora, UnmergeLora
 from sgld.params import LoraUse
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -124,7 +126,7 @@ class LoraPlan:
             plan = _CONVERTER.structure(record, cls)
         except (BaseValidationError, SgldError):
             raise SgldError("its form is that of another version of sgld") from None
-        if (plan.model, plan.at_start) == (settings.model_path, at_start(settings)):
+        if (plan.model, plan.at_start) == (settings.model.model_path, at_start(settings)):
             return plan
         if plan.state.parts:
             log.warning("the adapters that were set over HTTP are left out: --model-path or --lora-path has changed")
@@ -160,7 +162,7 @@ class LoraRegistry:
     async def save(self) -> None:
         """Save the present plan."""
         if self._save is not None:
-            plan = LoraPlan(self._settings.model_path, at_start(self._settings), dict(self.known), self.state)
+            plan = LoraPlan(self._settings.model.model_path, at_start(self._settings), dict(self.known), self.state)
             await self._save(plan.record())
 
     def commands(self) -> dict[str, Command]:
@@ -180,13 +182,19 @@ class LoraRegistry:
             raise BadRequest(f"no adapter was set for {target!r}; set one first", field="target")
         return [SetLora(tuple(loras), mode) for mode, loras in by_mode.items()]
 
-    def update(self, command: LoraCommand, answer: LoraState) -> Collection[str]:
-        """Note that all ranks have carried out `command`. Return the components whose adapters they changed."""
-        changed = answer.parts
-        if isinstance(command, UnmergeLora):
-            changed = {name: attrs.evolve(part, applied=None) for name, part in self._parts(command.target).items()}
-        self.state = LoraState({**self.state.parts, **changed})
-        return changed
+    def apply(self, commands: Sequence[LoraCommand], group: WorkerGroup) -> None:
+        """Carry out each command, and note what it changed for new ranks. Runs on the executor thread."""
+        for command in commands:
+            changed: dict[str, LoraPart] = group.run(command).parts
+            if isinstance(command, UnmergeLora):
+                changed = {name: attrs.evolve(part, applied=None) for name, part in self._parts(command.target).items()}
+            self.state = LoraState({**self.state.parts, **changed})
+            group.set_replay(self.commands(), changed)
+
+    def replay(self, group: WorkerGroup) -> list[BadRequest]:
+        """Give the ranks all adapters of the state. Return the errors of those that fail."""
+        group.set_replay(self.commands())
+        return group.catch_up()
 
     def _parts(self, target: str) -> dict[str, LoraPart]:
         return {name: part for name, part in self.state.parts.items() if target in ("all", name)}
@@ -254,11 +262,14 @@ class LoraRegistry:
 
 def at_start(settings: Settings) -> list[LoraUse]:
     """Return the adapters that the settings name. Their lists have one length (see `config.settings_of`)."""
-    paths = settings.lora_path or []
-    names = settings.lora_nickname or [
+    paths = settings.lora.lora_path or []
+    names = settings.lora.lora_nickname or [
         DEFAULT_NAME if i == 1 else f"{DEFAULT_NAME}_{i}" for i in range(1, len(paths) + 1)
     ]
-    strengths, targets = _each(settings.lora_scale, len(paths), 1.0), _each(settings.lora_target, len(paths), "all")
+    strengths, targets = (
+        _each(settings.lora.lora_scale, len(paths), 1.0),
+        _each(settings.lora.lora_target, len(paths), "all"),
+    )
     return [
         LoraUse(nickname=name, path=path, strength=strength, target=target)
         for path, name, strength, target in zip(paths, names, strengths, targets, strict=True)

@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection, wait
 import attrs
 
 from sgld import __version__
-from sgld.config import Settings
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Refused
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 HANDSHAKE_BYTES, HANDSHAKE_S = 10_000, 5  # limits of the first message of a caller
@@ -43,7 +43,7 @@ class Handshake:
     @classmethod
     def of(cls, settings: Settings, rank: int) -> Handshake:
         """Return the handshake of a node with these settings."""
-        return cls(rank, settings.nnodes, settings.num_gpus, settings.model_path)
+        return cls(rank, settings.parallel.nnodes, settings.parallel.num_gpus, settings.model.model_path)
 
     def fault(self, own: Handshake) -> str | None:
         """Return why node 0, whose handshake is `own`, cannot take this rank in, or None."""
@@ -109,10 +109,10 @@ class NodeListener:
     """Take in the ranks of the other nodes on node 0, each time the group starts."""
 
     def __init__(self, settings: Settings):
-        self.nnodes = settings.nnodes
-        self.address = settings.node_address()
+        self.nnodes = settings.parallel.nnodes
+        self.address = settings.parallel.node_address()
         self._own = Handshake.of(settings, 0)
-        self._patience_s = settings.dist_timeout
+        self._patience_s = settings.parallel.dist_timeout
         self._listener: socket.socket | None = None
 
     def gather(self, closed: Callable[[], bool]) -> list[Remote]:

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Container
 from pathlib import Path
 
-from sgld.config import Settings, without_secrets
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.hub import overlay
 from sgld.hub.materialize import materialize
 from sgld.hub.overlay import BUILT_IN, MANIFEST, Manifest, Overlay
 from sgld.hub.reference import Patterns, Reference
 from sgld.messages import Load
+from sgld.settings import Settings, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +39,24 @@ def resolve_model(settings: Settings) -> Load:
     """Build the `Load` command for these settings, after downloads. Blocks."""
     folder = _model_folder(settings)
     if not (folder / "model_index.json").is_file():
-        reason = f"{settings.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
+        reason = f"{settings.model.model_path!r} is no model: it has no model_index.json; raw files need an overlay"
         raise ModelError(f"{reason} (model_overlay_registry)", field="model_path")
     components = {
         name: Reference(text, None, f"component_paths.{name}").folder(COMPONENT_FILES)
-        for name, text in settings.component_paths.items()
+        for name, text in settings.model.component_paths.items()
     }
     return Load(without_secrets(settings), folder, components)
 
 
 def _model_folder(settings: Settings) -> Path:
     """Return the model's folder; materialize it where an overlay describes the model, or is the model path."""
-    given = overlay.registry(settings.model_overlay_registry)
-    if (source := overlay.match(settings.model_path, given)) is not None:
+    given = overlay.registry(settings.model.model_overlay_registry)
+    if (source := overlay.match(settings.model.model_path, given)) is not None:
         return _apply_overlay(settings, source, given[source])
-    reference = Reference(settings.model_path, settings.revision)
+    reference = Reference(settings.model.model_path, settings.model.revision)
     folder = _download_model(settings, reference)
     is_raw = not (folder / "model_index.json").is_file()
-    if is_raw and (source := overlay.match(settings.model_path, BUILT_IN)) is not None:
+    if is_raw and (source := overlay.match(settings.model.model_path, BUILT_IN)) is not None:
         return _apply_overlay(settings, source, BUILT_IN[source])
     if not (folder / MANIFEST).is_file():
         return folder
@@ -78,21 +78,21 @@ def _apply_overlay(settings: Settings, source: str, entry: Overlay) -> Path:
         is_complete = not (folder / MANIFEST).is_file()
         if is_complete and entry.source_revision:
             raise BadRequest(f"{entry.source_revision!r} {no_effect}", field="source_revision")
-        if is_complete and not settings.revision:
-            log.info("%s is loaded from %s, which is complete", settings.model_path, reference.name)
+        if is_complete and not settings.model.revision:
+            log.info("%s is loaded from %s, which is complete", settings.model.model_path, reference.name)
             return _download_model(settings, reference)
     except SgldError as error:
         built_in = entry is BUILT_IN.get(source)
         param, place = ("model_path", "the overlay of") if built_in else (overlay.REGISTRY, "entry")
         raise error.renamed(param, f"{place} {source!r}: {error.message}") from None
     if is_complete:
-        raise BadRequest(f"{settings.revision!r} {no_effect}", field="revision")
+        raise BadRequest(f"{settings.model.revision!r} {no_effect}", field="revision")
     manifest = overlay.read_manifest(folder)
-    revision = settings.revision or entry.source_revision or manifest.source_revision
-    local = Reference(settings.model_path, settings.revision).local()
+    revision = settings.model.revision or entry.source_revision or manifest.source_revision
+    local = Reference(settings.model.model_path, settings.model.revision).local()
     if local is not None and revision is not None:
-        log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model_path)
-    revision_param = "revision" if settings.revision else "source_revision"
+        log.warning("source_revision %s is not checked: %s is a local folder", revision, settings.model.model_path)
+    revision_param = "revision" if settings.model.revision else "source_revision"
     origin = Reference(source, revision if local is None else None, revision_param=revision_param)
     return _materialize(settings, origin, reference, folder, manifest, local and overlay.snapshot(local))
 
@@ -104,7 +104,7 @@ def _materialize(
     patterns = manifest.source_allow_patterns
     wanted = {} if patterns is None else {"allow_patterns": patterns + manifest.required_source_files}
     identity = overlay.identity(source, by, folder, manifest, local)
-    trusted = settings.trust_remote_code
+    trusted = settings.model.trust_remote_code
     return materialize(identity, folder, manifest, trusted, lambda: local or source.download(wanted))
 
 
@@ -112,8 +112,8 @@ def _download_model(settings: Settings, reference: Reference) -> Path:
     """Return the model's folder. Raise `NotBuilt` before the download of a model whose weights are variants."""
     if (local := reference.local()) is not None:
         return local
-    _check_variants(reference, settings.component_paths)
-    return reference.download(model_files(settings.trust_remote_code))
+    _check_variants(reference, settings.model.component_paths)
+    return reference.download(model_files(settings.model.trust_remote_code))
 
 
 def _check_variants(reference: Reference, replaced: Container[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import attrs
 
-from sgld.config import DEMO_MODEL, user_path
+from sgld.config import user_path
 from sgld.errors import BadRequest, ModelError
+from sgld.settings import DEMO_MODEL
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 Patterns = Mapping[str, list[str]]  # allow_patterns and ignore_patterns of files; their `*` matches slashes too
@@ -51,8 +52,7 @@ class Reference:
         if self.name and path.exists():
             raise self._error("is a file; a folder or a Hugging Face id is needed")
         if not _HUB_ID.fullmatch(self.name) or ".." in self.name:
-            reason = f"no folder {self.name!r}, and it is no Hugging Face id (owner/name)"
-            raise ModelError(reason, field=self.param)
+            raise ModelError(f"no folder {self.name!r}, and it is no Hugging Face id (owner/name)", field=self.param)
         return None
 
     def download(self, wanted: Patterns) -> Path:
@@ -68,11 +68,10 @@ class Reference:
         try:
             return Path(snapshot_download(repository, revision=self.revision, **patterns), root)
         except errors.RevisionNotFoundError:
-            reason = f"{self.revision!r} is not in {self.name!r}"
-            raise ModelError(reason, field=self.revision_param) from None
+            raise ModelError(f"{self.revision!r} is not in {self.name!r}", field=self.revision_param) from None
         except errors.RepositoryNotFoundError:
-            reason = f"Hugging Face has no repository {self.name!r} that you may read"
-            raise ModelError(reason, field=self.param) from None
+            text = f"Hugging Face has no repository {self.name!r} that you may read"
+            raise ModelError(text, field=self.param) from None
         except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
             reason = "is no local folder, not in the cache, and the hub cannot be reached"
             raise self._error(f"{reason} ({type(error).__name__})") from None

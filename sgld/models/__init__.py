@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sgld.config import DIFFUSERS_ATTENTION_BACKENDS, Settings
 from sgld.errors import BadRequest, ModelError, nearest
+from sgld.settings import DIFFUSERS_ATTENTION_BACKENDS, Settings
 
 if TYPE_CHECKING:
     from sgld.messages import Load
@@ -54,7 +54,7 @@ def load_family(
     for component in load.component_folders:
         if component not in index:
             raise ModelError(f"{component!r} is not in {file}{nearest(component, index)}", field="component_paths")
-    name, backend = index.get("_class_name"), load.settings.backend
+    name, backend = index.get("_class_name"), load.settings.model.backend
     native = REGISTRY.get(name) if isinstance(name, str) else None
     if backend == "diffusers" or (backend == "auto" and native is None):
         from sgld.models.diffusers.loading import has_pipeline
@@ -80,6 +80,6 @@ def load_family(
 def _refuse_kernels(settings: Settings) -> None:
     """Raise `BadRequest` for an attention kernel that only a diffusers pipeline has."""
     for param in ("diffusers_attention_backend", "attention_backend"):
-        if (name := getattr(settings, param)) in DIFFUSERS_ATTENTION_BACKENDS:
+        if (name := settings.get(param)) in DIFFUSERS_ATTENTION_BACKENDS:
             reason = "is of diffusers pipelines, and this model runs as native code"
             raise BadRequest(f"{name!r} {reason}; use attention_backend torch_sdpa, or backend diffusers", field=param)

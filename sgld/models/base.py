@@ -18,7 +18,6 @@ import torch
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from sgld.config import TRANSFORMERS
 from sgld.convert import structure
 from sgld.errors import ModelError
 from sgld.messages import Load
@@ -30,6 +29,7 @@ from sgld.nn.parallel import Mesh
 from sgld.nn.runner import StepContext
 from sgld.params import Memory, ModelInfo, OutputParams, SamplingParams
 from sgld.platform import Platform
+from sgld.settings import TRANSFORMERS
 
 ONE_TRANSFORMER = dict.fromkeys(("guidance_scale_2", "boundary_ratio"), "it has no second expert (transformer_2)")
 NO_PIPELINE = {"diffusers_kwargs": "it runs as native code; start it with backend diffusers to use them"}
@@ -49,7 +49,7 @@ class Conditioning:
     negative: Any | None = None
     pictures: Any = attrs.field(default=None, kw_only=True)  # what `encode_pictures` made of the input pictures
     params: SamplingParams = attrs.field(factory=SamplingParams, kw_only=True)
-    store: dict[Any, Any] = attrs.field(factory=dict, kw_only=True)  # computed at the first step, for all others
+    store: dict[object, Any] = attrs.field(factory=dict, kw_only=True)  # computed at the first step, for all others
     prompt_tokens: int = attrs.field(default=0, kw_only=True)  # of the prompt alone, without padding
     latent_tokens: int = attrs.field(default=0, kw_only=True)  # that the transformer works on
 
@@ -67,6 +67,7 @@ class EncodeRequest:
     pictures: Sequence[Image]
     raise_if_cancelled: RaiseIfCancelled
     notes: list[str] = attrs.field(factory=list)  # warnings for the user
+    store: dict[str, Any] = attrs.field(factory=dict)  # computed for the first prompt, for all others
 
 
 @attrs.frozen
@@ -163,6 +164,7 @@ class DiffusionModel(AnyModel):
     lora_names: ClassVar[Renames] = ()
     any_scheduler: ClassVar[bool] = False  # else only Euler's with flow matching
     few_steps: ClassVar[bool] = False  # whether dmd_denoising_steps may be set
+    empty_negative_prompt: ClassVar[str] = ""  # where none is given
 
     parts: ComponentLoader
     config: Any
@@ -186,7 +188,7 @@ class DiffusionModel(AnyModel):
         self.load_components()
         self.transformers = {name: parts.denoiser(name, spec) for name in TRANSFORMERS if name in parts.names}
         self.lora = parts.lora(self.transformers, self.lora_names)
-        self.parallel_decode = load.settings.parallel_decode
+        self.parallel_decode = load.settings.memory.parallel_decode
         self.check_widths()
         parts.mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self.describe()
@@ -203,7 +205,7 @@ class DiffusionModel(AnyModel):
 
     # ------------------------------------------------------------------------------------------------ loading
 
-    def known_defaults(self) -> Mapping[str, Any]:
+    def known_defaults(self) -> Mapping[str, object]:
         """Return this checkpoint's values of `SamplingParams`, where its folder has no generation_config.json."""
         raise NotImplementedError
 
@@ -257,7 +259,8 @@ class DiffusionModel(AnyModel):
         """
         request = EncodeRequest(params, pictures, raise_if_cancelled)
         guided = self.guidance_scale(params) > 1
-        prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
+        negative = self.empty_negative_prompt if params.negative_prompt is None else params.negative_prompt
+        prompts = {"prompt": params.prompt} | ({"negative_prompt": negative} if guided else {})
         texts: dict[str, list[EncodedText | None]] = {name: [] for name in prompts}
         for encoder in self.text_encoders:
             self.parts.offloader.need(encoder.component)

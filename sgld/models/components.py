@@ -11,7 +11,6 @@ import attrs
 import torch
 from torch import nn
 
-from sgld.config import TRANSFORMERS, Settings
 from sgld.convert import structure
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
@@ -25,6 +24,7 @@ from sgld.nn.parallel import Degrees, Mesh
 from sgld.nn.weights import Architecture, load_module, read_architecture, read_json
 from sgld.params import Memory, SamplingParams
 from sgld.platform import Platform
+from sgld.settings import TRANSFORMERS, Settings
 
 D = TypeVar("D", bound=DiffusionTransformer)
 M = TypeVar("M", bound=nn.Module)
@@ -69,8 +69,7 @@ class ComponentLoader:
         self.folder, self.settings, self.platform = load.folder, load.settings, platform
         self.index = read_json(load.folder / "model_index.json")
         for name in needs:
-            if not (self.index.get(name) or [None])[0]:
-                raise ModelError(f"{load.folder / 'model_index.json'}: lacks {name}")
+            self.need(name)
         self.names = tuple(name for name, value in self.index.items() if isinstance(value, list) and value[0])
         self._replaced = load.component_folders
         self.scheduler = read_json(self.path("scheduler") / "scheduler_config.json")
@@ -78,7 +77,7 @@ class ComponentLoader:
         self.mesh, self.degrees = mesh, Degrees()
         self.encoders = tuple(name for name in self.names if name.startswith("text_encoder"))
         check_precisions(self.settings, len(self.encoders))
-        if self.settings.dmd_denoising_steps and not few_steps:
+        if self.settings.model.dmd_denoising_steps and not few_steps:
             raise BadRequest("it is of Wan checkpoints; leave it out", field="dmd_denoising_steps")
         self.offloader = Offloader.of(self.settings, platform, self.names)
         self.kernels: dict[str, str] = {}  # by transformer and role
@@ -87,6 +86,11 @@ class ComponentLoader:
         self._chooser.check((*self.encoders, *others, "vae"))
         weighed = [name for name in self.names if (self.path(name) / "config.json").is_file()]
         self._progress, self._loaded, self._total = progress, 0, len(weighed)
+
+    def need(self, name: str) -> None:
+        """Raise `ModelError` for a component that the index lacks."""
+        if not (self.index.get(name) or [None])[0]:
+            raise ModelError(f"{self.folder / 'model_index.json'}: lacks {name}")
 
     def needs_euler(self) -> None:
         """Raise `ModelError` for a scheduler that takes no noise levels of a family's own."""
@@ -125,12 +129,16 @@ class ComponentLoader:
         """The precision of a component: its kind's own, else the one for all, else the platform's; a VAE's is fp32."""
         s = self.settings
         if component in self.encoders:
-            own = s.text_encoder_precisions[self.encoders.index(component)] if s.text_encoder_precisions else None
+            own = (
+                s.dtypes.text_encoder_precisions[self.encoders.index(component)]
+                if s.dtypes.text_encoder_precisions
+                else None
+            )
         elif component in (*TRANSFORMERS, "connectors"):
-            own = s.dit_precision
+            own = s.dtypes.dit_precision
         else:
-            own = None if component == "image_encoder" else s.vae_precision or "fp32"
-        name = own or s.precision
+            own = None if component == "image_encoder" else s.dtypes.vae_precision or "fp32"
+        name = own or s.dtypes.precision
         return PRECISIONS[name] if name else self.platform.dtype
 
     def transformer(
@@ -194,7 +202,7 @@ class ComponentLoader:
             if module is not None
         }
 
-    def defaults(self, known: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults(self, known: Mapping[str, object]) -> dict[str, Any]:
         """The folder's generation_config.json, else these."""
         return folder_defaults(self.folder) or dict(known)
 
@@ -225,7 +233,7 @@ class ComponentLoader:
 
 def check_precisions(settings: Settings, encoders: int) -> None:
     """Raise `BadRequest` unless `text_encoder_precisions`, where it is given, has one for each text encoder."""
-    given = settings.text_encoder_precisions
+    given = settings.dtypes.text_encoder_precisions
     if given is not None and len(given) != encoders:
         told = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
         raise BadRequest(f"{told}", field="text_encoder_precisions")

@@ -23,7 +23,7 @@ from sgld.models.components import NO_NORMALIZATION, Component, ComponentLoader
 from sgld.models.hf_components import Autoencoder, text_encoder, tokenize, tokenizer
 from sgld.nn.attention import Backend
 from sgld.nn.blocks import DiffusionTransformer, Embedder, TimestepEmbedder
-from sgld.nn.mmdit import DualBlock, OutNorm, SingleBlock, TokenLayout
+from sgld.nn.mmdit import DualBlock, OutNorm, SingleBlock, TokenLayout, pack, unpack
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
 from sgld.nn.runner import StepContext
@@ -131,16 +131,6 @@ def rope(grids: tuple[Grid, ...], dims: tuple[int, int, int], device: torch.devi
     """Return rotations [S, D/2] of tokens by their picture's number, row and column."""
     axes = ([torch.tensor([i]), torch.arange(h), torch.arange(w)] for i, (h, w) in enumerate(grids))
     return rope_at(torch.cat([torch.cartesian_prod(*axis) for axis in axes]), dims).to(device)
-
-
-def pack(z: Tensor) -> Tensor:
-    """Pack latents [1, C, 2h, 2w] to tokens [1, h*w, 4C]."""
-    return F.pixel_unshuffle(z, 2).flatten(2).mT
-
-
-def unpack(x: Tensor, grid: Grid) -> Tensor:
-    """Unpack tokens [1, h*w, 4C] to latents [1, C, 2h, 2w]."""
-    return F.pixel_shuffle(x.mT.reshape(len(x), -1, *grid), 2)
 
 
 # ------------------------------------------------------------------------------------------- text encoders
@@ -288,7 +278,7 @@ class Flux(DiffusionModel):
         return self.vae.decode(x / self.scale + self.shift, raise_if_cancelled)
 
     def describe(self) -> ModelInfo:
-        takes_pictures = self.parts.settings.vae_config.load_encoder
+        takes_pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="image",
             defaults=self.defaults,

@@ -1,47 +1,46 @@
-"""FLUX.2 (Black Forest Labs 2025, https://bfl.ai/blog/flux-2): dev, which is told its guidance, and the small klein.
+"""FLUX.2 (Black Forest Labs 2025, https://bfl.ai/blog/flux-2): dev, which embeds its guidance, and the small klein.
 
 The attribute names of the transformer are the keys of the diffusers checkpoint.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image, Resampling
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sgld import inputs
 from sgld.errors import ModelError
-from sgld.messages import Load
-from sgld.models.base import Conditioning, NativeModel, Schedule
-from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader
-from sgld.models.flux2_text import READERS, PromptEncoder
-from sgld.models.flux2_vae import flux2_autoencoder
+from sgld.models import names
+from sgld.models.base import Conditioning, DiffusionModel, EncodedText, EncodeRequest, Schedule, never_cancelled
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, Component
+from sgld.models.flux2_text import READERS, ChatText
+from sgld.models.flux2_vae import Flux2Autoencoder, Flux2Tiny, flux2_autoencoder
 from sgld.nn.attention import Backend
-from sgld.nn.blocks import Denoiser, Embedder, sinusoid
-from sgld.nn.lora_formats import Renames
+from sgld.nn.blocks import DiffusionTransformer, TimestepEmbedder
 from sgld.nn.mmdit import JointAttention, Modulation, OutNorm, TokenLayout, finite, modulate, turned
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
+from sgld.nn.runner import StepContext
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json
+from sgld.nn.weights import Architecture
 from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
-from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
 
 
 @attrs.frozen
-class Flux2Config:
+class Flux2Config(Architecture):
     """Architecture numbers, as in transformer/config.json."""
+
+    supported: ClassVar[Mapping[str, object]] = {"patch_size": 1, "eps": 1e-6}
 
     num_layers: int
     num_single_layers: int
@@ -68,15 +67,20 @@ class Flux2Config:
         """Channels inside a feed-forward layer."""
         return int(self.dim * self.mlp_ratio)
 
+    def fault(self) -> str | None:
+        if self.out_channels in (None, self.in_channels):
+            return None
+        return f"out_channels: {self.out_channels!r} is not supported; only {self.in_channels!r}"
+
 
 @attrs.frozen(eq=False)
-class BranchInputs:
-    """What one branch of guidance is told: a text [1, L, T], reference pictures as tokens [1, R, C], and the scale."""
+class Flux2Inputs:
+    """The inputs of one guidance branch beside the noise."""
 
-    text: Tensor
-    place: TokenLayout  # of the picture's tokens, and after them the references'
-    references: Tensor
-    guidance: float | None  # where it is embedded
+    text: Tensor  # [1, L, T]
+    layout: TokenLayout  # of the latents, and after them the reference pictures
+    references: Tensor | None  # tokens [1, R, C] of the reference pictures
+    guidance: float | None  # the scale, where it is embedded
 
 
 @attrs.frozen
@@ -88,20 +92,19 @@ class Modulations:
     single: tuple[Tensor, ...]
 
 
-class SwiGLU(nn.Module):
-    """Feed-forward layer with a gate (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+class Flux2FeedForward(nn.Module):
+    """SwiGLU, a feed-forward layer with a gate (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.linear_in, self.linear_out = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear_out(gated(self.linear_in(x)))
-        return y
+        return self.linear_out(gated(self.linear_in(x)))  # type: ignore[no-any-return]
 
 
 def gated(x: Tensor) -> Tensor:
-    """[..., 2 C] -> [..., C]"""
+    """Gate one half of the channels [..., 2 C] by the other, to [..., C]."""
     gate, y = x.chunk(2, -1)
     return F.silu(gate) * y
 
@@ -109,19 +112,19 @@ def gated(x: Tensor) -> Tensor:
 class FusedAttention(nn.Module):
     """Attention of picture and text to both, beside a feed-forward layer whose matrices are part of its own."""
 
-    def __init__(self, c: Flux2Config, among: SequenceAttention):
+    def __init__(self, c: Flux2Config, attention: SequenceAttention):
         super().__init__()
-        self.heads, self.among, self.split = c.num_attention_heads, among, (3 * c.dim, 2 * c.hidden)
+        self.heads, self.attention, self.split = c.num_attention_heads, attention, (3 * c.dim, 2 * c.hidden)
         self.to_qkv_mlp_proj = nn.Linear(c.dim, sum(self.split), bias=False)
         self.norm_q, self.norm_k = nn.RMSNorm(c.attention_head_dim, c.eps), nn.RMSNorm(c.attention_head_dim, c.eps)
         self.to_out = nn.Linear(c.dim + c.hidden, c.dim, bias=False)
 
-    def forward(self, x: Tensor, text: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
-        """x [1, S/n, C] and text [1, L, C] to as much of both."""
+    def forward(self, x: Tensor, text: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Attend from picture x [1, S/n, C] and text [1, L, C] to both."""
         qkv, hidden = self.to_qkv_mlp_proj(x).split(self.split, -1)
         text_qkv, text_hidden = self.to_qkv_mlp_proj(text).split(self.split, -1)
-        told = self._heads(text_qkv, place.text_rope)
-        y, z = self.among.joint(*self._heads(qkv, place.rope), place.tokens, told)
+        text_heads = self._heads(text_qkv, layout.text_rope)
+        y, z = self.attention.joint(*self._heads(qkv, layout.rope), layout.tokens, text_heads)
         return self._join(y, hidden), self._join(z, text_hidden)
 
     def _heads(self, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,129 +132,100 @@ class FusedAttention(nn.Module):
         return turned(self.norm_q(q), rope), turned(self.norm_k(k), rope), v
 
     def _join(self, y: Tensor, hidden: Tensor) -> Tensor:
-        joined: Tensor = self.to_out(torch.cat([y.flatten(2), gated(hidden)], -1))
-        return joined
+        return self.to_out(torch.cat([y.flatten(2), gated(hidden)], -1))  # type: ignore[no-any-return]
 
 
-class DoubleBlock(nn.Module):
+class Flux2DoubleBlock(nn.Module):
     """Two streams, each with weights of its own, that attend to both."""
 
-    def __init__(self, c: Flux2Config, among: SequenceAttention):
+    def __init__(self, c: Flux2Config, attention: SequenceAttention):
         super().__init__()
-        self.attn = JointAttention(c.dim, c.num_attention_heads, c.attention_head_dim, among, bias=False, eps=c.eps)
-        self.ff, self.ff_context = SwiGLU(c.dim, c.hidden), SwiGLU(c.dim, c.hidden)
+        self.attn = JointAttention(c.dim, c.num_attention_heads, c.attention_head_dim, attention, bias=False, eps=c.eps)
+        self.ff, self.ff_context = Flux2FeedForward(c.dim, c.hidden), Flux2FeedForward(c.dim, c.hidden)
 
-    def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: TokenLayout) -> tuple[Tensor, Tensor]:
-        """x [1, S/n, C], text [1, L, C]"""
+    def forward(self, x: Tensor, text: Tensor, mod: Modulations, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Return picture x [1, S/n, C] and text [1, L, C] after the block."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = mod.picture
         text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = mod.text
-        y, z = self.attn(modulate(x, shift, scale), modulate(text, text_shift, text_scale), place)
+        y, z = self.attn(modulate(x, shift, scale), modulate(text, text_shift, text_scale), layout)
         x, text = x + gate * y, text + text_gate * z
         x = x + ff_gate * self.ff(modulate(x, ff_shift, ff_scale))
         text = text + text_ff_gate * self.ff_context(modulate(text, text_ff_shift, text_ff_scale))
         return finite(x), finite(text)
 
 
-class SingleBlock(nn.Module):
-    """The same weights for picture and text."""
+class Flux2SingleBlock(nn.Module):
+    """One stream, with the same weights for picture and text."""
 
-    def __init__(self, c: Flux2Config, among: SequenceAttention):
+    def __init__(self, c: Flux2Config, attention: SequenceAttention):
         super().__init__()
-        self.attn = FusedAttention(c, among)
+        self.attn = FusedAttention(c, attention)
 
-    def forward(self, x: Tensor, text: Tensor, mod: Modulations, place: TokenLayout) -> tuple[Tensor, Tensor]:
-        """x [1, S/n, C], text [1, L, C]"""
+    def forward(self, x: Tensor, text: Tensor, mod: Modulations, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Return picture x [1, S/n, C] and text [1, L, C] after the block."""
         shift, scale, gate = mod.single
-        y, z = self.attn(modulate(x, shift, scale), modulate(text, shift, scale), place)
+        y, z = self.attn(modulate(x, shift, scale), modulate(text, shift, scale), layout)
         return finite(x + gate * y), finite(text + gate * z)
 
 
 class TimeGuidanceEmbed(nn.Module):
-    """Time in [0, 1000], and the guidance scale where it is embedded, to an embedding [1, C]."""
+    """The embedding [1, C] of time, and of the guidance scale where the checkpoint embeds it."""
 
     def __init__(self, c: Flux2Config):
         super().__init__()
-        self.channels = c.timestep_guidance_channels
-        self.timestep_embedder = Embedder(self.channels, c.dim, F.silu, bias=False)
-        if c.guidance_embeds:
-            self.guidance_embedder = Embedder(self.channels, c.dim, F.silu, bias=False)
+        size = c.timestep_guidance_channels, c.dim
+        self.timestep_embedder = TimestepEmbedder(*size, bias=False)
+        self.guidance_embedder = TimestepEmbedder(*size, bias=False) if c.guidance_embeds else None
 
     def forward(self, t: Tensor, guidance: float | None) -> Tensor:
-        dtype = self.timestep_embedder.linear_1.weight.dtype
-        emb: Tensor = self.timestep_embedder(sinusoid(t.view(1), self.channels).to(dtype))
-        if guidance is None:
-            return emb
-        scale = torch.tensor([1000 * guidance], device=t.device)
-        return emb + self.guidance_embedder(sinusoid(scale, self.channels).to(dtype))  # type: ignore[no-any-return]
+        """Embed t [1] in [0, 1000], and a guidance scale."""
+        emb: Tensor = self.timestep_embedder(t)
+        if self.guidance_embedder is not None:
+            assert guidance is not None
+            emb = emb + self.guidance_embedder(torch.full_like(t, 1000 * guidance, dtype=torch.float32))
+        return emb
 
 
-class Flux2Transformer(Denoiser):
-    """Velocity of latents x [1, C, h, w] at one time."""
+class Flux2Transformer(DiffusionTransformer):
+    """Predicts the velocity of latents x [1, C, h, w] at one time."""
 
     def __init__(self, c: Flux2Config, mesh: Mesh, backend: Backend):
         super().__init__()
         self.config, self.mesh = c, mesh
-        among = SequenceAttention(mesh, backend)
+        attention = SequenceAttention(mesh, backend)
         self.time_guidance_embed = TimeGuidanceEmbed(c)
         self.double_stream_modulation_img = Modulation(c.dim, 6, bias=False)
         self.double_stream_modulation_txt = Modulation(c.dim, 6, bias=False)
         self.single_stream_modulation = Modulation(c.dim, 3, bias=False)
         self.x_embedder = nn.Linear(c.in_channels, c.dim, bias=False)
         self.context_embedder = nn.Linear(c.joint_attention_dim, c.dim, bias=False)
-        self.transformer_blocks = nn.ModuleList(DoubleBlock(c, among) for _ in range(c.num_layers))
-        self.single_transformer_blocks = nn.ModuleList(SingleBlock(c, among) for _ in range(c.num_single_layers))
+        self.transformer_blocks = nn.ModuleList(Flux2DoubleBlock(c, attention) for _ in range(c.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            Flux2SingleBlock(c, attention) for _ in range(c.num_single_layers)
+        )
         self.norm_out = OutNorm(c.dim, bias=False)
         self.proj_out = nn.Linear(c.dim, c.in_channels, bias=False)
 
-    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, branch: Flux2Inputs, step: StepContext) -> Tensor:
+        """Predict for latents x [1, C, h, w] at time t in [0, 1000]."""
         split, own = self.mesh.tokens, x.flatten(2).mT  # [1, hw, C]
-        emb = self.time_guidance_embed(t.to(x.device), told.guidance)
+        emb = self.time_guidance_embed(t.view(1).to(x.device), branch.guidance)
         mod = Modulations(
             self.double_stream_modulation_img(emb),
             self.double_stream_modulation_txt(emb),
             self.single_stream_modulation(emb),
         )
-        y = self.x_embedder(split.shard(torch.cat([own, told.references], 1).to(self.dtype), 1))  # [1, S/n, D]
-        text = self.context_embedder(told.text.to(self.dtype))  # [1, L, D]
-        for block in self.walk(itertools.chain(self.transformer_blocks, self.single_transformer_blocks)):
-            y, text = block(y, text, mod, told.place)
-        y = split.gather(self.proj_out(self.norm_out(y, emb)), 1, told.place.tokens)
+        tokens = torch.cat([own] if branch.references is None else [own, branch.references], 1)
+        h = self.x_embedder(split.shard(tokens.to(self.compute_dtype), 1))  # [1, S/n, D]
+        text = self.context_embedder(branch.text.to(self.compute_dtype))  # [1, L, D]
+
+        def call(block: nn.Module, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return block(*hidden, mod, branch.layout)  # type: ignore[no-any-return]
+
+        h, _ = self.runner.run([*self.transformer_blocks, *self.single_transformer_blocks], (h, text), call, step)
+        y = split.gather(self.proj_out(self.norm_out(h, emb)), 1, branch.layout.tokens)
         return y[:, : own.shape[1]].mT.reshape(x.shape)
 
-
-BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-
-FLUX2_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors'
-    (r"^x_embedder$", "img_in"),
-    (r"^context_embedder$", "txt_in"),
-    (r"^time_guidance_embed\.timestep_embedder\.", "time_in."),
-    (r"^time_guidance_embed\.guidance_embedder\.", "guidance_in."),
-    (r"_in\.linear_1$", "_in.in_layer"),
-    (r"_in\.linear_2$", "_in.out_layer"),
-    (r"^((?:double|single)_stream_modulation\w*)\.linear$", r"\1.lin"),
-    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1#1#0"),
-    (r"^proj_out$", "final_layer.linear"),
-    (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj$", r"single_blocks.\1.linear1"),
-    (r"^single_transformer_blocks\.(\d+)\.attn\.to_out$", r"single_blocks.\1.linear2"),
-    (r"^single_transformer_blocks\.(\d+)\.attn\.norm_", r"single_blocks.\1.norm_"),
-    (r"^transformer_blocks\.", "double_blocks."),
-    (r"\.attn\.to_q$", ".img_attn.qkv#0"),
-    (r"\.attn\.to_k$", ".img_attn.qkv#1"),
-    (r"\.attn\.to_v$", ".img_attn.qkv#2"),
-    (r"\.attn\.add_q_proj$", ".txt_attn.qkv#0"),
-    (r"\.attn\.add_k_proj$", ".txt_attn.qkv#1"),
-    (r"\.attn\.add_v_proj$", ".txt_attn.qkv#2"),
-    (r"\.attn\.to_out\.0$", ".img_attn.proj"),
-    (r"\.attn\.to_add_out$", ".txt_attn.proj"),
-    (r"\.attn\.norm_added_", ".txt_attn.norm_"),
-    (r"\.attn\.norm_", ".img_attn.norm_"),
-    (r"\.norm_q$", ".norm.query_norm.scale"),
-    (r"\.norm_k$", ".norm.key_norm.scale"),
-    (r"\.ff\.", ".img_mlp."),
-    (r"\.ff_context\.", ".txt_mlp."),
-    (r"_mlp\.linear_in$", "_mlp.0"),
-    (r"_mlp\.linear_out$", "_mlp.2"),
-)
 
 # -------------------------------------------------------------------------------------------------- family
 
@@ -267,147 +241,136 @@ BASE = {
 DISTILLED = BASE | {"num_inference_steps": 4, "guidance_scale": 1.0}
 
 
-class Flux2(NativeModel):
-    """Flux2Pipeline (dev) and Flux2KleinPipeline checkpoints; both look at reference pictures."""
+class Flux2(DiffusionModel):
+    """Flux2Pipeline (dev) and Flux2KleinPipeline checkpoints; both see reference pictures."""
 
-    def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self.parts = parts = ComponentLoader(load, mesh, platform, progress)
-        self.scheduler = parts.scheduler
-        parts.needs_euler()
-        name = parts.index["_class_name"]
-        self._config = c = flux2_config(parts.path("transformer") / "config.json", name == "Flux2Pipeline")
-        self._distilled = bool(parts.index.get("is_distilled"))
-        self._defaults = parts.defaults(DISTILLED if self._distilled else BASE)
-        guided = not c.guidance_embeds and self._defaults.get("guidance_scale", 1.0) > 1
-        mesh = parts.share(c.num_attention_heads, guided)
-        self._text = PromptEncoder(parts, READERS[name])
-        make = partial(Flux2Transformer, c, mesh)
-        self._transformer = parts.transformer("transformer", make, c.attention_head_dim, BLOCKS, crosses=False)
-        self.lora = parts.lora({"transformer": self._transformer}, FLUX2_ORIGINAL)
-        self._vae = flux2_autoencoder(parts)
-        self.parallel_decode = load.settings.parallel_decode
-        self._check_widths()
-        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
-        self.info = self._describe()
+    architecture = Component(
+        Flux2Transformer, Flux2Config, ("transformer_blocks", "single_transformer_blocks"), crosses=False
+    )
+    lora_names = names.FLUX2
+    patch = (1, 1)
 
-    def _check_widths(self) -> None:
-        """Raise `ModelError` when components that were put together do not fit."""
-        c = self._config
-        takes, has = (c.in_channels, c.joint_attention_dim), (self._vae.channels, self._text.width)
-        if takes != has:
-            raise ModelError(
-                f"the components do not fit: the transformer takes {takes[0]} latent channels and text of {takes[1]}, "
-                f"the vae has {has[0]} channels, the text encoder makes {has[1]}"
-            )
+    config: Flux2Config
+    vae: Flux2Autoencoder | Flux2Tiny
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether it needs neither guidance nor many steps."""
+        return bool(self.parts.index.get("is_distilled"))
+
+    def known_defaults(self) -> Mapping[str, object]:
+        return DISTILLED if self.is_distilled else BASE
+
+    def load_components(self) -> None:
+        pipeline, embeds = self.parts.index["_class_name"], self.config.guidance_embeds
+        if embeds != (pipeline == "Flux2Pipeline"):
+            file = self.parts.path("transformer") / "config.json"
+            raise ModelError(f"{file}: guidance_embeds: {embeds!r} is not supported; only {not embeds!r}")
+        self.text = ChatText.load(self.parts, READERS[pipeline])
+        self.text_encoders = (self.text,)
+        self.vae = flux2_autoencoder(self.parts)
+
+    def widths(self) -> tuple[tuple[int, int], Sequence[tuple[int, int]]]:
+        c = self.config
+        return (c.in_channels, self.vae.channels), ((c.joint_attention_dim, self.text.width),)
 
     def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
+        self,
+        params: SamplingParams,
+        pictures: Sequence[Image],
+        raise_if_cancelled: Callable[[], None] = never_cancelled,
     ) -> tuple[Conditioning, list[str]]:
-        clips = [reference(picture, self._vae.multiple) for picture in pictures]
-        self.parts.offloader.need("text_encoder")
-        text, note = self._text.encode(params.prompt, params.max_sequence_length)
-        notes, guided = [note], self._scale(params) > 1
-        negative = None
-        if guided:
-            raise_if_cancelled()
-            negative, note = self._text.encode(params.negative_prompt or "", params.max_sequence_length)
-            notes.append(note and f"negative {note}")
-        else:
-            notes += self.unguided(params)
-        if guided and self._distilled:
+        """Encode as the template does; reference pictures count among the latent tokens."""
+        condition, notes = super().encode(params, pictures, raise_if_cancelled)
+        if condition.negative is not None and self.is_distilled:
             notes.append(f"guidance_scale: {params.guidance_scale}: this checkpoint was distilled to need none above 1")
-        if clips:
-            self.parts.offloader.need("vae")
-        latents = []  # [1, C, h, w] each
-        for clip in clips:
-            raise_if_cancelled()
-            latents.append(self._vae.encode(clip.to(self.mesh.device)))
-        place = self._place(params, latents)
-        tokens = torch.cat([text.new_empty(1, 0, self._vae.channels), *(z.flatten(2).mT for z in latents)], 1)
-        told = BranchInputs(text, place, tokens, params.guidance_scale if self._config.guidance_embeds else None)
-        condition = Conditioning(
-            told,
-            None if negative is None else attrs.evolve(told, text=negative),
-            prompt_tokens=self._text.count(params.prompt),
-            latent_tokens=place.tokens,
-        )
-        return condition, [n for n in notes if n]
+        return attrs.evolve(condition, latent_tokens=condition.positive.layout.tokens), notes
 
-    def _place(self, params: SamplingParams, references: Iterable[Tensor]) -> TokenLayout:
-        """Tokens stand at (time, row, column, word): the picture at time 0, references after it, the text at words."""
-        grids = [grid(0, params.height // self._vae.multiple, params.width // self._vae.multiple)]
+    def encode_pictures(self, request: EncodeRequest) -> list[Tensor]:
+        """Encode reference pictures to latents [1, C, h, w] each."""
+        references = [reference(picture, self.vae.multiple) for picture in request.pictures]
+        self.parts.offloader.need("vae")
+        latents = []
+        for pixels in references:
+            request.raise_if_cancelled()
+            latents.append(self.vae.encode(pixels.to(self.mesh.device)))
+        return latents
+
+    def branch(
+        self, texts: Sequence[EncodedText], pictures: Sequence[Tensor] | None, params: SamplingParams
+    ) -> Flux2Inputs:
+        c, text, latents = self.config, texts[0].states, pictures or ()
+        tokens = torch.cat([z.flatten(2).mT for z in latents], 1) if latents else None
+        return Flux2Inputs(
+            text, self.layout(params, latents), tokens, params.guidance_scale if c.guidance_embeds else None
+        )
+
+    def layout(self, params: SamplingParams, references: Sequence[Tensor]) -> TokenLayout:
+        """Lay tokens out by (time, row, column, word): the output at time 0, references after it, the text by words."""
+        c, grids = self.config, [grid(0, *self.latent_shape(params)[2:])]
         grids += [grid(REFERENCE_TIME * i, *z.shape[2:]) for i, z in enumerate(references, 1)]
         positions = torch.cat(grids)
         words = F.pad(torch.arange(params.max_sequence_length)[:, None], (3, 0))
         rope, text_rope = (
-            rope_at(at.to(self.mesh.device), self._config.axes_dims_rope, self._config.rope_theta)
-            for at in (positions, words)
+            rope_at(at.to(self.mesh.device), c.axes_dims_rope, c.rope_theta) for at in (positions, words)
         )
         return TokenLayout(self.mesh.tokens.shard(rope, 0), text_rope, len(positions))
 
-    def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
-        multiple = self._vae.multiple
-        shape = (1, self._config.in_channels, params.height // multiple, params.width // multiple)
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
+    def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
+        side = self.vae.multiple
+        return 1, self.config.in_channels, params.height // side, params.width // side
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         steps = params.num_inference_steps
-        mu = empirical_mu(math.prod(x.shape[2:]), steps)
-        return Schedule(params.flow_shift, mu, np.linspace(1, 1 / steps, steps).tolist())
+        return Schedule.even(steps, params.flow_shift, empirical_mu(self.latent_tokens(params), steps))
 
-    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
-        self.parts.offloader.need("transformer")
-        y: Tensor = self._transformer(x, t, told)
-        return y
+    def guidance_scale(self, params: SamplingParams) -> float:
+        return (params.true_cfg_scale or 1.0) if self.config.guidance_embeds else params.guidance_scale
 
-    def guidance(self, t: Tensor, params: SamplingParams) -> float:
-        return self._scale(params)
-
-    def _scale(self, params: SamplingParams) -> float:
-        """Of classifier-free guidance."""
-        return (params.true_cfg_scale or 1.0) if self._config.guidance_embeds else params.guidance_scale
+    def forward(self, x: Tensor, t: Tensor, branch: Flux2Inputs, step: StepContext) -> Tensor:
+        return self.transformer(x, t, branch, step)  # type: ignore[no-any-return]
 
     def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x, raise_if_cancelled)
+        return self.vae.decode(x, raise_if_cancelled)
 
-    def _describe(self) -> ModelInfo:
-        takes_pictures = self.parts.settings.vae_config.load_encoder
+    def describe(self) -> ModelInfo:
+        takes_pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="image",
-            defaults=self._defaults,
-            size_multiple=self._vae.multiple,
+            defaults=self.defaults,
+            size_multiple=self.vae.multiple,
             frame_multiple=1,
-            unsupported=NO_NORMALIZATION | ({} if self._config.guidance_embeds else NO_TRUE_CFG),
+            unsupported=NO_NORMALIZATION | ({} if self.config.guidance_embeds else NO_TRUE_CFG),
             tasks=("text-to-image", "image-to-image")[: 1 + takes_pictures],
             max_tokens=TEXT_TOKENS,
-            memory=self._memory(),
+            memory=self.memory(),
             pictures=PictureRule(max=MAX_PICTURES * takes_pictures, starts_denoising=False, may_enlarge=False),
         )
 
-    def _memory(self) -> Memory:
-        """The text is always padded to its full length, and is hidden states of all layers while it is read."""
-        c, dtype = self._config, self._transformer.dtype
-        token = self.parts.token_bytes(c.dim, 2 * c.hidden, dtype) + 48 * c.in_channels
-        text = TEXT_TOKENS * (self._text.reader.layers[-1] + 20) * self._text.model.config.hidden_size
+    def memory(self) -> Memory:
+        """Estimate; the text is always padded to its full length, and is states of all layers while it is read."""
+        c, encoder = self.config, self.text.module
+        token = self.parts.token_bytes(c.dim, 2 * c.hidden, self.transformer.compute_dtype) + 48 * c.in_channels
+        text = TEXT_TOKENS * (self.text.reader.layers[-1] + 20) * encoder.config.hidden_size
         return self.parts.memory(
-            self._vae.tiling,
-            base=2**25 + TEXT_TOKENS * token + text * self._text.model.dtype.itemsize,
+            self.vae.tiling,
+            base=2**25 + TEXT_TOKENS * token + text * encoder.dtype.itemsize,
             token=token,
-            picture=REFERENCE_PIXELS // self._vae.multiple**2 * token,
+            picture=REFERENCE_PIXELS // self.vae.multiple**2 * token,
             pixel=27,
             picture_pixels=REFERENCE_PIXELS,
-            chunk_pixel=self._vae.pixel_bytes,
+            chunk_pixel=self.vae.pixel_bytes,
         )
 
 
 def grid(time: int, rows: int, columns: int) -> Tensor:
-    """Positions [rows * columns, 4] of one picture's tokens."""
-    one = torch.zeros(1, dtype=torch.int64)
-    return torch.cartesian_prod(one + time, torch.arange(rows), torch.arange(columns), one)
+    """Return the positions [rows * columns, 4] of one picture's tokens."""
+    axes = torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.tensor([0])
+    return torch.cartesian_prod(*axes)
 
 
 def reference(picture: Image, multiple: int) -> Tensor:
-    """A reference picture [1, 3, H, W] in [-1, 1], scaled to a megapixel at most and cut to multiples.
+    """Scale a reference picture to a megapixel at most, and crop it to multiples: [1, 3, H, W] in [-1, 1].
 
     Raises:
         BadRequest: too small, or too long.
@@ -427,23 +390,9 @@ def reference(picture: Image, multiple: int) -> Tensor:
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """The time shift that the authors found to suit so many tokens and steps."""
+    """Return the time shift that the authors found to suit so many tokens and steps."""
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
         return at_200
     at_10 = 8.73809524e-05 * tokens + 1.89833333
     return at_200 + (at_200 - at_10) / 190 * (steps - 200)
-
-
-def flux2_config(file: Path, embeds: bool) -> Flux2Config:
-    """The numbers of a transformer's config.json; `embeds` says whether the pipeline embeds guidance.
-
-    Raises:
-        ModelError: another architecture.
-    """
-    c: Flux2Config = pick(read_json(file), Flux2Config, file)
-    only = {"patch_size": 1, "out_channels": c.in_channels, "eps": 1e-6, "guidance_embeds": embeds}
-    for key, needed in only.items():
-        if (value := getattr(c, key)) not in (needed, None):
-            raise ModelError(f"{file}: {key}: {value!r} is not supported; only {needed!r}")
-    return c

@@ -1,22 +1,23 @@
-"""Prompts of FLUX.2: a chat with a language model, some of whose hidden states are what the denoiser reads."""
+"""Text encoders of FLUX.2: a chat model, some of whose hidden states the transformer reads."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sgld.errors import ModelError
+from sgld.models.base import EncodedText, EncodeRequest
 from sgld.models.components import ComponentLoader
 from sgld.models.hf_components import text_encoder, tokenizer
 
 
 @attrs.frozen
 class Reader:
-    """How a pipeline reads prompts: with the first layers of a chat model, some of whose hidden states it joins."""
+    """How a pipeline reads prompts: with the first layers of a chat model, whose hidden states it joins."""
 
     model: str  # class of transformers
     body: str  # the submodule with the layers
@@ -24,20 +25,19 @@ class Reader:
     system: str | None = None
 
     def messages(self, prompt: str) -> list[dict[str, Any]]:
-        """The chat."""
+        """Return the chat about a prompt."""
         if self.system is None:
             return [{"role": "user", "content": prompt}]
         texts = {"system": self.system, "user": prompt.replace("[IMG]", "")}  # which stands for a picture
         return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
 
     def part(self, whole: Any) -> nn.Module:
-        """Of the chat model the layers that are needed, without the norm after its last."""
-        body: Any = whole.get_submodule(self.body)
+        """Cut a chat model down to the layers that are needed, without the norm after its last."""
+        body = whole.get_submodule(self.body)
         if len(body.layers) < self.layers[-1]:
             raise ModelError(f"text_encoder: has {len(body.layers)} layers; at least {self.layers[-1]} are needed")
         body.layers, body.norm = body.layers[: self.layers[-1]], nn.Identity()
-        found: nn.Module = body
-        return found
+        return body  # type: ignore[no-any-return]
 
 
 SYSTEM = (
@@ -50,40 +50,56 @@ READERS = {
 }
 
 
-class PromptEncoder:
-    """Prompts to hidden states of a chat model. Nothing masks the padding: it is part of what the denoiser sees."""
+@attrs.frozen(slots=False)
+class ChatText:
+    """Hidden states [1, L, C] of a chat model. Nothing masks the padding: the transformer was trained to see it."""
 
-    def __init__(self, parts: ComponentLoader, reader: Reader):
+    tokenizer: Any
+    module: Any
+    reader: Reader
+    component = "text_encoder"
+
+    @classmethod
+    def load(cls, parts: ComponentLoader, reader: Reader) -> ChatText:
+        """Load text_encoder and tokenizer. Raises `ModelError` for a tokenizer that has no chat template."""
         import transformers
 
-        self.reader = reader
-        self.tokenizer = tokenizer(parts, "tokenizer")
-        if not self.tokenizer.chat_template:
+        words = tokenizer(parts, "tokenizer")
+        if not words.chat_template:
             raise ModelError(f"{parts.path('tokenizer')}: has no chat template")
-        self.model: Any = text_encoder(
-            parts, "text_encoder", getattr(transformers, reader.model), "layers", part=reader.part
-        )
-        self.width = len(reader.layers) * self.model.config.hidden_size
+        model = getattr(transformers, reader.model)
+        return cls(words, text_encoder(parts, cls.component, model, "layers", reader.part), reader)
 
-    def encode(self, prompt: str, length: int) -> tuple[Tensor, str | None]:
-        """Text [1, length, C], and a warning when the prompt was cut."""
-        told = self.reader.messages(prompt)
+    @property
+    def width(self) -> int:
+        """Channels of the text."""
+        return len(self.reader.layers) * int(self.module.config.hidden_size)
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Return the token ids of the chat about a prompt."""
+        starts = self.reader.system is None
         chat = self.tokenizer.apply_chat_template(
-            told, tokenize=False, add_generation_prompt=self.reader.system is None, enable_thinking=False
+            self.reader.messages(prompt), tokenize=False, add_generation_prompt=starts, enable_thinking=False
         )
-        tokenize = partial(self.tokenizer, chat, add_special_tokens=self.reader.system is None)
-        count, note = len(tokenize()["input_ids"]), None
-        if count > length:
-            note = f"prompt cut from {count} to {length} tokens, the most this request allows"
-        tokens = tokenize(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        found = self.model(
-            input_ids=tokens["input_ids"].to(self.model.device),
-            attention_mask=tokens["attention_mask"].to(self.model.device),
+        return list(self.tokenizer(chat, add_special_tokens=starts).input_ids)
+
+    @cached_property
+    def chat_tokens(self) -> int:
+        """Tokens of a chat without its prompt."""
+        return len(self.tokenize(""))
+
+    def encode(self, name: str, prompt: str, request: EncodeRequest) -> EncodedText:
+        ids, length = self.tokenize(prompt), request.params.max_sequence_length
+        if len(ids) > length:
+            words = name.replace("_", " ")
+            request.notes.append(f"{words} cut from {len(ids)} to {length} tokens, the most this request allows")
+        padded = self.tokenizer.pad(
+            {"input_ids": [ids[:length]]}, padding="max_length", max_length=length, return_tensors="pt"
+        ).to(self.module.device)
+        states = self.module(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
-        return torch.cat([found[i] for i in self.reader.layers], -1), note
-
-    def count(self, prompt: str) -> int:
-        """Tokens of the prompt alone."""
-        return len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return EncodedText(torch.cat([states[i] for i in self.reader.layers], -1), len(ids) - self.chat_tokens)

@@ -1,6 +1,6 @@
-"""Autoencoders of FLUX.2: latents [1, C, h, w] as the denoiser takes them, to pictures 16 times as large, and back.
+"""Autoencoders of FLUX.2: latents [1, C, h, w] as the transformer takes them, to pictures 16 times as large, and back.
 
-The one of the authors normalizes what it has patched by the statistics of a batch norm; the tiny one of fal.ai
+The authors' autoencoder normalizes patched latents by the statistics of a batch norm; the tiny one of fal.ai
 (`fal/FLUX.2-Tiny-AutoEncoder`) learned to do both.
 """
 
@@ -41,7 +41,7 @@ class Flux2Autoencoder(Autoencoder):
         return (patched(super().encode(pictures)).float() - mean) / deviation
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel [C, 1, 1], float32."""
+        """Return the mean and standard deviation of each channel [C, 1, 1], float32."""
         mean, variance = (x.float().view(-1, 1, 1) for x in (self.module.bn.running_mean, self.module.bn.running_var))
         return mean, torch.sqrt(variance + self.module.config.batch_norm_eps)
 
@@ -66,21 +66,21 @@ class Flux2TinyAutoEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Flux2TinyAutoEncoder:
-        """From a config.json."""
+        """Build from a config.json."""
         return cls(config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights."""
         return self.extra_encoder.weight.dtype
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """[1, 3, H, W] in [-1, 1] to [1, C, H/16, W/16]"""
+        """Encode pictures [1, 3, H, W] in [-1, 1] to latents [1, C, H/16, W/16]."""
         z = self.extra_encoder(self.tiny_vae.encode(pictures, return_dict=False)[0])
         return z + self.residual_encoder(z)  # type: ignore[no-any-return]
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """[1, C, h, w] to [1, 3, 16 h, 16 w] in [-1, 1], as diffusers answers without `return_dict`."""
+        """Decode latents [1, C, h, w] to pictures [1, 3, 16 h, 16 w] in [-1, 1], as diffusers without `return_dict`."""
         y = self.extra_decoder(z)
         pictures: tuple[Tensor] = self.tiny_vae.decode(y + self.residual_decoder(y), return_dict=return_dict)
         return pictures
@@ -93,7 +93,7 @@ TINY_ARCHITECTURE = (
 
 
 def residual(channels: int) -> nn.Sequential:
-    """What the tiny autoencoder adds to its latents."""
+    """Build the layers that the tiny autoencoder adds to its latents."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
         nn.GroupNorm(8, channels),
@@ -103,7 +103,7 @@ def residual(channels: int) -> nn.Sequential:
 
 
 class Flux2Tiny(Autoencoder):
-    """The tiny autoencoder; its latents are the denoiser's."""
+    """The tiny autoencoder; its latents are the transformer's."""
 
     def __init__(self, parts: ComponentLoader):
         halvings = len(parts.config("vae").get("num_encoder_blocks", (1, 3, 3, 3))) - 1
@@ -122,7 +122,7 @@ class Flux2Tiny(Autoencoder):
 
 
 def flux2_autoencoder(parts: ComponentLoader) -> Flux2Autoencoder | Flux2Tiny:
-    """The one of the folder. Raises `ModelError` for another class."""
+    """Load the autoencoder of a model folder. Raises `ModelError` for another class."""
     known: dict[str, type[Flux2Autoencoder] | type[Flux2Tiny]] = {
         "AutoencoderKLFlux2": Flux2Autoencoder,
         "Flux2TinyAutoEncoder": Flux2Tiny,
@@ -135,10 +135,10 @@ def flux2_autoencoder(parts: ComponentLoader) -> Flux2Autoencoder | Flux2Tiny:
 
 
 def patched(z: Tensor) -> Tensor:
-    """[1, C, 2 h, 2 w] -> [1, 4 C, h, w]"""
+    """Patch latents [1, C, 2 h, 2 w] to [1, 4 C, h, w]."""
     return F.pixel_unshuffle(z, PATCH)
 
 
 def unpatched(z: Tensor) -> Tensor:
-    """[1, 4 C, h, w] -> [1, C, 2 h, 2 w]"""
+    """Undo `patched`: [1, 4 C, h, w] to [1, C, 2 h, 2 w]."""
     return F.pixel_shuffle(z, PATCH)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError
 from sgld.models.components import ComponentLoader
 from sgld.models.vae import Tiling, join_tiles, levels
@@ -22,6 +21,7 @@ from sgld.nn.formats import Source
 from sgld.nn.parallel import Axis
 from sgld.nn.weights import listed, read_json
 from sgld.params import SamplingParams
+from sgld.settings import Settings
 
 # ------------------------------------------------------------------------------------------------ text encoders
 
@@ -91,7 +91,7 @@ def text_encoder(
         BadRequest: `tp_size` ranks cannot share it evenly; an attention backend other than torch's.
     """
     parts.torch_only(name, "its attention is built into it")
-    axis = parts.mesh.axis(parts.settings.tp_size)
+    axis = parts.mesh.axis(parts.settings.parallel.tp_size)
     if axis.size > 1 and not layers:
         raise BadRequest(f"{axis.size} workers cannot share this model's {name}; use 1", field="tp_size")
     make = partial(_read, cls, parts.path(name), parts.dtype(name), layers, part, axis)
@@ -188,7 +188,7 @@ class Autoencoder:
         self, parts: ComponentLoader, cls: Any, spatial: int, temporal: int = 1, *, tiled: bool = False, least: int = 1
     ):
         s = parts.settings
-        if not s.vae_config.load_decoder:
+        if not s.memory.vae_config.load_decoder:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
         config = parts.config("vae")
         if (name := config.get("_class_name")) != cls.__name__:
@@ -196,11 +196,11 @@ class Autoencoder:
         self.module: Any = parts.module("vae", partial(cls.from_config, config))
         self.config = config
         self.spatial, self.temporal, self.least = spatial, temporal, least
-        self.rows = parts.mesh.all if s.parallel_decode else Axis()
-        if s.parallel_decode:
+        self.rows = parts.mesh.all if s.memory.parallel_decode else Axis()
+        if s.memory.parallel_decode:
             _check_shared_in_tiles(s)
-        tiled |= s.parallel_decode  # on one worker too, so that any number of them makes the same picture
-        self.tiling = Tiling.of(s.vae_config, spatial) if s.tiles(by_default=tiled) else None
+        tiled |= s.memory.parallel_decode  # on one worker too, so that any number of them makes the same picture
+        self.tiling = Tiling.of(s.memory.vae_config, spatial) if s.memory.tiles(by_default=tiled) else None
 
     def grid(self, params: SamplingParams) -> tuple[int, int, int]:
         """Frames, rows and columns of an output's latents."""
@@ -287,9 +287,9 @@ def _filled(tile: Tensor, t: Tiling) -> Tensor:
 
 def _check_shared_in_tiles(s: Settings) -> None:
     """Refuse settings for a decode that is shared otherwise: its norms see the whole picture."""
-    if not s.tiles(by_default=True):
-        path = "vae_config.use_tiling" if s.vae_tiling is None else "vae_tiling"
+    if not s.memory.tiles(by_default=True):
+        path = "vae_config.use_tiling" if s.memory.vae_tiling is None else "vae_tiling"
         raise BadRequest("false: this model's decode is shared tile by tile; leave it or vae_sp out", field=path)
-    if (mode := s.vae_config.parallel_decode_mode) not in (None, "auto", "tiled"):
+    if (mode := s.memory.vae_config.parallel_decode_mode) not in (None, "auto", "tiled"):
         path = "vae_config.parallel_decode_mode"
         raise BadRequest(f"{mode!r}: this model's decode is shared tile by tile; use auto or tiled", field=path)

@@ -363,7 +363,7 @@ class HunyuanVideo(NativeModel):
         parts.needs_euler()
         self.scheduler = parts.scheduler
         self._config = c = hunyuan_config(parts.path("transformer") / "config.json")
-        self._defaults = parts.defaults(FAST if "fasthunyuan" in load.settings.model_path.lower() else HUNYUAN)
+        self._defaults = parts.defaults(FAST if "fasthunyuan" in load.settings.model.model_path.lower() else HUNYUAN)
         mesh = parts.share(c.num_attention_heads, (self._defaults.get("true_cfg_scale") or 1) > 1)
         self._prompts = Prompts.load(parts)
         make = partial(HunyuanVideoTransformer, c, mesh)
@@ -373,7 +373,7 @@ class HunyuanVideo(NativeModel):
         self._scaling: float = self._vae.config["scaling_factor"]
         if (tile := self._vae.tiling) is not None:  # for its encoder
             self._vae.module.enable_tiling(tile.height, tile.width, None, tile.stride_height, tile.stride_width)
-        self.parallel_decode = load.settings.parallel_decode
+        self.parallel_decode = load.settings.memory.parallel_decode
         self._check_widths()
         mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()
@@ -434,7 +434,7 @@ class HunyuanVideo(NativeModel):
         return self._vae.decode(x / self._scaling, raise_if_cancelled)
 
     def _describe(self) -> ModelInfo:
-        c, pictures = self._config, int(self.parts.settings.vae_config.load_encoder)
+        c, pictures = self._config, int(self.parts.settings.memory.vae_config.load_encoder)
         lacks = dict(NO_NORMALIZATION)
         if not c.guidance_embeds:
             lacks["guidance_scale"] = "this checkpoint has no embedded guidance; use true_cfg_scale"

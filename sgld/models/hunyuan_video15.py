@@ -293,7 +293,7 @@ class HunyuanVideo15(NativeModel):
         self.lora = parts.lora({"transformer": self._transformer}, HUNYUAN15_ORIGINAL)
         self._vae = Autoencoder(parts, AutoencoderKLHunyuanVideo15, 16, 4, tiled=True)
         self._scaling: float = self._vae.config["scaling_factor"]
-        self.parallel_decode = load.settings.parallel_decode
+        self.parallel_decode = load.settings.memory.parallel_decode
         self._check_widths()
         mesh.barrier()  # until all ranks have loaded, memory is not what it will be
         self.info = self._describe()

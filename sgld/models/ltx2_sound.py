@@ -16,7 +16,7 @@ BIN_SCALE = 4  # mel bins that one latent stands for
 
 
 class SoundDecoder:
-    """Audio tokens to what is heard. `channels` are those of a token."""
+    """Decodes audio tokens of `channels` to sound."""
 
     def __init__(self, parts: ComponentLoader):
         from diffusers import AutoencoderKLLTX2Audio
@@ -36,11 +36,11 @@ class SoundDecoder:
         self.channels = self.latent_channels * self._bins
 
     def shape(self, length: int) -> tuple[int, int, int, int]:
-        """Of so many latents, as noise is drawn for them: [1, C, A, bins]."""
+        """Return the shape [1, C, A, bins] of the noise for `length` audio tokens."""
         return 1, self.latent_channels, length, self._bins
 
     def decode(self, y: Tensor, raise_if_cancelled: Callable[[], None]) -> Sound:
-        """Audio tokens [1, A, C * bins] to sound. `raise_if_cancelled` is called before each of the two parts."""
+        """Decode audio tokens [1, A, C * bins]. `raise_if_cancelled` is called before each of the two parts."""
         raise_if_cancelled()
         self._parts.offloader.need("audio_vae")
         z = (y * self._vae.latents_std + self._vae.latents_mean).unflatten(2, (-1, self._bins)).transpose(1, 2)
@@ -51,7 +51,7 @@ class SoundDecoder:
 
 
 def _borrow(parts: ComponentLoader, name: str, *classes: Any) -> Any:
-    """That component, which is of one of these classes of diffusers."""
+    """Load a component of one of these classes of diffusers."""
     config, known = parts.config(name), {cls.__name__: cls for cls in classes}
     if (given := config.get("_class_name")) not in known:
         raise ModelError(f"{parts.path(name) / 'config.json'}: _class_name is {given!r}; only {', '.join(known)}")

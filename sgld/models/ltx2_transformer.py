@@ -7,33 +7,34 @@ checkpoint. Below, x is of the video and y of the audio.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgld.errors import ModelError
 from sgld.nn.attention import Attention, Backend
-from sgld.nn.blocks import Denoiser, Embedder, FeedForward, gelu_tanh, sinusoid
+from sgld.nn.blocks import DiffusionTransformer, Embedder, FeedForward, TimestepEmbedder, gelu_tanh
 from sgld.nn.parallel import Mesh
+from sgld.nn.runner import StepContext
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json, require
+from sgld.nn.weights import Architecture
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding of a time
-ONLY = {
-    "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads", "norm_elementwise_affine": False,
-    "attention_bias": True, "attention_out_bias": True, "patch_size": 1, "patch_size_t": 1, "audio_patch_size": 1,
-    "audio_patch_size_t": 1, "ff_bias": True, "audio_ff_bias": True, "use_prompt_adaln_single": True,
-    "use_keyframes_abs_pos_embedding": False,
-}  # fmt: skip
 
 
 @attrs.frozen
-class LTX2Config:
+class LTX2Config(Architecture):
     """Architecture numbers, as in transformer/config.json."""
+
+    supported: ClassVar[Mapping[str, object]] = {
+        "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads", "norm_elementwise_affine": False,
+        "attention_bias": True, "attention_out_bias": True, "patch_size": 1, "patch_size_t": 1, "audio_patch_size": 1,
+        "audio_patch_size_t": 1, "ff_bias": True, "audio_ff_bias": True, "use_prompt_adaln_single": True,
+        "use_keyframes_abs_pos_embedding": False,
+    }  # fmt: skip
 
     num_attention_heads: int
     attention_head_dim: int
@@ -84,31 +85,64 @@ class LTX2Config:
         """Audio tokens a second."""
         return self.audio_sampling_rate / self.audio_hop_length / self.audio_scale_factor
 
-
-def ltx2_config(file: Path) -> LTX2Config:
-    """The numbers of a transformer's config.json.
-
-    Raises:
-        ModelError: another architecture.
-    """
-    given = read_json(file)
-    require(given, file, ONLY)
-    config: LTX2Config = pick({key: value for key, value in given.items() if key not in ONLY}, LTX2Config, file)
-    if config.rope_type not in ("split", "interleaved"):
-        raise ModelError(f"{file}: rope_type is {config.rope_type!r}; only 'split' and 'interleaved' are supported")
-    for name in ("num_attention_heads", "cross_attn_mod"):
-        own, audio = getattr(config, name), getattr(config, f"audio_{name}")
-        if own != audio:
-            raise ModelError(f"{file}: {name} is {own} and audio_{name} {audio}; only equal ones are supported")
-    return config
+    def fault(self) -> str | None:
+        if self.rope_type not in ("split", "interleaved"):
+            return f"rope_type is {self.rope_type!r}; only 'split' and 'interleaved' are supported"
+        for name in ("num_attention_heads", "cross_attn_mod"):
+            own, audio = getattr(self, name), getattr(self, f"audio_{name}")
+            if own != audio:
+                return f"{name} is {own} and audio_{name} {audio}; only equal ones are supported"
+        return None
 
 
-# ------------------------------------------------------------------------------------------------------ places
+# ----------------------------------------------------------------------------------------- layout and positions
+
+
+@attrs.frozen
+class LatentLayout:
+    """The order of latents [1, N]: video tokens, frame by frame, then audio tokens."""
+
+    grid: tuple[int, int, int]  # of the video in time, height and width
+    length: int  # of the audio
+    channels: int
+    audio_channels: int
+    fps: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the video."""
+        return math.prod(self.grid)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split [k, N] into the video's and the audio's numbers."""
+        n = self.tokens * self.channels
+        return x[:, :n], x[:, n:]
+
+    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split [1, N] into video tokens [1, S, C] and audio tokens [1, A, C]."""
+        video, audio = self.split(x)
+        return video.view(1, -1, self.channels), audio.view(1, -1, self.audio_channels)
+
+    def video(self, x: Tensor) -> Tensor:
+        """Return the video's latents [1, C, T, h, w]."""
+        return self.streams(x)[0].mT.reshape(1, self.channels, *self.grid)
+
+
+@attrs.frozen
+class LTX2Inputs:
+    """The inputs of one guidance branch beside the noise."""
+
+    text: Tensor  # [1, L, C], for the video
+    audio_text: Tensor  # [1, L, C], for the audio
+    layout: LatentLayout
+    clean: int = 0  # so many of the first video tokens are a picture's
+    perturbed: int | None = None  # the block that skips attention within each stream
+    isolated: bool = False  # every block skips attention between the streams
 
 
 @attrs.frozen
 class StreamLayout:
-    """Where the tokens of one stream stand: rotations [S/n, H, D/2] of this rank's, and how many there are in all."""
+    """The positions of one stream: rotations [S/n, H, D/2] of this rank's tokens, and the number of all tokens."""
 
     rope: Tensor
     across: Tensor  # towards the other stream, by time alone
@@ -116,7 +150,7 @@ class StreamLayout:
 
 
 def video_positions(c: LTX2Config, grid: tuple[int, int, int], fps: float) -> Tensor:
-    """The middle of each latent pixel [S, 3] in seconds and pixels; the first frame of a clip is a latent by itself."""
+    """Return the middle of each latent [S, 3] in seconds and pixels; the first frame is a latent by itself."""
     axes = []
     for length, scale in zip(grid, c.vae_scale_factors, strict=True):
         axes.append(torch.arange(length + 1, dtype=torch.float32) * scale)  # the bounds
@@ -126,17 +160,17 @@ def video_positions(c: LTX2Config, grid: tuple[int, int, int], fps: float) -> Te
 
 
 def audio_positions(c: LTX2Config, length: int) -> Tensor:
-    """The middle of each audio token [S, 1] in seconds."""
+    """Return the middle of each audio token [S, 1] in seconds."""
     bounds = torch.arange(length + 1, dtype=torch.float32) * c.audio_scale_factor
     bounds = (bounds + c.causal_offset - c.audio_scale_factor).clamp(min=0) * c.audio_hop_length / c.audio_sampling_rate
     return ((bounds[:-1] + bounds[1:]) / 2)[:, None]
 
 
 def rotations(c: LTX2Config, positions: Tensor, most: Sequence[float], dim: int) -> Tensor:
-    """Complex numbers [S, H, dim/H/2] for positions [S, axes] of which `most` are the largest.
+    """Return complex numbers [S, H, dim/H/2] for positions [S, axes], of which `most` are the largest.
 
-    Frequencies grow from pi/2 to theta pi/2 over all channels of all heads, their axes side by side; what is left of
-    the channels does not turn. In float32, where the large angles are inexact, as the models were trained.
+    Frequencies grow from pi/2 to theta pi/2 over all channels of all heads, their axes side by side; the channels
+    left over do not turn. In float32, where the large angles are inexact, as the models were trained.
     """
     count = dim // (2 * len(most))
     dtype = torch.float64 if c.rope_double_precision else torch.float32
@@ -154,7 +188,7 @@ def turn_neighbours(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def turn_halves(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs that a head's first and second half of channels make; as `turn_neighbours`."""
+    """Turn pairs of one channel of a head's first half and one of its second; as `turn_neighbours`."""
     z = torch.complex(*x.float().chunk(2, -1)) * rope
     return torch.cat([z.real, z.imag], -1).type_as(x)
 
@@ -164,55 +198,44 @@ def turn_halves(x: Tensor, rope: Tensor) -> Tensor:
 
 @attrs.frozen
 class Moments:
-    """Modulation of one stream: of every token alike, or of those that are clean already and of the others."""
+    """The modulation of one stream: equal for every token, or one for clean tokens and one for the others."""
 
     rows: Tensor  # [1 or 2, P * C]
     which: Tensor | None  # [S/n], the row of each token; None: there is one
 
     def by(self, table: Tensor) -> tuple[Tensor, ...]:
-        """With a block's own table [P, C]: P tensors [1 or S/n, C]."""
+        """Add a block's own table [P, C]: P tensors [1 or S/n, C]."""
         parts = (table + self.rows.view(len(self.rows), -1, table.shape[-1])).unbind(1)
         return parts if self.which is None else tuple(part[self.which] for part in parts)
 
 
 @attrs.frozen
-class Stream:
-    """What a block is told of one of the two streams."""
+class LTX2Stream:
+    """The inputs of a block for one of the two streams."""
 
     place: StreamLayout
     text: Tensor  # [1, L, C]
     own: Moments  # for itself: six parts, and three for its attention to the text
-    told: Moments | None  # of the text
+    prompt: Moments | None  # for the text
     cross: Moments  # for what the two streams exchange: four parts
     gate: Moments
 
 
-class TimeEmbedding(nn.Module):
-    """Key `timestep_embedder`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.timestep_embedder = Embedder(TIME_CHANNELS, dim, F.silu)
-
-    def forward(self, t: Tensor) -> Tensor:
-        y: Tensor = self.timestep_embedder(sinusoid(t, TIME_CHANNELS).to(self.timestep_embedder.linear_1.weight.dtype))
-        return y
-
-
-class TimeModulation(nn.Module):
-    """Times t [R] to embeddings [R, C] and modulations [R, P * C] (Chen et al. 2023, https://arxiv.org/abs/2310.00426)."""
+class LTX2Modulation(nn.Module):
+    """Embeds times for all blocks at once (Chen et al. 2023, https://arxiv.org/abs/2310.00426)."""
 
     def __init__(self, dim: int, parts: int):
         super().__init__()
-        self.emb = TimeEmbedding(dim)
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(TIME_CHANNELS, dim)})
         self.linear = nn.Linear(dim, parts * dim)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        emb: Tensor = self.emb(t)
+        """Embed times t [R] as [R, C], and as modulations [R, P * C]."""
+        emb: Tensor = self.emb["timestep_embedder"](t)
         return emb, self.linear(F.silu(emb))
 
     def at(self, t: Tensor, which: Tensor | None = None) -> Moments:
-        """The modulations at times t [R]."""
+        """Return the modulations at times t [R]."""
         return Moments(self(t)[1], which)
 
 
@@ -225,7 +248,7 @@ class LTX2Attention(nn.Module):
     def __init__(
         self, c: LTX2Config, dims: tuple[int, int, int], gated: bool, attend: Attention, among: SequenceAttention
     ):
-        """`dims` are the channels of what asks, of what is asked, and of all heads."""
+        """Build for `dims`: the channels of queries' inputs, of keys' and values' inputs, and of all heads."""
         super().__init__()
         asks, asked, inner = dims
         self.heads, self.attend, self.among = c.num_attention_heads, attend, among
@@ -236,40 +259,44 @@ class LTX2Attention(nn.Module):
         self.to_gate_logits = nn.Linear(asks, self.heads) if gated else None
 
     def to_itself(self, x: Tensor, place: StreamLayout, perturbed: bool) -> Tensor:
-        """`perturbed`: every token sees itself alone."""
+        """Attend within the stream; `perturbed`: every token to itself alone."""
         if perturbed:
             return self.join(self.split(self.to_v(x)), x)
         q, k, v = self.parts(x, x)
         return self.join(self.among(self.turn(q, place.rope), self.turn(k, place.rope), v, place.tokens), x)
 
     def to_text(self, x: Tensor, text: Tensor) -> Tensor:
+        """Attend from x [1, S, C] to text [1, L, C]."""
         return self.join(self.attend(*self.parts(x, text), None), x)
 
     def to_other(self, x: Tensor, other: Tensor, place: StreamLayout, there: StreamLayout) -> Tensor:
+        """Attend from one stream to the other."""
         q, k, v = self.parts(x, other)
         q, k = self.turn(q, place.across), self.turn(k, there.across)
         return self.join(self.among.across(q, k, v, there.tokens), x)
 
     def parts(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to queries, keys and values [B, S, H, D]."""
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(other))
         return self.split(q), self.split(k), self.split(self.to_v(other))
 
     def split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.heads, -1)  # [B, S, H, D]
+        """Split channels into heads [B, S, H, D]."""
+        return x.view(*x.shape[:-1], self.heads, -1)
 
     def join(self, y: Tensor, x: Tensor) -> Tensor:
-        """The heads' outputs [B, S, H, D], each weighed by what asked."""
+        """Join the heads' outputs [B, S, H, D], each gated by the query's input x."""
         if self.to_gate_logits is not None:
             y = y * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
-        out: Tensor = self.to_out[0](y.flatten(2))
-        return out
+        return self.to_out[0](y.flatten(2))  # type: ignore[no-any-return]
 
 
 class LTX2Block(nn.Module):
     """Both streams: attention to itself, to the text and to the other, and a feed-forward layer."""
 
-    def __init__(self, c: LTX2Config, attend: Attention, among: SequenceAttention):
+    def __init__(self, c: LTX2Config, index: int, attend: Attention, among: SequenceAttention):
         super().__init__()
+        self.index = index
         x, y = c.dim, c.audio_dim
 
         def attention(asks: int, asked: int, inner: int, gated: bool) -> LTX2Attention:
@@ -294,9 +321,9 @@ class LTX2Block(nn.Module):
             self.audio_prompt_scale_shift_table = nn.Parameter(torch.empty(2, y))
 
     def forward(
-        self, x: Tensor, y: Tensor, video: Stream, audio: Stream, perturbed: bool, isolated: bool
+        self, x: Tensor, y: Tensor, video: LTX2Stream, audio: LTX2Stream, perturbed: bool, isolated: bool
     ) -> tuple[Tensor, Tensor]:
-        """x [1, S/n, C] and y [1, A/n, C]; `perturbed`: nothing attends to its own stream, `isolated`: to the other."""
+        """Apply to x [1, S/n, C] and y [1, A/n, C]; `perturbed`: no attention in a stream, `isolated`: none between."""
         mod, sound = video.own.by(self.scale_shift_table), audio.own.by(self.audio_scale_shift_table)
         x = x + mod[2] * self.attn1.to_itself(self.modulate(x, *mod[:2]), video.place, perturbed)
         y = y + sound[2] * self.audio_attn1.to_itself(self.modulate(y, *sound[:2]), audio.place, perturbed)
@@ -312,14 +339,16 @@ class LTX2Block(nn.Module):
         y = y + sound[5] * self.audio_ff(self.modulate(y, *sound[3:5]))
         return x, y
 
-    def ask(self, attention: LTX2Attention, x: Tensor, stream: Stream, mod: Sequence[Tensor], table: Tensor) -> Tensor:
-        """Attention to the text, both sides modulated."""
-        assert stream.told is not None
-        shift, scale = stream.told.by(table)
+    def ask(
+        self, attention: LTX2Attention, x: Tensor, stream: LTX2Stream, mod: Sequence[Tensor], table: Tensor
+    ) -> Tensor:
+        """Attend to the text, both sides modulated."""
+        assert stream.prompt is not None
+        shift, scale = stream.prompt.by(table)
         return mod[2] * attention.to_text(self.modulate(x, mod[0], mod[1]), stream.text * (1 + scale) + shift)
 
-    def exchange(self, x: Tensor, y: Tensor, video: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
-        """Each stream attends to the other."""
+    def exchange(self, x: Tensor, y: Tensor, video: LTX2Stream, audio: LTX2Stream) -> tuple[Tensor, Tensor]:
+        """Attend from each stream to the other."""
         table, sound_table = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
         mod, sound = video.cross.by(table[:4]), audio.cross.by(sound_table[:4])
         (gate,), (sound_gate,) = video.gate.by(table[4:]), audio.gate.by(sound_table[4:])
@@ -333,32 +362,24 @@ class LTX2Block(nn.Module):
         return x + gate * to_video, y + sound_gate * to_audio
 
     def norm(self, x: Tensor) -> Tensor:
+        """Normalize without weights."""
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Normalize, scale and shift."""
         return scaled(self.norm(x), scale, shift)
 
 
 def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(1 + scale) x + shift"""
+    """Return (1 + scale) x + shift."""
     return x * (1 + scale) + shift
 
 
 # ------------------------------------------------------------------------------------------------- transformer
 
 
-@attrs.frozen
-class BranchInputs:
-    """Text [1, L, C] for the video and for the audio; and where the tokens of both stand."""
-
-    text: Tensor
-    audio_text: Tensor
-    video: StreamLayout
-    audio: StreamLayout
-
-
-class LTX2Transformer(Denoiser):
-    """Velocities of video tokens x [1, S, C] and audio tokens y [1, A, C] at one time."""
+class LTX2Transformer(DiffusionTransformer):
+    """Predicts the velocities of video and audio tokens."""
 
     def __init__(self, c: LTX2Config, mesh: Mesh, backend: Backend, cross: Backend | None = None):
         super().__init__()
@@ -370,23 +391,23 @@ class LTX2Transformer(Denoiser):
             self.caption_projection = Embedder(c.caption_channels, x, gelu_tanh)
             self.audio_caption_projection = Embedder(c.caption_channels, y, gelu_tanh)
         parts = 9 if c.cross_attn_mod else 6
-        self.time_embed, self.audio_time_embed = TimeModulation(x, parts), TimeModulation(y, parts)
-        self.av_cross_attn_video_scale_shift = TimeModulation(x, 4)
-        self.av_cross_attn_audio_scale_shift = TimeModulation(y, 4)
-        self.av_cross_attn_video_a2v_gate = TimeModulation(x, 1)
-        self.av_cross_attn_audio_v2a_gate = TimeModulation(y, 1)
+        self.time_embed, self.audio_time_embed = LTX2Modulation(x, parts), LTX2Modulation(y, parts)
+        self.av_cross_attn_video_scale_shift = LTX2Modulation(x, 4)
+        self.av_cross_attn_audio_scale_shift = LTX2Modulation(y, 4)
+        self.av_cross_attn_video_a2v_gate = LTX2Modulation(x, 1)
+        self.av_cross_attn_audio_v2a_gate = LTX2Modulation(y, 1)
         if c.cross_attn_mod:
-            self.prompt_adaln, self.audio_prompt_adaln = TimeModulation(x, 2), TimeModulation(y, 2)
+            self.prompt_adaln, self.audio_prompt_adaln = LTX2Modulation(x, 2), LTX2Modulation(y, 2)
         among, attend = SequenceAttention(mesh, backend), (cross or backend).attend
-        self.transformer_blocks = nn.ModuleList(LTX2Block(c, attend, among) for _ in range(c.num_layers))
+        self.transformer_blocks = nn.ModuleList(LTX2Block(c, i, attend, among) for i in range(c.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, x))
         self.audio_scale_shift_table = nn.Parameter(torch.empty(2, y))
         self.proj_out, self.audio_proj_out = nn.Linear(x, c.out_channels), nn.Linear(y, c.audio_out_channels)
 
-    def places(self, grid: tuple[int, int, int], length: int, fps: float) -> tuple[StreamLayout, StreamLayout]:
-        """Of a video of `grid` latents in time, height and width, and of so many audio tokens."""
+    def places(self, layout: LatentLayout) -> tuple[StreamLayout, StreamLayout]:
+        """Return the positions of video and audio tokens."""
         c = self.config
-        video, audio = video_positions(c, grid, fps), audio_positions(c, length)
+        video, audio = video_positions(c, layout.grid, layout.fps), audio_positions(c, layout.length)
         seconds = max(c.pos_embed_max_pos, c.audio_pos_embed_max_pos)
         most = (c.pos_embed_max_pos, c.base_height, c.base_width)
         return (
@@ -401,38 +422,41 @@ class LTX2Transformer(Denoiser):
         rope, across = (self.mesh.tokens.shard(rope.to(self.mesh.device), 0) for rope in ropes)
         return StreamLayout(rope, across, len(ropes[0]))
 
-    def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        t: Tensor,
-        told: BranchInputs,
-        clean: int = 0,
-        perturbed: int | None = None,
-        isolated: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """t in [0, 1000]; the first `clean` video tokens are at time 0, `perturbed` is the number of a block."""
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, inputs: LTX2Inputs, step: StepContext) -> tuple[Tensor, Tensor]:
+        """Predict for video tokens x [1, S, C] and audio tokens y [1, A, C]; t in [0, 1000], 0 for clean tokens."""
+        if "places" not in step.store:
+            step.store["places"] = self.places(inputs.layout)
+        places, clean = step.store["places"], inputs.clean
         split = self.mesh.tokens
         t = t.view(1).to(x.device)
-        which = split.shard((torch.arange(told.video.tokens, device=x.device) >= clean).long(), 0) if clean else None
+        which = split.shard((torch.arange(x.shape[1], device=x.device) >= clean).long(), 0) if clean else None
         times = torch.cat([torch.zeros_like(t), t]) if clean else t
         emb, mod = self.time_embed(times)
         sound_emb, sound_mod = self.audio_time_embed(t)
-        video, audio = self._streams(times, t, told, Moments(mod, which), Moments(sound_mod, None))
-        h = split.shard(self.proj_in(x.to(self.dtype)), 1)  # [1, S/n, C]
-        g = split.shard(self.audio_proj_in(y.to(self.dtype)), 1)  # [1, A/n, C]
-        for i, block in enumerate(self._blocks):
-            h, g = block(h, g, video, audio, i == perturbed, isolated)
+        video, audio = self._streams(times, t, inputs, places, Moments(mod, which), Moments(sound_mod, None))
+        h = split.shard(self.proj_in(x.to(self.compute_dtype)), 1)  # [1, S/n, C]
+        g = split.shard(self.audio_proj_in(y.to(self.compute_dtype)), 1)  # [1, A/n, C]
+
+        def call(block: nn.Module, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return block(*hidden, video, audio, block.index == inputs.perturbed, inputs.isolated)  # type: ignore[no-any-return]
+
+        h, g = self.runner.run(self.transformer_blocks, (h, g), call, step)
         h = self._out(h, self.scale_shift_table, Moments(emb.repeat(1, 2), which), self.proj_out)
         g = self._out(g, self.audio_scale_shift_table, Moments(sound_emb.repeat(1, 2), None), self.audio_proj_out)
-        return split.gather(h, 1, told.video.tokens), split.gather(g, 1, told.audio.tokens)
+        return split.gather(h, 1, x.shape[1]), split.gather(g, 1, y.shape[1])
 
     def _streams(
-        self, times: Tensor, t: Tensor, told: BranchInputs, own: Moments, sound: Moments
-    ) -> tuple[Stream, Stream]:
-        """What all blocks are told. In LTX-2.3 what the streams exchange is modulated by the time of the other."""
+        self,
+        times: Tensor,
+        t: Tensor,
+        inputs: LTX2Inputs,
+        places: tuple[StreamLayout, StreamLayout],
+        own: Moments,
+        sound: Moments,
+    ) -> tuple[LTX2Stream, LTX2Stream]:
+        """Return the inputs of all blocks. In LTX-2.3 the other stream's time modulates what the streams exchange."""
         c, which = self.config, own.which
-        text, audio_text = told.text.to(self.dtype), told.audio_text.to(self.dtype)
+        text, audio_text = inputs.text.to(self.compute_dtype), inputs.audio_text.to(self.compute_dtype)
         if self.caption_projection is not None and self.audio_caption_projection is not None:
             text, audio_text = self.caption_projection(text), self.audio_caption_projection(audio_text)
         prompt = audio_prompt = None
@@ -445,14 +469,10 @@ class LTX2Transformer(Denoiser):
         audio_cross = self.av_cross_attn_audio_scale_shift.at(t)
         audio_gate = self.av_cross_attn_audio_v2a_gate.at(t * ratio)
         return (
-            Stream(told.video, text, own, prompt, cross, gate),
-            Stream(told.audio, audio_text, sound, audio_prompt, audio_cross, audio_gate),
+            LTX2Stream(places[0], text, own, prompt, cross, gate),
+            LTX2Stream(places[1], audio_text, sound, audio_prompt, audio_cross, audio_gate),
         )
 
     def _out(self, h: Tensor, table: Tensor, moments: Moments, project: Callable[[Tensor], Tensor]) -> Tensor:
         shift, scale = moments.by(table)
         return project(scaled(F.layer_norm(h, h.shape[-1:], eps=1e-6), scale, shift))
-
-    @property
-    def _blocks(self) -> Iterator[LTX2Block]:
-        return self.walk(self.transformer_blocks)  # type: ignore[return-value]

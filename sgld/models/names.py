@@ -48,6 +48,38 @@ FLUX: Renames = (  # Black Forest Labs, and XLabs' processors
     (r"^proj_out$", "final_layer.linear"),
 )
 
+FLUX2: Renames = (
+    (r"^x_embedder$", "img_in"),
+    (r"^context_embedder$", "txt_in"),
+    (r"^time_guidance_embed\.timestep_embedder\.", "time_in."),
+    (r"^time_guidance_embed\.guidance_embedder\.", "guidance_in."),
+    (r"_in\.linear_1$", "_in.in_layer"),
+    (r"_in\.linear_2$", "_in.out_layer"),
+    (r"^((?:double|single)_stream_modulation\w*)\.linear$", r"\1.lin"),
+    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1#1#0"),
+    (r"^proj_out$", "final_layer.linear"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj$", r"single_blocks.\1.linear1"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_out$", r"single_blocks.\1.linear2"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.norm_", r"single_blocks.\1.norm_"),
+    (r"^transformer_blocks\.", "double_blocks."),
+    (r"\.attn\.to_q$", ".img_attn.qkv#0"),
+    (r"\.attn\.to_k$", ".img_attn.qkv#1"),
+    (r"\.attn\.to_v$", ".img_attn.qkv#2"),
+    (r"\.attn\.add_q_proj$", ".txt_attn.qkv#0"),
+    (r"\.attn\.add_k_proj$", ".txt_attn.qkv#1"),
+    (r"\.attn\.add_v_proj$", ".txt_attn.qkv#2"),
+    (r"\.attn\.to_out\.0$", ".img_attn.proj"),
+    (r"\.attn\.to_add_out$", ".txt_attn.proj"),
+    (r"\.attn\.norm_added_", ".txt_attn.norm_"),
+    (r"\.attn\.norm_", ".img_attn.norm_"),
+    (r"\.norm_q$", ".norm.query_norm.scale"),
+    (r"\.norm_k$", ".norm.key_norm.scale"),
+    (r"\.ff\.", ".img_mlp."),
+    (r"\.ff_context\.", ".txt_mlp."),
+    (r"_mlp\.linear_in$", "_mlp.0"),
+    (r"_mlp\.linear_out$", "_mlp.2"),
+)
+
 WAN: Renames = (
     (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
     (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
@@ -80,4 +112,16 @@ Z_IMAGE: Renames = (  # ComfyUI's files
     (r"\.attention\.norm_([qk])$", r".attention.\1_norm"),
     (r"^all_x_embedder\.\d+-1$", "x_embedder"),
     (r"^all_final_layer\.\d+-1\.", "final_layer."),
+)
+
+LTX2: Renames = (
+    (r"^(audio_)?proj_in$", r"\1patchify_proj"),
+    (r"^time_embed\.", "adaln_single."),
+    (r"^audio_time_embed\.", "audio_adaln_single."),
+    (r"^(audio_)?prompt_adaln\.", r"\1prompt_adaln_single."),
+    (r"^av_cross_attn_(video|audio)_scale_shift\.", r"av_ca_\1_scale_shift_adaln_single."),
+    (r"^av_cross_attn_video_a2v_gate\.", "av_ca_a2v_gate_adaln_single."),
+    (r"^av_cross_attn_audio_v2a_gate\.", "av_ca_v2a_gate_adaln_single."),
+    (r"\.norm_([qk])$", r".\1_norm"),
+    (r"\.(video|audio)_a2v_cross_attn_scale_shift_table$", r".scale_shift_table_a2v_ca_\1"),
 )

@@ -5,46 +5,48 @@ The attribute names of the transformer are the keys of the diffusers checkpoint.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL.Image import Image, Resampling
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sgld import inputs
 from sgld.errors import BadRequest, ModelError
-from sgld.messages import Load
-from sgld.models.base import Conditioning, NativeModel, Schedule
-from sgld.models.components import NO_NORMALIZATION, ComponentLoader
+from sgld.models.base import DiffusionModel, EncodedText, EncodeRequest, Schedule
+from sgld.models.components import NO_NORMALIZATION, Component, ComponentLoader
 from sgld.models.hf_components import text_encoder, tokenizer
-from sgld.models.vae import CHUNK_PIXELS, Vae
-from sgld.models.vae_encoder import VaeEncoder, has_encoder
+from sgld.models.vae import CHUNK_PIXELS
+from sgld.models.vae_encoder import WanAutoencoder
 from sgld.nn.attention import Backend
-from sgld.nn.blocks import Denoiser, Embedder, FeedForward, sinusoid
-from sgld.nn.mmdit import JointAttention, OutNorm, TokenLayout, finite, modulate
+from sgld.nn.blocks import DiffusionTransformer, FeedForward, TimestepEmbedder
+from sgld.nn.mmdit import JointAttention, OutNorm, TokenLayout, finite, modulate, pack, unpack
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_at
+from sgld.nn.runner import StepContext
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json
+from sgld.nn.weights import Architecture
 from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams, near
-from sgld.platform import Platform
+
+Grid = tuple[int, int]  # tokens in height and width
 
 # ---------------------------------------------------------------------------------------------- transformer
 
 PATCH = 2  # latent pixels of a token's side
-TIME_CHANNELS = 256
 
 
 @attrs.frozen
-class QwenImageConfig:
+class QwenImageConfig(Architecture):
     """Architecture numbers, as in transformer/config.json."""
+
+    supported: ClassVar[Mapping[str, object]] = {
+        "guidance_embeds": False, "use_additional_t_cond": False, "use_layer3d_rope": False, "patch_size": PATCH,
+    }  # fmt: skip
 
     num_attention_heads: int
     attention_head_dim: int
@@ -65,97 +67,88 @@ class QwenImageConfig:
         """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
+    def fault(self) -> str | None:
+        if self.in_channels != (needed := PATCH**2 * self.out_channels):
+            return f"in_channels is {self.in_channels}; only {needed} is supported"
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            return f"axes_dims_rope is {self.axes_dims_rope}; its sum must be {self.attention_head_dim}"
+        return None
+
 
 @attrs.frozen(eq=False)
-class BranchInputs:
-    """One branch of the conditioning: text [1, L, C], and the input pictures' tokens [1, S', 4C], if there are any."""
+class QwenInputs:
+    """The inputs of one guidance branch beside the noise."""
 
-    text: Tensor
-    pictures: Tensor | None
-    place: TokenLayout
-    still: Tensor | None  # [S/n], 1 for tokens that are always at time 0, else 0; None: there are none
-
-
-class TimeEmbedding(nn.Module):
-    """The embedding of the time; key `timestep_embedder`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.timestep_embedder = Embedder(TIME_CHANNELS, dim, F.silu)
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t [B] in [0, 1000] -> [B, C]"""
-        y: Tensor = self.timestep_embedder(sinusoid(t, TIME_CHANNELS).to(dtype))
-        return y
+    text: Tensor  # [1, L, C]
+    pictures: Tensor | None  # tokens [1, S', 4C] of the input pictures
+    layout: TokenLayout  # of the latents, and after them the input pictures
+    clean: Tensor | None  # [S/n], 1 for tokens that are always at time 0, else 0; None: there are none
 
 
 class QwenImageBlock(nn.Module):
     """Two streams, each with weights of its own, that attend to both."""
 
-    def __init__(self, c: QwenImageConfig, among: SequenceAttention):
+    def __init__(self, c: QwenImageConfig, attention: SequenceAttention):
         super().__init__()
         self.img_mod, self.txt_mod = (nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim)) for _ in range(2))
-        self.attn = JointAttention(c.dim, c.num_attention_heads, c.attention_head_dim, among)
+        self.attn = JointAttention(c.dim, c.num_attention_heads, c.attention_head_dim, attention)
         self.img_mlp, self.txt_mlp = (FeedForward(c.dim, 4 * c.dim) for _ in range(2))
 
-    def forward(self, x: Tensor, text: Tensor, emb: Tensor, told: BranchInputs) -> tuple[Tensor, Tensor]:
-        """x [1, S/n, C] and text [1, L, C] at the embeddings [1 or 2, C] of the time, and of time 0."""
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor, branch: QwenInputs) -> tuple[Tensor, Tensor]:
+        """Return x [1, S/n, C] and text [1, L, C] after the block; emb [1 or 2, C] is of the time, and of time 0."""
         mod, own = self.img_mod(emb).chunk(6, -1), self.txt_mod(emb[:1])[:, None].chunk(6, -1)
-        each = partial(spread, told.still)
-        y, z = self.attn(modulate(x, each(mod[0]), each(mod[1])), modulate(text, *own[:2]), told.place)
+        each = partial(spread, branch.clean)
+        y, z = self.attn(modulate(x, each(mod[0]), each(mod[1])), modulate(text, *own[:2]), branch.layout)
         x, text = x + each(mod[2]) * y, text + own[2] * z
         x = x + each(mod[5]) * self.img_mlp(modulate(x, each(mod[3]), each(mod[4])))
         text = text + own[5] * self.txt_mlp(modulate(text, *own[3:5]))
         return finite(x), finite(text)
 
 
-def spread(still: Tensor | None, mod: Tensor) -> Tensor:
-    """What modulates each token: [1, 1, C] of one time, or [1, S/n, C] of two, picked by 0 and 1."""
-    return mod[:, None] if still is None else mod[still][None]
+def spread(clean: Tensor | None, mod: Tensor) -> Tensor:
+    """Return each token's modulation: [1, 1, C] of one time, or [1, S/n, C] of two, picked by 0 and 1."""
+    return mod[:, None] if clean is None else mod[clean][None]
 
 
-class QwenImageTransformer(Denoiser):
-    """Velocity of latents x [1, C, 1, h, w] at one time."""
+class QwenImageTransformer(DiffusionTransformer):
+    """Predicts the velocity of latents x [1, C, 1, h, w] at one time."""
+
+    frequencies = 256
 
     def __init__(self, c: QwenImageConfig, mesh: Mesh, backend: Backend):
         super().__init__()
         self.config, self.mesh = c, mesh
-        among = SequenceAttention(mesh, backend)
-        self.time_text_embed = TimeEmbedding(c.dim)
+        attention = SequenceAttention(mesh, backend)
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(self.frequencies, c.dim)})
         self.txt_norm = nn.RMSNorm(c.joint_attention_dim, eps=1e-6)
         self.img_in, self.txt_in = nn.Linear(c.in_channels, c.dim), nn.Linear(c.joint_attention_dim, c.dim)
-        self.transformer_blocks = nn.ModuleList(QwenImageBlock(c, among) for _ in range(c.num_layers))
+        self.transformer_blocks = nn.ModuleList(QwenImageBlock(c, attention) for _ in range(c.num_layers))
         self.norm_out = OutNorm(c.dim)
         self.proj_out = nn.Linear(c.dim, PATCH**2 * c.out_channels)
 
-    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
-        split, tokens = self.mesh.tokens, pack(x)
-        sequence = tokens if told.pictures is None else torch.cat([tokens, told.pictures], 1)
-        h = self.img_in(split.shard(sequence.to(self.dtype), 1))
-        text = self.txt_in(self.txt_norm(told.text.to(self.dtype)))
-        times = t.view(1) if told.still is None else torch.stack([t, torch.zeros_like(t)])
-        emb = self.time_text_embed(times.to(x.device), self.dtype)
-        for block in self.walk(self.transformer_blocks):
-            h, text = block(h, text, emb, told)
-        h = split.gather(self.proj_out(self.norm_out(h, emb[:1])), 1, told.place.tokens)
-        return unpack(h[:, : tokens.shape[1]], x.shape[-2:])
+    def forward(self, x: Tensor, t: Tensor, branch: QwenInputs, step: StepContext) -> Tensor:
+        """Predict for latents x [1, C, 1, h, w] at time t in [0, 1000]."""
+        split, tokens = self.mesh.tokens, pack(x[:, :, 0])
+        sequence = tokens if branch.pictures is None else torch.cat([tokens, branch.pictures], 1)
+        h = self.img_in(split.shard(sequence.to(self.compute_dtype), 1))
+        text = self.txt_in(self.txt_norm(branch.text.to(self.compute_dtype)))
+        times = t.view(1) if branch.clean is None else torch.stack([t, torch.zeros_like(t)])
+        emb = self.time_text_embed["timestep_embedder"](times.to(x.device))
+
+        def call(block: nn.Module, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return block(*hidden, emb, branch)  # type: ignore[no-any-return]
+
+        h, _ = self.runner.run(self.transformer_blocks, (h, text), call, step)
+        h = split.gather(self.proj_out(self.norm_out(h, emb[:1])), 1, branch.layout.tokens)
+        return unpack(h[:, : tokens.shape[1]], tokens_of(x))[:, :, None]
 
 
-def pack(x: Tensor) -> Tensor:
-    """Latents [1, C, 1, h, w] to tokens [1, h/2 * w/2, 4C]."""
-    B, C, _, h, w = x.shape
-    x = x.reshape(B, C, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, h * w // PATCH**2, C * PATCH**2)
+def tokens_of(z: Tensor) -> Grid:
+    """Return the rows and columns of tokens of latents [..., h, w]."""
+    return z.shape[-2] // PATCH, z.shape[-1] // PATCH
 
 
-def unpack(x: Tensor, sides: Sequence[int]) -> Tensor:
-    """Tokens to latents of height and width `sides`."""
-    h, w = sides
-    x = x.view(len(x), h // PATCH, w // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(len(x), -1, 1, h, w)
-
-
-# ------------------------------------------------------------------------------------------------- prompts
+# --------------------------------------------------------------------------------------------- text encoder
 
 USER, ASSISTANT = "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 PAD = "<|image_pad|>"  # the place of a picture's token in a prompt
@@ -175,90 +168,104 @@ LONGEST = 100  # times its other side: an input picture's longer one
 
 
 @attrs.frozen
-class Form:
-    """What a pipeline class makes of prompts and pictures."""
+class PromptForm:
+    """How a pipeline class presents prompts and pictures to the text encoder."""
 
     system: str
     drop: int  # tokens that stand before the user's; their hidden states are left out
     steps: int = 50
-    most: int = 0  # pictures
+    max_pictures: int = 0
     numbered: bool = False  # each picture has a number, and is seen small
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Components."""
-        return ("tokenizer", "text_encoder", "vae", "scheduler", "transformer") + ("processor",) * (self.most > 0)
-
     def marks(self, counts: Sequence[int]) -> str:
-        """What stands for pictures of so many tokens, before the user's words."""
+        """Return the placeholders of pictures of so many tokens, which come before the user's words."""
         heads = [f"Picture {i}: " if self.numbered else "" for i, _ in enumerate(counts, 1)]
         return "".join(head + SEEN.replace(PAD, PAD * n) for head, n in zip(heads, counts, strict=True))
 
 
 FORMS = {
-    "QwenImagePipeline": Form(DRAW + USER, 34),
-    "QwenImageEditPipeline": Form(EDIT + USER, 64, most=1),
-    "QwenImageEditPlusPipeline": Form(EDIT + USER, 64, steps=40, most=16, numbered=True),
+    "QwenImagePipeline": PromptForm(DRAW + USER, 34),
+    "QwenImageEditPipeline": PromptForm(EDIT + USER, 64, max_pictures=1),
+    "QwenImageEditPlusPipeline": PromptForm(EDIT + USER, 64, steps=40, max_pictures=16, numbered=True),
 }
 
 
-class PromptEncoder:
-    """Prompts and pictures to hidden states, by Qwen2.5-VL (https://arxiv.org/abs/2502.13923)."""
+@attrs.frozen(eq=False)
+class Seen:
+    """The input pictures as the text encoder takes them; prepared once for all prompts of a request."""
 
-    def __init__(self, parts: ComponentLoader, form: Form):
+    inputs: Mapping[str, Tensor]  # patches, and the grid of each picture
+    before: str  # the chat up to the user's words
+    tokens: int  # of `before`
+
+
+@attrs.frozen(eq=False)
+class QwenText:
+    """Hidden states [1, L, C] of prompts and pictures, by Qwen2.5-VL (https://arxiv.org/abs/2502.13923)."""
+
+    tokenizer: Any
+    processor: Any  # None where no pictures are seen
+    module: Any
+    form: PromptForm
+    component = "text_encoder"
+
+    @classmethod
+    def load(cls, parts: ComponentLoader, form: PromptForm) -> QwenText:
+        """Load text_encoder, tokenizer, and where pictures are seen the processor.
+
+        Raises:
+            ModelError: a tokenizer with other tokens for the model's own words.
+        """
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        self.form, sees = form, form.most > 0
-        self.tokenizer = tokenizer(parts, "tokenizer")
-        if (known := len(self.tokens(form.system))) != form.drop:
+        words, sees = tokenizer(parts, "tokenizer"), form.max_pictures > 0
+        if (known := len(words(form.system).input_ids)) != form.drop:
             raise ModelError(
                 f"{parts.path('tokenizer')}: it makes {known} tokens of the model's own words, not {form.drop}"
             )
-        self.processor: Any = image_processor(parts.path("processor")) if sees else None
+        processor = image_processor(parts.path("processor")) if sees else None
         whole, layers = Qwen2_5_VLForConditionalGeneration, "language_model.layers"
-        self.module = text_encoder(parts, "text_encoder", whole, layers, partial(trunk, sees))
+        return cls(words, processor, text_encoder(parts, cls.component, whole, layers, partial(trunk, sees)), form)
 
-    def tokens(self, text: str) -> list[int]:
-        """Of a text with the model's special tokens."""
-        found: list[int] = self.tokenizer(text).input_ids
-        return found
-
-    def look(self, pictures: Sequence[Image]) -> dict[str, Tensor]:
-        """Patches of pictures, and the grid of each, as the module takes them."""
-        if not pictures or self.processor is None:
-            return {}
-        seen = self.processor(list(pictures), return_tensors="pt")
-        return {name: x.to(self.module.device) for name, x in seen.items()}
-
-    def encode(self, prompt: str, seen: dict[str, Tensor], length: int) -> tuple[Tensor, int, str | None]:
-        """Hidden states [1, L, C], the prompt's tokens, at most `length`, and a warning when it was cut.
-
-        Raises:
-            BadRequest: the prompt holds the mark of a picture.
-        """
-        counts = [int(n) // self.processor.merge_size**2 for n in seen["image_grid_thw"].prod(-1)] if seen else []
-        if counts and PAD in prompt:
-            raise BadRequest(f"it holds {PAD}, which stands for a picture", field="prompt")
+    def see(self, request: EncodeRequest) -> Seen:
+        """Prepare the pictures of a request, which are scaled to a fixed area."""
+        check_shapes(request.pictures)
+        if not request.pictures or self.processor is None:
+            return Seen({}, self.form.system, self.form.drop)
+        area = GLANCE_AREA if self.form.numbered else PICTURE_AREA
+        found = self.processor([resized(picture, area) for picture in request.pictures], return_tensors="pt")
+        counts = [int(n) // self.processor.merge_size**2 for n in found["image_grid_thw"].prod(-1)]
         before = self.form.system + self.form.marks(counts)
-        found, own = self.tokens(before + prompt + ASSISTANT), len(self.tokens(before))
-        note = None
-        if (given := len(found) - own) > length:
-            note = f"prompt cut from {given} to {length} tokens, the most this request allows"
-        ids = torch.tensor([found[: own + length]], device=self.module.device)
-        kinds = {"mm_token_type_ids": (ids == self.tokenizer.convert_tokens_to_ids(PAD)).int()} if seen else {}
-        hidden = self.module(input_ids=ids, use_cache=False, **seen, **kinds).last_hidden_state
-        return hidden[:, self.form.drop :], min(given, length), note
+        patches = {name: x.to(self.module.device) for name, x in found.items()}
+        return Seen(patches, before, len(self.tokenizer(before).input_ids))
+
+    def encode(self, name: str, prompt: str, request: EncodeRequest) -> EncodedText:
+        """Encode a prompt after the pictures. Raises `BadRequest` for a prompt that holds a picture's placeholder."""
+        if "seen" not in request.store:
+            request.store["seen"] = self.see(request)
+        seen: Seen = request.store["seen"]
+        if seen.inputs and PAD in prompt:
+            raise BadRequest(f"it holds {PAD}, which stands for a picture", field="prompt")
+        found, length = self.tokenizer(seen.before + prompt + ASSISTANT).input_ids, request.params.max_sequence_length
+        if (count := len(found) - seen.tokens) > length:
+            words = name.replace("_", " ")
+            request.notes.append(f"{words} cut from {count} to {length} tokens, the most this request allows")
+        ids = torch.tensor([found[: seen.tokens + length]], device=self.module.device)
+        placeholder = self.tokenizer.convert_tokens_to_ids(PAD)
+        kinds = {"mm_token_type_ids": (ids == placeholder).int()} if seen.inputs else {}
+        states = self.module(input_ids=ids, use_cache=False, **seen.inputs, **kinds).last_hidden_state
+        return EncodedText(states[:, self.form.drop :], min(count, length))
 
 
 def trunk(sees: bool, whole: Any) -> Any:
-    """Qwen2.5-VL without the head that says the next word, and without eyes where no picture is shown to it."""
+    """Cut Qwen2.5-VL down: no head for the next word, and no vision tower where no picture is seen."""
     if not sees:
         whole.model.visual = None
     return whole.model
 
 
 def image_processor(folder: Path) -> Any:
-    """That of transformers which works on PIL's pictures. Raises `ModelError`."""
+    """Load the image processor that works on PIL's pictures. Raises `ModelError`."""
     from transformers import Qwen2VLImageProcessorPil
 
     try:
@@ -278,183 +285,148 @@ NEGATIVE_2512 = (  # coarse, deformed, oversaturated, waxen, too smooth, confuse
 )
 
 
-class QwenImage(NativeModel):
+class QwenImage(DiffusionModel):
     """QwenImagePipeline, QwenImageEditPipeline and QwenImageEditPlusPipeline checkpoints."""
 
-    def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
-        self._form = form = FORMS[read_json(load.folder / "model_index.json")["_class_name"]]
-        self.parts = parts = ComponentLoader(load, mesh, platform, progress, form.needs)
-        self.scheduler = parts.scheduler
-        parts.needs_euler()
-        self._config = c = config_of(parts)
-        self._defaults = self._read_defaults(load)
-        mesh = parts.share(c.num_attention_heads, self._defaults.get("guidance_scale", 1.0) > 1)
-        keep, s = parts.offloader, load.settings
-        parts.torch_only("vae", "its attention has a single head of many channels")
-        self._text = PromptEncoder(parts, form)
-        make = partial(QwenImageTransformer, c, mesh)
-        self._transformer = parts.transformer(
-            "transformer", make, c.attention_head_dim, ("transformer_blocks",), crosses=False
-        )
-        self.lora = parts.lora({"transformer": self._transformer}, ())
-        vae, rows = parts.dtype("vae"), mesh.all if s.parallel_decode else None
-        self._vae = Vae(parts.path("vae"), s, vae, mesh.device, keep.keeper("vae"), rows)
-        parts.loaded(self._vae.module)
-        self.parallel_decode = s.parallel_decode
-        self._takes_pictures = s.vae_config.load_encoder and has_encoder(parts.path("vae"))
-        if form.most and not s.vae_config.load_encoder:
-            raise BadRequest("vae_config.load_encoder: this model cannot work without the encoder", "load_encoder")
-        self._load_encoder = partial(VaeEncoder, parts.path("vae"), s, vae, mesh.device, keep.keeper("vae_encoder"))
-        self._encoder = self._load_encoder() if form.most else None
-        self._check_widths()
-        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
-        self.info = self._describe()
+    architecture = Component(QwenImageTransformer, QwenImageConfig, ("transformer_blocks",), crosses=False)
+    empty_negative_prompt = SPACE
+    patch = (PATCH, PATCH)
 
-    def _check_widths(self) -> None:
-        """Raise `ModelError` when components that were put together do not fit."""
-        c, latent, text = self._config, self._vae.channels, self._text.module.config.text_config.hidden_size
-        if (latent, text) != (c.out_channels, c.joint_attention_dim):
-            raise ModelError(
-                f"the components do not fit: the transformer takes {c.out_channels} latent channels and text of "
-                f"{c.joint_attention_dim}, the vae has {latent} channels, the text encoder makes {text}"
+    config: QwenImageConfig
+    vae: WanAutoencoder
+
+    @property
+    def form(self) -> PromptForm:
+        """How its pipeline class presents prompts and pictures."""
+        return FORMS[self.parts.index["_class_name"]]
+
+    @property
+    def edits(self) -> bool:
+        """Whether it edits pictures; else denoising begins with the picture."""
+        return self.form.max_pictures > 0
+
+    def known_defaults(self) -> Mapping[str, Any]:
+        later = "Qwen-Image-2512" in f"{self.parts.settings.model.model_path} {self.parts.folder}"
+        width, height = (1024, 1024) if self.edits else (1280, 720)
+        return {
+            "width": width, "height": height, "num_inference_steps": self.form.steps, "guidance_scale": 4.0,
+            "negative_prompt": NEGATIVE_2512 if later else SPACE, "max_sequence_length": 512,
+        }  # fmt: skip
+
+    def load_components(self) -> None:
+        if self.edits:
+            self.parts.need("processor")
+        self.text = QwenText.load(self.parts, self.form)
+        self.text_encoders = (self.text,)
+        self.vae = WanAutoencoder(self.parts)
+        if self.edits:
+            if not self.parts.settings.memory.vae_config.load_encoder:
+                raise BadRequest("this model cannot work without the encoder", field="vae_config.load_encoder")
+            self.vae.load_encoder()
+
+    def widths(self) -> tuple[tuple[int, int], Sequence[tuple[int, int]]]:
+        c, text = self.config, self.text.module.config.text_config
+        return (c.out_channels, self.vae.channels), ((c.joint_attention_dim, text.hidden_size),)
+
+    def encode_pictures(self, request: EncodeRequest) -> list[Tensor]:
+        """Encode input pictures to latents [1, C, 1, h, w] each."""
+        if len(request.pictures) > MADE_FOR:
+            request.notes.append(
+                f"image_path: {len(request.pictures)} pictures; this model was made for 1 to {MADE_FOR}"
             )
-
-    def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
-    ) -> tuple[Conditioning, list[str]]:
-        check_shapes(pictures)
-        offloader, area = self.parts.offloader, GLANCE_AREA if self._form.numbered else PICTURE_AREA
-        offloader.need("text_encoder")
-        seen = self._text.look([resized(picture, area) for picture in pictures])
-        prompts = {"": params.prompt}
-        if self.guidance(torch.zeros(()), params) > 1:
-            prompts["negative "] = SPACE if params.negative_prompt is None else params.negative_prompt
-        read = []
-        for prompt in prompts.values():
-            raise_if_cancelled()
-            read.append(self._text.encode(prompt, seen, params.max_sequence_length))
-        notes = [kind + note for kind, (_, _, note) in zip(prompts, read, strict=True) if note]
-        if len(pictures) > MADE_FOR:
-            notes.append(f"image_path: {len(pictures)} pictures; this model was made for 1 to {MADE_FOR}")
-        offloader.need("vae_encoder")
         latents = []
-        for picture in pictures:
-            raise_if_cancelled()
-            latents.append(self._latents(picture))
-        positive, negative = [self._tell(text, latents, params) for text, _, _ in read] + [None] * (2 - len(read))
-        counts: dict[str, Any] = {"prompt_tokens": read[0][1], "latent_tokens": math.prod(self._grid(params))}
-        return Conditioning(positive, negative, **counts), notes + (self.unguided(params) if negative is None else [])
-
-    def _latents(self, picture: Image) -> Tensor:
-        """[1, C, 1, h, w]"""
-        assert self._encoder is not None
-        pixels = torch.from_numpy(np.array(resized(picture, PICTURE_AREA))).permute(2, 0, 1)[None]
-        return self._encoder.encode(2 * (pixels.float() / 255) - 1)
-
-    def _tell(self, text: Tensor, latents: Sequence[Tensor], params: SamplingParams) -> BranchInputs:
-        """One branch, with where everything stands."""
-        c, split, device = self._config, self.mesh.tokens, self.mesh.device
-        own, others = self._grid(params), [(z.shape[-2] // PATCH, z.shape[-1] // PATCH) for z in latents]
-        positions, first = stand([own, *others])
-        words = torch.arange(first, first + text.shape[1])[:, None].expand(-1, 3)
-        rope, text_rope = (rope_at(p.to(device), c.axes_dims_rope) for p in (positions, words))
-        still = (torch.arange(len(positions)) >= math.prod(own)).long().to(device) if c.zero_cond_t else None
-        return BranchInputs(
-            text,
-            torch.cat([pack(z) for z in latents], 1) if latents else None,
-            TokenLayout(split.shard(rope, 0), text_rope, len(positions)),
-            None if still is None else split.shard(still, 0),
-        )
-
-    def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
-        rows, columns = self._grid(params)
-        shape = (1, self._config.out_channels, 1, PATCH * rows, PATCH * columns)
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
+        for picture in request.pictures:
+            request.raise_if_cancelled()
+            pixels = torch.from_numpy(np.array(resized(picture, PICTURE_AREA))).permute(2, 0, 1)[None]
+            latents.append(self.encode_frames(2 * (pixels.float() / 255) - 1, request.raise_if_cancelled))
+        return latents
 
     def encode_frames(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        if self._encoder is None:  # most requests bring no picture
-            self._encoder = self._load_encoder()
-        self.parts.offloader.need("vae_encoder")
-        return self._encoder.encode(frames, raise_if_cancelled)
+        return self.vae.encode(frames, raise_if_cancelled)
 
-    def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
-        return self.shifted_by_length(params, x[0, 0].numel() // PATCH**2)
-
-    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
-        self.parts.offloader.need("transformer")
-        y: Tensor = self._transformer(x, t, told)
-        return y
-
-    def guidance(self, t: Tensor, params: SamplingParams) -> float:
-        return params.guidance_scale if params.true_cfg_scale is None else params.true_cfg_scale
-
-    def guide(self, positive: Tensor, negative: Tensor, scale: float, params: SamplingParams) -> Tensor:
-        """Every token of the guided prediction is as long as the prompt's."""
-        guided, own = (pack(v) for v in (super().guide(positive, negative, scale, params), positive.float()))
-        guided = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-        return unpack(guided, positive.shape[-2:])
-
-    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x, raise_if_cancelled)
-
-    def _grid(self, params: SamplingParams) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        side = PATCH * self._vae.spatial
-        return params.height // side, params.width // side
-
-    def _describe(self) -> ModelInfo:
-        form = self._form
-        edits = "image-to-image" if self._takes_pictures else None
-        return self.model_info(
-            kind="image",
-            defaults=self._defaults,
-            size_multiple=PATCH * self._vae.spatial,
-            frame_multiple=1,
-            pictures=PictureRule(
-                min=int(form.most > 0),
-                max=form.most or int(self._takes_pictures),
-                starts_denoising=form.most == 0,
-                shape_from=-1,
-                multiple=PICTURE_MULTIPLE if form.most else None,
-            ),
-            unsupported=NO_NORMALIZATION,
-            tasks=tuple(filter(None, (None if form.most else "text-to-image", edits))),
-            max_tokens=MAX_TOKENS,
-            memory=self._memory(),
+    def branch(
+        self, texts: Sequence[EncodedText], pictures: Sequence[Tensor] | None, params: SamplingParams
+    ) -> QwenInputs:
+        c, split, device = self.config, self.mesh.tokens, self.mesh.device
+        text, latents, own = texts[0].states, pictures or (), self.latent_tokens(params)
+        rows, columns = self.latent_shape(params)[-2:]
+        positions, first = place([(rows // PATCH, columns // PATCH), *(tokens_of(z) for z in latents)])
+        words = torch.arange(first, first + text.shape[1])[:, None].expand(-1, 3)
+        rope, text_rope = (rope_at(p.to(device), c.axes_dims_rope) for p in (positions, words))
+        clean = (torch.arange(len(positions)) >= own).long().to(device) if c.zero_cond_t else None
+        return QwenInputs(
+            text,
+            torch.cat([pack(z[:, :, 0]) for z in latents], 1) if latents else None,
+            TokenLayout(split.shard(rope, 0), text_rope, len(positions)),
+            None if clean is None else split.shard(clean, 0),
         )
 
-    def _memory(self) -> Memory:
-        """As Wan's. The base holds the tokens of the text, and what the text encoder sees of a picture."""
-        c, dtype = self._config, self._transformer.dtype
-        text = self._text.module.config.text_config
-        token = self.parts.token_bytes(c.dim, 4 * c.dim, dtype) + 48 * c.in_channels
-        seen = PICTURE_AREA if self._form.most else 0  # pixels
-        tokens = seen // (PATCH * self._vae.spatial) ** 2
-        word = (3 * text.intermediate_size + 8 * text.hidden_size) * self._text.module.dtype.itemsize
+    def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
+        side = PATCH * self.vae.spatial
+        return 1, self.config.out_channels, 1, PATCH * (params.height // side), PATCH * (params.width // side)
+
+    def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
+        return self.shifted_by_length(params, self.latent_tokens(params))
+
+    def guidance_scale(self, params: SamplingParams) -> float:
+        return params.guidance_scale if params.true_cfg_scale is None else params.true_cfg_scale
+
+    def forward(self, x: Tensor, t: Tensor, branch: QwenInputs, step: StepContext) -> Tensor:
+        return self.transformer(x, t, branch, step)  # type: ignore[no-any-return]
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float, params: SamplingParams) -> Tensor:
+        """Guide, with every token of the guided prediction as long as the prompt's."""
+        guided = super().guide(positive, negative, scale, params)
+        tokens, own = (pack(v[:, :, 0]) for v in (guided, positive.float()))
+        tokens = tokens * (own.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True))
+        return unpack(tokens, tokens_of(positive))[:, :, None]
+
+    def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
+        return self.vae.decode(x, raise_if_cancelled)
+
+    def describe(self) -> ModelInfo:
+        most, takes_pictures = self.form.max_pictures, self.vae.can_encode
+        tasks = () if self.edits else ("text-to-image",)
+        return self.model_info(
+            kind="image",
+            defaults=self.defaults,
+            size_multiple=PATCH * self.vae.spatial,
+            frame_multiple=1,
+            pictures=PictureRule(
+                min=int(self.edits),
+                max=most or int(takes_pictures),
+                starts_denoising=not self.edits,
+                shape_from=-1,
+                multiple=PICTURE_MULTIPLE if self.edits else None,
+            ),
+            unsupported=NO_NORMALIZATION,
+            tasks=tasks + (("image-to-image",) if takes_pictures else ()),
+            max_tokens=MAX_TOKENS,
+            memory=self.memory(),
+        )
+
+    def memory(self) -> Memory:
+        """Estimate as Wan's; the base holds the tokens of the text, and the text encoder's of a picture."""
+        c, text, decoder = self.config, self.text.module, self.vae.decoder
+        token = self.parts.token_bytes(c.dim, 4 * c.dim, self.transformer.compute_dtype) + 48 * c.in_channels
+        seen = PICTURE_AREA if self.edits else 0  # pixels
+        tokens = seen // (PATCH * self.vae.spatial) ** 2
+        t = text.config.text_config
+        word = (3 * t.intermediate_size + 8 * t.hidden_size) * text.dtype.itemsize
         return self.parts.memory(
-            self._vae.tiling,
+            decoder.tiling,
             base=2**25 + max(MAX_TOKENS * token, (MAX_TOKENS + tokens) * word),
             token=token,
             picture=tokens * token,
             picture_pixels=seen // 2,  # the encoder has half as many channels as the decoder
             pixel=27,
-            chunk_pixel=self._vae.chunk_pixel_bytes,
+            chunk_pixel=decoder.chunk_pixel_bytes,
             chunk_pixels=CHUNK_PIXELS,
         )
 
-    def _read_defaults(self, load: Load) -> dict[str, Any]:
-        """The folder's generation_config.json, else those of the known checkpoint."""
-        form = self._form
-        later = "Qwen-Image-2512" in f"{load.settings.model_path} {load.folder}"
-        width, height = (1024, 1024) if form.most else (1280, 720)
-        return self.parts.defaults(
-            {"width": width, "height": height, "num_inference_steps": form.steps, "guidance_scale": 4.0,
-             "negative_prompt": NEGATIVE_2512 if later else SPACE, "max_sequence_length": 512}
-        )  # fmt: skip
 
-
-def stand(grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
-    """Positions [S, 3] of the tokens of pictures, the middle of each at 0; and the text's first, after all of them."""
+def place(grids: Sequence[Grid]) -> tuple[Tensor, int]:
+    """Return positions [S, 3] of the tokens of pictures, the middle of each at 0; and the text's first, after them."""
     positions = [
         torch.cartesian_prod(torch.tensor([i]), torch.arange(h) - (h - h // 2), torch.arange(w) - (w - w // 2))
         for i, (h, w) in enumerate(grids)
@@ -463,7 +435,7 @@ def stand(grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
 
 
 def resized(picture: Image, area: int) -> Image:
-    """The picture's shape in about that area."""
+    """Scale a picture to about an area in pixels; it keeps its shape."""
     return picture.resize(near(area, picture.size, PICTURE_MULTIPLE), Resampling.LANCZOS)
 
 
@@ -472,21 +444,3 @@ def check_shapes(pictures: Sequence[Image]) -> None:
     for picture in pictures:
         if max(picture.size) > LONGEST * min(picture.size):
             raise inputs.refused(picture, f"is too long; one side may be {LONGEST} times the other")
-
-
-def config_of(parts: ComponentLoader) -> QwenImageConfig:
-    """The numbers of the transformer's config.json.
-
-    Raises:
-        ModelError: another architecture.
-    """
-    file = parts.path("transformer") / "config.json"
-    c: QwenImageConfig = pick(parts.config("transformer"), QwenImageConfig, file)
-    for name, needed in (
-        ("guidance_embeds", False), ("use_additional_t_cond", False), ("use_layer3d_rope", False),
-        ("patch_size", PATCH), ("in_channels", PATCH**2 * c.out_channels),
-        ("axes_dims_rope", (*c.axes_dims_rope[:2], c.attention_head_dim - sum(c.axes_dims_rope[:2]))),
-    ):  # fmt: skip
-        if (value := getattr(c, name)) != needed:
-            raise ModelError(f"{file}: {name} is {value!r}; only {needed!r} is supported")
-    return c

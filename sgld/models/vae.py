@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.parallel import Axis
 from sgld.nn.weights import Keeper, load_module, pick, read_json
+from sgld.settings import Settings, VaeConfig
 
 
 class Past(dict[nn.Module, Tensor]):
@@ -93,7 +93,7 @@ class CausalConv3d(nn.Module):
         return F.conv2d(x, weight, self.bias, padding=past.padding(self.side))
 
 
-class RMSNorm(nn.Module):
+class ChannelRMSNorm(nn.Module):
     """Each pixel's channels scaled to unit length, times sqrt(C) and gamma."""
 
     def __init__(self, dim: int, axes: int):
@@ -110,8 +110,8 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, dim_in: int, dim: int):
         super().__init__()
-        self.norm1, self.conv1 = RMSNorm(dim_in, 3), CausalConv3d(dim_in, dim, 3, 3)
-        self.norm2, self.conv2 = RMSNorm(dim, 3), CausalConv3d(dim, dim, 3, 3)
+        self.norm1, self.conv1 = ChannelRMSNorm(dim_in, 3), CausalConv3d(dim_in, dim, 3, 3)
+        self.norm2, self.conv2 = ChannelRMSNorm(dim, 3), CausalConv3d(dim, dim, 3, 3)
         self.conv_shortcut = CausalConv3d(dim_in, dim, 1, 1) if dim_in != dim else None
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
@@ -126,7 +126,7 @@ class FrameAttention(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = RMSNorm(dim, 2)
+        self.norm = ChannelRMSNorm(dim, 2)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
@@ -201,7 +201,9 @@ class UpBlock(nn.Module):
         return x[f - 1 :] if first else x
 
 
-class Decoder(nn.Module):
+class WanDecoderBlocks(nn.Module):
+    """The decoder behind `post_quant_conv`."""
+
     def __init__(self, c: WanVaeConfig):
         super().__init__()
         dims = [(c.decoder_base_dim or c.base_dim) * m for m in (c.dim_mult[-1], *reversed(c.dim_mult))]
@@ -216,7 +218,7 @@ class Decoder(nn.Module):
             )
             for i in range(last + 1)
         )  # fmt: skip
-        self.norm_out = RMSNorm(dims[-1], 3)
+        self.norm_out = ChannelRMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, 3, 3)
 
     def forward(self, x: Tensor, past: Past, own: Past, first: bool) -> Tensor:
@@ -236,7 +238,7 @@ class WanDecoder(nn.Module):
         super().__init__()
         self.config = c
         self.post_quant_conv = CausalConv3d(c.z_dim, c.z_dim, 1, 1)
-        self.decoder = Decoder(c)
+        self.decoder = WanDecoderBlocks(c)
 
     def forward(
         self, z: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None, rows: Axis | None = None
@@ -301,9 +303,9 @@ class Vae:
         offload: Keeper | None = None,
         rows: Axis | None = None,
     ):
-        if not settings.vae_config.load_decoder:
+        if not settings.memory.vae_config.load_decoder:
             raise BadRequest("vae_config.load_decoder: this model cannot work without the decoder", "load_decoder")
-        if (mode := settings.vae_config.parallel_decode_mode) == "tiled":
+        if (mode := settings.memory.vae_config.parallel_decode_mode) == "tiled":
             path = "vae_config.parallel_decode_mode"
             raise BadRequest(f"{mode!r}: this model's decode is shared row by row; use auto or spatial", field=path)
         c = vae_config(folder / "config.json")
@@ -313,7 +315,7 @@ class Vae:
         self.module = load_module(lambda: WanDecoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(-1, 1, 1).to(device, dtype) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
-        self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
+        self.tiling = Tiling.of(settings.memory.vae_config, self.spatial) if settings.memory.tiles() else None
         self.rows = rows or Axis()
 
     def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:

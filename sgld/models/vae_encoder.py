@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sgld.config import Settings
 from sgld.models.components import ComponentLoader
 from sgld.models.vae import (
     CHUNK_PIXELS,
     CausalConv3d,
+    ChannelRMSNorm,
     MidBlock,
     Past,
     ResidualBlock,
-    RMSNorm,
     Tiling,
     Vae,
     WanVaeConfig,
@@ -33,6 +32,7 @@ from sgld.models.vae import (
 )
 from sgld.nn.weights import Keeper, load_module, weight_files
 from sgld.params import SamplingParams
+from sgld.settings import Settings
 
 
 class HalvingConv(CausalConv3d):
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
             if i < last:
                 self.down_blocks.append(Downsample(dim, in_time[i]))
         self.mid_block = MidBlock(dims[-1])
-        self.norm_out = RMSNorm(dims[-1], 3)
+        self.norm_out = ChannelRMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, 3, 3)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
@@ -170,7 +170,7 @@ class VaeEncoder:
         self.module = load_module(lambda: WanEncoder(c), folder, dtype, device, unused=unused, offload=offload)
         self.mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(device) for v in (c.latents_mean, c.latents_std))
         self.precision = 1.0 / std
-        self.tiling = Tiling.of(settings.vae_config, self.spatial) if settings.tiles() else None
+        self.tiling = Tiling.of(settings.memory.vae_config, self.spatial) if settings.memory.tiles() else None
 
     def encode(self, pictures: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
         """Pictures [N, 3, H, W] in [-1, 1], N = 4k+1, to latents float32 [1, C, k+1, H/8, W/8].
@@ -205,12 +205,12 @@ class WanAutoencoder:
         s, folder, keep = parts.settings, parts.path("vae"), parts.offloader
         parts.torch_only("vae", "its attention has a single head of many channels")
         dtype, device = parts.dtype("vae"), parts.mesh.device
-        rows = parts.mesh.all if s.parallel_decode else None
+        rows = parts.mesh.all if s.memory.parallel_decode else None
         self.decoder = Vae(folder, s, dtype, device, keep.keeper("vae"), rows)
         parts.loaded(self.decoder.module)
         d = self.decoder
         self.channels, self.spatial, self.temporal = d.channels, d.spatial, d.temporal
-        self.can_encode = s.vae_config.load_encoder and has_encoder(folder)
+        self.can_encode = s.memory.vae_config.load_encoder and has_encoder(folder)
         self.encoder: VaeEncoder | None = None
         self._load_encoder = partial(VaeEncoder, folder, s, dtype, device, keep.keeper("vae_encoder"))
         self._offloader = keep
@@ -222,10 +222,15 @@ class WanAutoencoder:
 
     def encode(self, frames: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Encode frames [N, 3, H, W] in [-1, 1] to latents [1, C, T, h, w]; see `VaeEncoder.encode`."""
-        if self.encoder is None:  # most requests bring no picture
-            self.encoder = self._load_encoder()
+        encoder = self.load_encoder()
         self._offloader.need("vae_encoder")
-        return self.encoder.encode(frames, raise_if_cancelled)
+        return encoder.encode(frames, raise_if_cancelled)
+
+    def load_encoder(self) -> VaeEncoder:
+        """Load the encoder unless it is loaded; most requests bring no picture."""
+        if self.encoder is None:
+            self.encoder = self._load_encoder()
+        return self.encoder
 
     def decode(self, z: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
         """Decode latents [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU."""

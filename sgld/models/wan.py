@@ -14,7 +14,6 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from sgld.config import TRANSFORMERS
 from sgld.errors import BadRequest, ModelError
 from sgld.models import names
 from sgld.models.base import Conditioning, DiffusionModel, EncodedText, EncodeRequest, Schedule
@@ -34,6 +33,7 @@ from sgld.models.wan_pictures import (
 from sgld.models.wan_transformer import TextKeys, WanConfig, WanTransformer
 from sgld.nn.runner import StepContext
 from sgld.params import Memory, ModelInfo, PictureRule, SamplingParams
+from sgld.settings import TRANSFORMERS
 
 TEXT_TASKS, PICTURE_TASKS = ("text-to-video", "text-to-image"), ("image-to-video", "image-to-image")
 UNUSED = ("blocks.*.attn2.norm_added_q.", "blocks.*.to_gate_compress.")  # which nothing reads: a sparse kernel's gate
@@ -53,7 +53,7 @@ class UMT5Text:
     @classmethod
     def load(cls, parts: ComponentLoader) -> UMT5Text:
         """Load text_encoder and tokenizer."""
-        name, axis, keeper = cls.component, parts.mesh.axis(parts.settings.tp_size), parts.offloader.keeper
+        name, axis, keeper = cls.component, parts.mesh.axis(parts.settings.parallel.tp_size), parts.offloader.keeper
         parts.torch_only(name, "its attention adds a learned bias for each distance")
         folders, dtype = (parts.path("tokenizer"), parts.path(name)), parts.dtype(name)
         prompts = PromptEncoder.load(*folders, dtype, parts.mesh.device, keeper(name), axis)
@@ -91,7 +91,7 @@ class Wan(DiffusionModel):
     def times(self) -> Sequence[int] | None:
         """The times of a few-step model's steps."""
         s = self.parts.settings
-        return few_steps(s.model_path, self.parts.index["_class_name"], s.dmd_denoising_steps)
+        return few_steps(s.model.model_path, self.parts.index["_class_name"], s.model.dmd_denoising_steps)
 
     @cached_property
     def expands_times(self) -> bool:
@@ -108,7 +108,7 @@ class Wan(DiffusionModel):
         experts = 1 + ("transformer_2" in self.parts.names)
         conditioned = bool(self.config.picture_channels)
         form = Form(self.config.num_layers, experts, conditioned, self.expands_times, self.times)
-        known = defaults(self.parts.settings.model_path, form)
+        known = defaults(self.parts.settings.model.model_path, form)
         return known | ({"boundary_ratio": self.boundary} if experts == 2 else {})
 
     def load_components(self) -> None:

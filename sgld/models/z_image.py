@@ -401,7 +401,7 @@ class ZImage(DiffusionModel):
         return self.vae.decode(x[:, :, 0].to(self.vae.dtype) / self.scale + self.shift, raise_if_cancelled)
 
     def describe(self) -> ModelInfo:
-        takes_pictures = self.parts.settings.vae_config.load_encoder
+        takes_pictures = self.parts.settings.memory.vae_config.load_encoder
         return self.model_info(
             kind="image",
             defaults=self.defaults,

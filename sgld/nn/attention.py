@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sgld.config import ATTENTION_ROLES, TRANSFORMERS, Settings
 from sgld.errors import BadRequest, NotBuilt, nearest
 from sgld.platform import Platform
+from sgld.settings import ATTENTION_ROLES, TRANSFORMERS, Settings
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 AttentionLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -195,7 +195,7 @@ class Chooser:
 
     def check(self, components: tuple[str, ...]) -> None:
         """Raise `BadRequest` for a component that is not one of these, whose attention can be chosen."""
-        for name in self.settings.component_attention_backends:
+        for name in self.settings.attention.component_attention_backends:
             component, _, role = name.partition(".")
             if component not in components or (role and (component not in TRANSFORMERS or role not in ATTENTION_ROLES)):
                 roles = [f"{c}.{r}" for c in components if c in TRANSFORMERS for r in ATTENTION_ROLES]
@@ -207,14 +207,14 @@ class Chooser:
 
     def torch_only(self, component: str, why: str) -> None:
         """Raise `BadRequest` where another backend is asked for a component that torch alone can compute."""
-        name = self.settings.component_attention_backends.get(component, "torch_sdpa")
+        name = self.settings.attention.component_attention_backends.get(component, "torch_sdpa")
         if name != "torch_sdpa":
             path = f"component_attention_backends.{component}"
             raise BadRequest(f"{name} cannot be used: {why}; use torch_sdpa", field=path)
 
     def refuse(self, name: str, why: str) -> None:
         """Raise `BadRequest` where a backend is chosen for what this model has not."""
-        if name in self.settings.component_attention_backends:
+        if name in self.settings.attention.component_attention_backends:
             path = f"component_attention_backends.{name}"
             raise BadRequest(f"this model has no such attention: {why}; leave it out", field=path)
 
@@ -228,11 +228,11 @@ class Chooser:
             BadRequest: it cannot run here, or does not read a key of `attention_backend_config`; says what can.
             NotBuilt: it does not stand yet.
         """
-        given = self.settings.component_attention_backends
+        given = self.settings.attention.component_attention_backends
         first = component.removesuffix("_2")
         asked = next((n for n in (f"{component}.{role}", component, f"{first}.{role}", first) if n in given), None)
         param = f"component_attention_backends.{asked}" if asked else "attention_backend"
-        name = wanted = given[asked] if asked else self.settings.attention_backend
+        name = wanted = given[asked] if asked else self.settings.attention.attention_backend
         runs = [n for n, entry in BACKENDS.items() if entry.obstacle(self.platform, dtype, head, ring) is None]
         if name in (None, "fa"):
             flash = [n for n in FLASH if n in runs]
@@ -246,7 +246,7 @@ class Chooser:
 
     def _check_keys(self, name: str) -> None:
         keys = BACKENDS[name].keys
-        for key in self.settings.attention_backend_config or {}:
+        for key in self.settings.attention.attention_backend_config or {}:
             if key not in keys:
                 raise BadRequest(
                     f"{key!r} is no setting of {name}; it has {', '.join(keys) or 'none'}",

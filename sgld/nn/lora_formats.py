@@ -213,11 +213,11 @@ def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return next(iter(parts.values()), {})
 
 
-def _alpha_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def _alpha_keys(config: Mapping[str, object]) -> dict[str, Any]:
     return {name: config.get(name) for name in ("lora_alpha", "alpha_pattern", "use_rslora", "peft_type")}
 
 
-def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
+def _check_kind(file: Path, config: Mapping[str, object]) -> None:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
         raise NotBuilt(f"{file.name!r} is a {kind} adapter; only LoRA and DoRA are built", field="lora_path")

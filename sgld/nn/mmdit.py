@@ -147,3 +147,13 @@ class OutNorm(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.linear(F.silu(emb))[:, None].chunk(2, -1)
         return modulate(x, shift, scale)
+
+
+def pack(z: Tensor) -> Tensor:
+    """Pack latents [1, C, 2h, 2w] to tokens [1, h*w, 4C]."""
+    return F.pixel_unshuffle(z, 2).flatten(2).mT.contiguous()
+
+
+def unpack(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Unpack tokens [1, h*w, 4C] to latents [1, C, 2h, 2w]; `grid` is (h, w)."""
+    return F.pixel_shuffle(x.mT.reshape(len(x), -1, *grid), 2)

@@ -15,12 +15,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from sgld.config import TRANSFORMERS, Settings
 from sgld.errors import BadRequest
 from sgld.nn.formats import Source
 from sgld.nn.runner import BlockRunner, PlainRunner
 from sgld.nn.weights import Keeper
 from sgld.platform import Platform
+from sgld.settings import TRANSFORMERS, Settings
 
 Change = Callable[[Tensor], Tensor]  # a weight as it is stored, to the weight as it shall be; never in place
 PAGE_BYTES = 4096
@@ -146,12 +146,12 @@ class Offloader:
     @classmethod
     def of(cls, settings: Settings, platform: Platform, components: Container[str]) -> Offloader:
         """Build from the settings. Raises `BadRequest` for a flag that no component of the model answers to."""
-        asked = {flag: names for flag, names in OFFLOADED.items() if getattr(settings, flag)}
+        asked = {flag: names for flag, names in OFFLOADED.items() if settings.get(flag)}
         for flag, names in asked.items():
             if not any(name in components for name in names):
                 raise BadRequest(f"this model has no {names[0]}; leave it out", field=flag)
         layerwise = asked.pop("dit_layerwise_offload", ())
-        return cls(platform, settings.pin_cpu_memory, set(itertools.chain(*asked.values())), layerwise)
+        return cls(platform, settings.memory.pin_cpu_memory, set(itertools.chain(*asked.values())), layerwise)
 
     def keeper(self, name: str, layers: Sequence[str] = ()) -> Keeper | None:
         """Return the taker of a component for `load_module`, or None. `layers` names its lists of blocks."""

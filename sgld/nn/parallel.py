@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgld.config import Settings
 from sgld.errors import BadRequest
 from sgld.messages import RankAssignment
 from sgld.platform import Platform
+from sgld.settings import Settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -172,16 +172,26 @@ class Degrees:
             BadRequest: more workers for the heads than divide them.
         """
         s = settings
-        named = s.sp_degree or s.ulysses_degree or s.ring_degree
-        split = guided and s.num_gpus % 2 == 0 and not named if s.enable_cfg_parallel is None else s.enable_cfg_parallel
+        named = s.parallel.sp_degree or s.parallel.ulysses_degree or s.parallel.ring_degree
+        split = (
+            guided and s.parallel.num_gpus % 2 == 0 and not named
+            if s.parallel.enable_cfg_parallel is None
+            else s.parallel.enable_cfg_parallel
+        )
         cfg = 2 if split else 1
-        sequence = s.num_gpus // cfg
-        ulysses = s.ulysses_degree or (sequence // s.ring_degree if s.ring_degree else math.gcd(sequence, heads))
+        sequence = s.parallel.num_gpus // cfg
+        ulysses = s.parallel.ulysses_degree or (
+            sequence // s.parallel.ring_degree if s.parallel.ring_degree else math.gcd(sequence, heads)
+        )
         if heads % ulysses:
             fit = [d for d in range(1, sequence + 1) if sequence % d == 0 and heads % d == 0]
             name, given, allowed, rest = "ulysses_degree", str(ulysses), fit, ", and ring_degree takes the rest"
-            if not s.ulysses_degree:
-                name, given, rest = "ring_degree", f"{s.ring_degree} leaves ulysses_degree {ulysses}, and so many", ""
+            if not s.parallel.ulysses_degree:
+                name, given, rest = (
+                    "ring_degree",
+                    f"{s.parallel.ring_degree} leaves ulysses_degree {ulysses}, and so many",
+                    "",
+                )
                 allowed = [sequence // d for d in reversed(fit)]
             raise BadRequest(
                 f"{given} workers cannot share {heads} attention heads evenly; allowed for "

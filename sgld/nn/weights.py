@@ -65,7 +65,7 @@ def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
     return cls(**values)
 
 
-def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) -> None:
+def require(config: Mapping[str, object], file: Path, needed: Mapping[str, object]) -> None:
     """Raise `ModelError` where a component's config.json says something else; what it does not say is as needed."""
     for key, value in needed.items():
         if (given := config.get(key, value)) != value:
@@ -75,7 +75,7 @@ def require(config: Mapping[str, Any], file: Path, needed: Mapping[str, Any]) ->
 class Architecture:
     """The numbers of a transformer's config.json; families subclass it with attrs."""
 
-    supported: ClassVar[Mapping[str, object]] = {}  # the only value of a key that the code can follow
+    supported: ClassVar[Mapping[str, object]] = {}  # the only value of a key that the code can follow; needs no field
 
     @property
     def num_attention_heads(self) -> int:
@@ -103,18 +103,19 @@ def read_architecture(file: Path, cls: type[C]) -> C:
     """
     given = read_json(file)
     require(given, file, cls.supported)
-    config: C = pick(given, cls, file)
+    numbers = fields_of(cls)
+    config: C = pick({k: value for k, value in given.items() if k in numbers or k not in cls.supported}, cls, file)
     if (fault := config.fault()) is not None:
         raise ModelError(f"{file}: {fault}")
     return config
 
 
-def _check_type(where: str, value: Any, kind: Any) -> None:
+def _check_type(where: str, value: object, kind: Any) -> None:
     if not _fits(value, kind):
         raise ModelError(f"{where}: {shorten(value)} is not {'' if kind is bool else 'a valid '}{type_name(kind)}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: object, kind: Any) -> bool:
     """Whether a value of a JSON file has that type."""
     inner = get_args(kind)
     if get_origin(kind) in (Union, UnionType):

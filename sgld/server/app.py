@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sgld.config import Settings, user_path
+from sgld.config import user_path
 from sgld.engine.engine import Engine
 from sgld.engine.lora import LoraPlan
 from sgld.errors import SgldError, WorkerDied
@@ -35,6 +35,7 @@ from sgld.server.routes import images, info, lora, openapi, videos, webhooks
 from sgld.server.routes.openapi import DOCUMENT, DocumentCache
 from sgld.server.routes.webhooks import WEBHOOKS
 from sgld.server.service import SERVICE, Service
+from sgld.settings import Settings
 from sgld.storage.local import LocalResultStore
 
 log = logging.getLogger(__name__)
@@ -52,23 +53,23 @@ def make_app(
     """Build the application. `sampling` are the operator's defaults for requests."""
     app = web.Application(
         middlewares=[metrics.count_requests, answer_errors, authenticate],
-        client_max_size=settings.max_request_mb * 2**20,
+        client_max_size=settings.server.max_request_mb * 2**20,
     )
     engine = engine or Engine(settings)
-    fetcher = Fetcher(settings.allow_private_urls)
+    fetcher = Fetcher(settings.server.allow_private_urls)
     app[KEYS], app[METRICS] = keys if keys is not None else load_keys(settings), Metrics()
-    app[WEBHOOKS] = Webhooks(Fetcher(settings.allow_private_urls))  # slow endpoints hold up nobody's pictures
-    model = settings.served_model_name or settings.model_path
+    app[WEBHOOKS] = Webhooks(Fetcher(settings.server.allow_private_urls))  # slow endpoints hold up nobody's pictures
+    model = settings.model.served_model_name or settings.model.model_path
     store = LocalResultStore(_output_folder(settings))
     results = store.root if _has_journal(settings) else None
-    upload_folder = uploads.folder(user_path(settings.input_save_path, "input_save_path"), results)
+    upload_folder = uploads.folder(user_path(settings.storage.input_save_path, "input_save_path"), results)
     jobs = JobService(engine, Outputs(store, model, settings), upload_folder, settings, app[METRICS], app[WEBHOOKS])
     app[RESULTS], app[DOCUMENT] = store, DocumentCache()
     app[SERVICE] = Service(settings, sampling or {}, engine, jobs, fetcher, int(time.time()))
     app[METRICS].watch(lambda: jobs.scheduler.waiting, lambda: jobs.scheduler.running, lambda: engine.status.restarts)
     for module in (images, videos, lora, webhooks, info, openapi):
         app.add_routes(module.routes)
-    if settings.enable_metrics:
+    if settings.server.enable_metrics:
         app.add_routes(metrics.routes)
     app.on_response_prepare.append(_name_request)
     app.on_shutdown.append(_release)
@@ -77,13 +78,13 @@ def make_app(
 
 
 def _has_journal(settings: Settings) -> bool:
-    return bool(settings.output_path) and not settings.ephemeral
+    return bool(settings.storage.output_path) and not settings.server.ephemeral
 
 
 def _output_folder(settings: Settings) -> Path:
     """Return the folder of results: without an `output_path` a temporary one, deleted at the end."""
-    if settings.output_path:
-        return user_path(settings.output_path, "output_path")
+    if settings.storage.output_path:
+        return user_path(settings.storage.output_path, "output_path")
     return Path(tempfile.gettempdir()) / f"sgld-{uuid.uuid4().hex}"
 
 
@@ -93,7 +94,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     keeps = _has_journal(service.settings)
     journal = await Journal.open(app[RESULTS].root / JOURNAL) if keeps else None
     async with contextlib.AsyncExitStack() as stack:
-        if not service.settings.output_path:
+        if not service.settings.storage.output_path:
             await app[RESULTS].create_folder()
             stack.push_async_callback(app[RESULTS].delete_folder)
         if journal is not None:
@@ -129,9 +130,9 @@ async def load(service: Service) -> None:
     """Load the model, make one small output as a warm-up, and start the jobs."""
     started = time.perf_counter()
     service.info = await service.engine.load(_log_progress)
-    if service.settings.warmup == "server" and service.info.pictures.min:
+    if service.settings.server.warmup == "server" and service.info.pictures.min:
         log.info("warmup: none, for %s makes nothing without a picture", service.model_id)
-    elif service.settings.warmup == "server":
+    elif service.settings.server.warmup == "server":
         small = {"prompt": WARMUP_PROMPT, "seed": 0, "num_inference_steps": 1, "num_frames": 1}
         params = resolve({**service.sampling, **small}, service.info).params
         try:

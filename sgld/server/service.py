@@ -13,7 +13,6 @@ import attrs
 from aiohttp import web
 
 from sgld import media
-from sgld.config import Settings
 from sgld.convert import default_of, fields_of, shorten
 from sgld.engine.engine import Engine
 from sgld.errors import BadRequest, Forbidden, NotReady, UnknownModel
@@ -22,13 +21,14 @@ from sgld.resolve import Resolved, resolve
 from sgld.server.http.auth import IDENTITY, OWNER
 from sgld.server.http.body import Body, as_sent, read_body
 from sgld.server.http.fetch import Fetcher
-from sgld.server.http.pictures import Source, check_sources, find_sources, read_sources
+from sgld.server.http.pictures import PictureSource, check_sources, find_sources, read_sources
 from sgld.server.http.schema import CommonFields
 from sgld.server.jobs import inputs as uploads
 from sgld.server.jobs.inputs import StoredPictures
 from sgld.server.jobs.job import Job
 from sgld.server.jobs.record import JobRecord
 from sgld.server.jobs.service import JobService
+from sgld.settings import Settings
 
 F = TypeVar("F", bound=CommonFields)
 KEY, MAX_KEY_CHARACTERS = "Idempotency-Key", 255
@@ -51,7 +51,7 @@ class RequestSpec(Generic[F]):
 
     kind: str  # image or video
     fields: type  # of the body, beside SamplingParams
-    parse: Callable[[Service, dict[str, Any], Sequence[Source]], ParsedRequest[F]]
+    parse: Callable[[Service, dict[str, Any], Sequence[PictureSource]], ParsedRequest[F]]
     pictures: tuple[str, ...] = ()  # fields of the body that bring pictures
     before: JobRecord | None = None  # the job that a remix repeats
 
@@ -71,7 +71,7 @@ class Service:
 
     @property
     def model_id(self) -> str:
-        return self.settings.served_model_name or self.settings.model_path
+        return self.settings.model.served_model_name or self.settings.model.model_path
 
     @property
     def ready(self) -> bool:
@@ -95,7 +95,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that this server does not serve. Raises UnknownModel."""
-        if name not in (None, self.model_id, self.settings.model_path):
+        if name not in (None, self.model_id, self.settings.model.model_path):
             raise UnknownModel(f"{shorten(name)} is not served here; {self.model_id!r} is", field="model")
 
     async def submit(self, request: web.Request, spec: RequestSpec[F]) -> tuple[Job, F]:
@@ -123,7 +123,7 @@ class Service:
         return queued, asked.fields
 
     def _pictures(
-        self, sources: Sequence[Source], before: JobRecord | None
+        self, sources: Sequence[PictureSource], before: JobRecord | None
     ) -> AbstractAsyncContextManager[StoredPictures]:
         if before is not None:  # which may be deleted before this one ends
             return uploads.copied(before.params, self.uploads)

@@ -241,7 +241,7 @@ def check(config: Config) -> type[UniPC] | type[FlowMatchEuler]:
     return solver
 
 
-def _default(key: str, needed: Any) -> Any:
+def _default(key: str, needed: object) -> Any:
     """Return the value of an absent key in diffusers, where it differs from `needed`."""
     return {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(key, needed)
 

@@ -188,7 +188,7 @@ def test_an_error_about_a_value_names_the_flag(words: list[str], spelled: str) -
     assert caught.value.message == spelled
 
 
-@pytest.mark.parametrize("sections", [config.SECTIONS, (config.Settings,)], ids=["generate", "serve"])
+@pytest.mark.parametrize("sections", [config.SECTIONS, config.SETTINGS], ids=["generate", "serve"])
 def test_help_tells_the_default_and_the_allowed_values_of_every_flag(sections: tuple[type, ...]) -> None:
     parser = flags.parser_for("x", "", sections)
     told = [action for action in parser._actions if action.help != argparse.SUPPRESS]

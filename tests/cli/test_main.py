@@ -16,6 +16,7 @@ from sgld import cli, config
 from sgld.cli.generate import run as generate
 from sgld.cli.serve import run as serve
 from sgld.convert import fields_of, knob_of
+from sgld.settings import Settings
 from tests.cli.command import sgld as command
 
 SEEDS = Path(__file__).parent / "seeds"
@@ -147,7 +148,7 @@ def test_secrets_are_never_shown(
     assert "# s3_secret_access_key is set, and not shown\n" in told.out
     assert "s3_access_key_id: its value is not a valid text\n" in told.err
     assert not re.search("hunter2|31337|AKIA", told.out + told.err)
-    assert not re.search("hunter2", repr(config.Settings(s3_secret_access_key="hunter2")))
+    assert not re.search("hunter2", repr(Settings.of(s3_secret_access_key="hunter2")))
 
 
 def test_flags_of_the_other_command_are_named_as_such(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from sgld.cli.sources import Layer, gather, read_environment, read_file, stack
 from sgld.convert import structure
 from sgld.errors import BadRequest, UnknownField
 from sgld.params import SamplingParams
+from sgld.settings import MemorySettings
 
 EMPTY = Layer({}, {})
 
@@ -120,7 +121,7 @@ def test_the_environment_is_read_as_the_type_of_its_knob(
 def test_an_error_names_the_place_of_the_value(file: Path) -> None:
     layer = read(file, "num_inference_steps: many\nsp-size: 3\nvae_config: {tile_sample_min_width: 1}")
     told = []
-    for cls in (SamplingParams, config.Settings):
+    for cls in (SamplingParams, MemorySettings):
         with pytest.raises(BadRequest) as caught, layer.spelling():
             structure(config.section(layer.values, cls), cls)
         told.append(caught.value.message)

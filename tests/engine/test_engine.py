@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.errors import SgldError, WorkerDied
 from sgld.messages import Event, Progress
 from sgld.params import OutputParams
+from sgld.settings import Settings
 from tests.engine.outputs import generate_one, ignore
 from tests.engine.ranks import INFO, run_faulty
 from tests.engine.test_group import PATIENCE, STEPS
@@ -35,7 +35,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     """One rank with the faulty family, loaded."""
     group = WorkerGroup(1, run_faulty, patience=PATIENCE)
     (tmp_path / "model_index.json").write_text("{}")
-    async with Engine(Settings(model_path=str(tmp_path)), group) as engine:
+    async with Engine(Settings.of(model_path=str(tmp_path)), group) as engine:
         assert await engine.load(ignore) == INFO
         assert engine.state == "ready"
         yield engine
@@ -116,7 +116,7 @@ async def test_a_killed_rank_is_replaced_without_being_asked(engine: Engine, bus
 
 async def test_stop_waits_for_the_running_job(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    engine = Engine(Settings(model_path=str(tmp_path)), WorkerGroup(1, run_faulty, patience=PATIENCE))
+    engine = Engine(Settings.of(model_path=str(tmp_path)), WorkerGroup(1, run_faulty, patience=PATIENCE))
     await engine.load(ignore)
     running = asyncio.create_task(generate_one(engine, "a", asked(step_s=0.05), ignore))
     await asyncio.sleep(0.05)

@@ -15,12 +15,12 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.errors import WorkerDied
 from sgld.messages import Event, Frames, Preview, Progress
 from sgld.params import OutputParams
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from tests.engine.outputs import generate_one, ignore
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -49,7 +49,7 @@ def entries(folder: Path) -> int:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Engine]:
-    async with Engine(Settings(num_gpus=2, worker_retries=1, vae_sp=True)) as engine:
+    async with Engine(Settings.of(num_gpus=2, worker_retries=1, vae_sp=True)) as engine:
         await engine.load(ignore)
         yield engine
 
@@ -133,7 +133,7 @@ async def test_previews_that_both_decode(engine: Engine) -> None:
 
 
 async def test_a_job_that_always_kills_fails_in_the_end() -> None:
-    async with Engine(Settings(worker_retries=1)) as engine:
+    async with Engine(Settings.of(worker_retries=1)) as engine:
         await engine.load(ignore)
 
         def kill_always(event: Event) -> None:
@@ -147,7 +147,7 @@ async def test_a_job_that_always_kills_fails_in_the_end() -> None:
 
 
 async def test_two_groups_on_one_machine_keep_apart() -> None:
-    async with Engine(Settings(num_gpus=2)) as one, Engine(Settings(num_gpus=2, ulysses_degree=2)) as other:
+    async with Engine(Settings.of(num_gpus=2)) as one, Engine(Settings.of(num_gpus=2, ulysses_degree=2)) as other:
         await asyncio.gather(one.load(ignore), other.load(ignore))
         branches, heads = await asyncio.gather(made(one), made(other))
     assert np.abs(branches.astype(int) - heads.astype(int)).max() <= 1

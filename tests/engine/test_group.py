@@ -18,12 +18,12 @@ import attrs
 import psutil
 import pytest
 
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.group import Patience, WorkerGroup
-from sgld.errors import Cancelled, ModelError, OutOfMemory, SgldError, WorkerDied
+from sgld.errors import JobCancelled, ModelError, OutOfMemory, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Item, Load, Preview, Progress
 from sgld.params import OutputParams
+from sgld.settings import Settings
 from sgld.worker.run_context import PROGRESS_S
 from tests.engine.outputs import run_one
 from tests.engine.ranks import INFO, run_faulty
@@ -120,7 +120,7 @@ def test_a_cancel_is_heard_while_rank_0_decodes_a_preview(shared: WorkerGroup, t
             threading.Timer(0.3, token.set).start()
 
     started = time.monotonic()
-    with pytest.raises(Cancelled, match="cancelled in denoise, step 2 of 4"):
+    with pytest.raises(JobCancelled, match="cancelled in denoise, step 2 of 4"):
         shared.run(with_previews(job(decode_s=60)), cancel_early, token)
     assert time.monotonic() - started < 20
     assert shared.status.pids == before
@@ -204,7 +204,7 @@ def test_cancel_stops_all_ranks_within_a_step(shared: WorkerGroup, token: Cancel
             if event.step >= 3:
                 token.set()
 
-    with pytest.raises(Cancelled, match="cancelled in denoise"):
+    with pytest.raises(JobCancelled, match="cancelled in denoise"):
         shared.run(job(steps=1000, step_s=0.1), cancel_at_step_3, token)
     assert max(seen) <= 4, "the job went on after the step in which it was cancelled"
     assert shared.status.pids == before
@@ -216,7 +216,7 @@ def test_cancel_during_a_step_that_does_not_end_kills_the_group(shared: WorkerGr
     before = shared.status.pids
     threading.Timer(0.3, token.set).start()
     started = time.monotonic()
-    with pytest.raises(Cancelled, match="did not stop in time"):
+    with pytest.raises(JobCancelled, match="did not stop in time"):
         shared.run(job(fault="hang", step=2), token=token)
     assert time.monotonic() - started < 30
     assert works(shared)
@@ -232,7 +232,7 @@ def test_cancel_is_heard_while_rank_0_decodes_alone(shared: WorkerGroup, token: 
             token.set()
 
     started = time.monotonic()
-    with pytest.raises(Cancelled, match="cancelled in decode"):
+    with pytest.raises(JobCancelled, match="cancelled in decode"):
         shared.run(job(decode_s=60), cancel_in_decode, token)
     assert time.monotonic() - started < 20
     assert shared.status.pids == before
@@ -242,7 +242,7 @@ def test_cancel_is_heard_while_rank_0_decodes_alone(shared: WorkerGroup, token: 
 def test_a_queued_cancel_never_reaches_a_rank(shared: WorkerGroup, token: CancelToken) -> None:
     seen: list[Event] = []
     token.set()
-    with pytest.raises(Cancelled):
+    with pytest.raises(JobCancelled):
         shared.run(job(), seen.append, token)
     assert seen == []
 
@@ -339,7 +339,7 @@ def test_stop_leaves_no_process_and_no_descriptor() -> None:
 ORPHANS = """
 from pathlib import Path
 import time
-from sgld.config import Settings
+from sgld.settings import Settings
 from sgld.engine.group import WorkerGroup
 from sgld.messages import Load
 from tests.engine.ranks import run_faulty

@@ -18,14 +18,14 @@ import pytest_asyncio
 from PIL import Image
 
 import sgld
-from sgld.config import Settings
 from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
-from sgld.errors import Cancelled, SgldError, WorkerDied
+from sgld.errors import JobCancelled, SgldError, WorkerDied
 from sgld.messages import Event, Generate, Item, Load, Preview, Progress, RankAssignment, batch_key
 from sgld.params import OutputParams
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from sgld.worker.entry import serve
 from tests.engine.outputs import Outputs, generate_one, ignore
 from tests.engine.ranks import INFO, run_faulty
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 async def test_outputs_of_one_prompt_encode_it_once(folder: Path) -> None:
-    async with Engine(Settings(model_path=str(folder)), WorkerGroup(1, run_counting)) as engine:
+    async with Engine(Settings.of(model_path=str(folder)), WorkerGroup(1, run_counting)) as engine:
         info = await engine.load(ignore)
 
         def request(seed: int, **changes: Any) -> OutputParams:
@@ -106,7 +106,7 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
     """Two ranks with the faulty family, and one retry."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "model_index.json").write_text("{}")
-    settings = Settings(model_path=str(folder), worker_retries=1)
+    settings = Settings.of(model_path=str(folder), worker_retries=1)
     async with Engine(settings, WorkerGroup(2, run_faulty, patience=PATIENCE)) as engine:
         assert await engine.load(ignore) == INFO
         yield engine
@@ -198,7 +198,7 @@ def test_a_cancel_in_the_decoding_of_an_item_stops_both_ranks(group: WorkerGroup
             token.set()
 
     outputs = Outputs(cancel)
-    with pytest.raises(Cancelled, match="cancelled in decode"):
+    with pytest.raises(JobCancelled, match="cancelled in decode"):
         group.run(several(job(decode_s=0.3)), outputs, token)
     token.close()
     assert list(outputs.by_item) == [0]

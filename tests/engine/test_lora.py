@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgld.config import Settings
 from sgld.engine import lora as adapters_module
 from sgld.engine.engine import Engine
 from sgld.engine.lora import LoraPlan, LoraRegistry, NamedAdapter, at_start, resolve_adapter
@@ -27,6 +26,7 @@ from sgld.errors import BadRequest, NotReady, SgldError
 from sgld.messages import Frames, LoraPart, LoraState, Note, SetLora
 from sgld.params import LoraUse
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from tests.adapters import write_adapter
 from tests.engine.outputs import generate_one
 from tools import tiny
@@ -89,7 +89,7 @@ def differ(a: Frames, b: Frames) -> bool:
 
 @pytest.fixture(params=[1, 2])
 async def studio(request: pytest.FixtureRequest) -> AsyncIterator[Studio]:
-    async with Engine(Settings(num_gpus=request.param)) as engine:
+    async with Engine(Settings.of(num_gpus=request.param)) as engine:
         await engine.load(lambda event: None)
         yield Studio(engine)
 
@@ -258,7 +258,7 @@ async def test_one_part_keeps_its_adapters_when_those_of_the_other_are_gone(tmp_
     lone, second = (write_small(tmp_path / name, name, model) for name in ("transformer", "transformer_2"))
     kept = LoraUse("kept", second, target="transformer_2")
 
-    async with Engine(Settings(model_path=str(model))) as engine:
+    async with Engine(Settings.of(model_path=str(model))) as engine:
         await engine.load(lambda event: None)
         await engine.set_lora([LoraUse("lone", lone, target="transformer")])
         both = await engine.set_lora([kept])
@@ -334,14 +334,14 @@ async def test_a_worker_that_dies_while_it_gets_its_first_adapters(adapters: Fil
             killed.append(engine.status.pids[-1])
             os.kill(killed[0], signal.SIGKILL)
 
-    async with Engine(Settings(lora_path=[adapters["a"]], **settings)) as engine:
+    async with Engine(Settings.of(lora_path=[adapters["a"]], **settings)) as engine:
         await engine.load(kill_once)
         assert killed and engine.state == "ready" and engine.status.restarts == 1
         assert engine.adapters.state.parts["transformer"].applied == "merge"
 
 
 async def test_a_worker_that_dies_while_it_loads_is_replaced() -> None:
-    async with Engine(Settings(num_gpus=2)) as engine:
+    async with Engine(Settings.of(num_gpus=2)) as engine:
         killed: list[int] = []
 
         def kill_once(event: Any) -> None:
@@ -356,7 +356,7 @@ async def test_a_worker_that_dies_while_it_loads_is_replaced() -> None:
 
 @pytest.mark.timeout(200)
 async def test_adapters_of_the_settings(adapters: Files) -> None:
-    settings = Settings(lora_path=[adapters["a"], adapters["b"]], lora_scale=[0.5])
+    settings = Settings.of(lora_path=[adapters["a"], adapters["b"]], lora_scale=[0.5])
     async with Engine(settings) as engine:
         with pytest.raises(NotReady):
             await engine.unmerge_lora()
@@ -388,17 +388,17 @@ async def test_a_change_is_kept_though_its_caller_goes_away(adapters: Files) -> 
 
 
 def test_what_was_kept_goes_with_its_settings(caplog: pytest.LogCaptureFixture) -> None:
-    settings = Settings(lora_path=["x"], lora_scale=[0.5])
+    settings = Settings.of(lora_path=["x"], lora_scale=[0.5])
     part = LoraPart((LoraUse("y", "/y", target="transformer"),), "auto", None, 2)
     kept = LoraPlan(
-        settings.model_path,
+        settings.model.model_path,
         at_start(settings),
         {"y": NamedAdapter("o/y", Path("/y"))},
         LoraState({"transformer": part}),
     )
     record = json.loads(json.dumps(kept.record()))
     assert LoraPlan.restore(record, settings) == kept
-    for other in (Settings(), attrs.evolve(settings, lora_scale=[1.0]), attrs.evolve(settings, model_path="other")):
+    for other in (Settings(), settings.evolve(lora_scale=[1.0]), settings.evolve(model_path="other")):
         caplog.clear()
         assert LoraPlan.restore(record, other) is None and "are left out" in caplog.text
     for wrong in ({**record, "more": 1}, {**record, "state": {"parts": {"transformer": {}}}}):
@@ -408,7 +408,7 @@ def test_what_was_kept_goes_with_its_settings(caplog: pytest.LogCaptureFixture) 
 
 def test_at_start() -> None:
     assert at_start(Settings()) == []
-    settings = Settings(lora_path=["x", "y"], lora_nickname=["one", "two"], lora_target=["transformer", "all"])
+    settings = Settings.of(lora_path=["x", "y"], lora_nickname=["one", "two"], lora_target=["transformer", "all"])
     assert at_start(settings) == [LoraUse("one", "x", target="transformer"), LoraUse("two", "y")]
 
 

@@ -27,15 +27,16 @@ import psutil
 import pytest
 from PIL import Image
 
-from sgld.config import Settings, settings_of
+from sgld.config import settings_of
 from sgld.engine.cancel import CancelToken
 from sgld.engine.engine import Engine
 from sgld.engine.follow import follow
 from sgld.engine.group import WorkerGroup
 from sgld.engine.node import Handshake, NodeListener, PeerConnection, call
-from sgld.errors import BadRequest, Cancelled, SgldError, WorkerDied
+from sgld.errors import BadRequest, JobCancelled, SgldError, WorkerDied
 from sgld.hub.hub import resolve_model
 from sgld.messages import Event, Load, Progress, RankAssignment, Refused
+from sgld.settings import Settings
 from sgld.worker.interface import interface_to
 from tests.cli.command import sgld
 from tests.engine.outputs import generate_one
@@ -57,7 +58,7 @@ def free_port() -> int:
 
 
 def settings(**others: Any) -> Settings:
-    return Settings(num_gpus=2, nnodes=2, dist_init_addr=f"127.0.0.1:{free_port()}", **others)
+    return Settings.of(num_gpus=2, nnodes=2, dist_init_addr=f"127.0.0.1:{free_port()}", **others)
 
 
 def run_follower(own: Settings) -> None:
@@ -67,7 +68,7 @@ def run_follower(own: Settings) -> None:
 
 
 def follower(own: Settings) -> BaseProcess:
-    process = get_context("spawn").Process(target=run_follower, args=(attrs.evolve(own, node_rank=1),))
+    process = get_context("spawn").Process(target=run_follower, args=(own.evolve(node_rank=1),))
     process.start()
     _started.append(process)
     return process
@@ -197,7 +198,7 @@ def pixels(file: Path) -> npt.NDArray[np.int64]:
 async def test_a_rank_of_another_node_killed_while_idle_is_replaced_without_being_asked(tmp_path: Path) -> None:
     """Fails when its death is not seen, or when what it sends is taken for its death."""
     (tmp_path / "model_index.json").write_text("{}")
-    own = attrs.evolve(settings(), model_path=str(tmp_path))
+    own = settings().evolve(model_path=str(tmp_path))
     other = follower(own)
     async with Engine(own, group_of(own)) as engine:
         assert await engine.load(ignore) == INFO
@@ -260,7 +261,7 @@ def test_a_cancel_stops_ranks_on_both_nodes_in_the_same_step(nodes: Nodes) -> No
             if isinstance(event, Progress) and event.stage == "denoise" and event.step >= 3:
                 token.set()
 
-        with pytest.raises(Cancelled, match="cancelled in denoise"):
+        with pytest.raises(JobCancelled, match="cancelled in denoise"):
             nodes.group.run(job(steps=1000, step_s=0.1), cancel_at_step_3, token)
     assert works(nodes.group)
     assert nodes.pids == before
@@ -292,7 +293,7 @@ def node_listener() -> Iterator[NodeListener]:
 
 def test_strangers_and_nodes_that_do_not_fit_are_turned_away(node_listener: NodeListener) -> None:
     closed = threading.Event()
-    right = Handshake(1, 2, 2, Settings().model_path)
+    right = Handshake(1, 2, 2, Settings().model.model_path)
     wrong = {
         "model_path: '/other' here and 'sgld/demo' on node 0": attrs.evolve(right, model_path="/other"),
         "num_gpus: 4 here and 2 on node 0": attrs.evolve(right, num_gpus=4),
@@ -335,8 +336,8 @@ def reach(node_listener: NodeListener, hello: Handshake) -> PeerConnection:
 
 
 def test_two_nodes_of_one_number(node_listener: NodeListener) -> None:
-    own = NodeListener(Settings(num_gpus=3, nnodes=3, dist_init_addr=f"127.0.0.1:{node_listener.address[1]}"))
-    hello = Handshake(1, 3, 3, Settings().model_path)
+    own = NodeListener(Settings.of(num_gpus=3, nnodes=3, dist_init_addr=f"127.0.0.1:{node_listener.address[1]}"))
+    hello = Handshake(1, 3, 3, Settings().model.model_path)
     closed = threading.Event()
     with ThreadPoolExecutor(1) as executor:
         gathering = executor.submit(own.gather, closed.is_set)
@@ -352,7 +353,7 @@ def test_two_nodes_of_one_number(node_listener: NodeListener) -> None:
 
 def test_nodes_that_do_not_come(node_listener: NodeListener) -> None:
     absent = NodeListener(
-        Settings(num_gpus=4, nnodes=2, dist_init_addr=f"127.0.0.1:{node_listener.address[1]}", dist_timeout=1)
+        Settings.of(num_gpus=4, nnodes=2, dist_init_addr=f"127.0.0.1:{node_listener.address[1]}", dist_timeout=1)
     )
     with pytest.raises(WorkerDied, match=r"workers 2, 3 did not come to 127.0.0.1:\d+ within 1 s"):
         absent.gather(lambda: False)
@@ -362,7 +363,7 @@ def test_nodes_that_do_not_come(node_listener: NodeListener) -> None:
 def test_an_address_that_is_taken_or_not_ours() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for address, reason in ((f"127.0.0.1:{taken.getsockname()[1]}", "in use"), ("192.0.2.200:5", "assign")):
-            node_listener = NodeListener(Settings(num_gpus=2, nnodes=2, dist_init_addr=address))
+            node_listener = NodeListener(Settings.of(num_gpus=2, nnodes=2, dist_init_addr=address))
             with pytest.raises(SgldError, match=f"dist_init_addr: cannot listen on {address}: .*{reason}"):
                 node_listener.gather(lambda: False)
 
@@ -373,7 +374,7 @@ def test_a_follower_with_other_settings_ends() -> None:
     with ThreadPoolExecutor(1) as executor:
         loading = executor.submit(group.load, Load(Settings(), Path("model")))
         with pytest.raises(BadRequest, match="model_path: 'elsewhere' here and 'sgld/demo' on node 0"):
-            follow(attrs.evolve(own, node_rank=1, model_path="elsewhere"), run_faulty)
+            follow(own.evolve(node_rank=1, model_path="elsewhere"), run_faulty)
         group.close()
         with pytest.raises(WorkerDied, match="stopped"):
             loading.result(20)
@@ -409,9 +410,9 @@ def test_a_rank_takes_the_device_of_its_number_on_its_own_machine() -> None:
 
 
 def test_secrets_stay_with_node_0() -> None:
-    own = Settings(api_key="key", s3_secret_access_key="secret")
+    own = Settings.of(api_key="key", s3_secret_access_key="secret")
     load = resolve_model(own)
-    assert load.settings == attrs.evolve(own, api_key=None, s3_secret_access_key=None)
+    assert load.settings == own.evolve(api_key=None, s3_secret_access_key=None)
 
 
 def test_the_interface_that_leads_there() -> None:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sgld.config import Settings, cache_root
+from sgld.config import cache_root
 from sgld.hub import materialize
 from sgld.hub.hub import resolve_model
 from sgld.hub.overlay import MANIFEST
+from sgld.settings import Settings
 
 SOURCE, OVERLAY = "Wan-AI/Wan2.2-S2V-14B", "your-org/Wan2.2-S2V-14B-overlay"
 RAW = {"weights.safetensors": "w" * 100, "text/spiece.json": "pieces", "text/more/vocab.txt": "words", "demo.mp4": "x"}
@@ -43,8 +44,8 @@ def write(folder: Path, files: Files) -> Path:
 
 def load(registry: Any, model_path: str = SOURCE, **settings: Any) -> Path:
     settings |= {"model_path": model_path, "model_overlay_registry": json.dumps(registry)}
-    command = resolve_model(Settings(**settings))
-    assert command.settings.model_path == model_path  # which is what everybody is told
+    command = resolve_model(Settings.of(**settings))
+    assert command.settings.model.model_path == model_path  # which is what everybody is told
     return command.folder
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from sgld.config import DEMO_MODEL, Settings
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.hub.hub import COMPONENT_FILES, MODEL_FILES, model_files, resolve_model
 from sgld.hub.overlay import MANIFEST
@@ -20,6 +19,7 @@ from sgld.hub.reference import Reference
 from sgld.models import load_family
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
+from sgld.settings import DEMO_MODEL, Settings
 from tests.cli.command import sgld
 from tests.hub.local_hub import Hub, served
 from tests.hub.repositories import contents
@@ -54,7 +54,7 @@ def test_a_cached_repository_and_a_folder_in_it(cache: Path) -> None:
 
 
 def test_components_are_resolved_with_the_model(cache: Path) -> None:
-    load = resolve_model(Settings(model_path=NAME, component_paths={"vae": f"{NAME}/vae"}))
+    load = resolve_model(Settings.of(model_path=NAME, component_paths={"vae": f"{NAME}/vae"}))
     assert load.folder == cache
     assert load.component_folders == {"vae": cache / "vae"}
 
@@ -81,7 +81,7 @@ def test_a_file_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a file"):
         Reference(str(file)).folder(MODEL_FILES)
     with pytest.raises(ModelError, match="no model_index.json"):
-        resolve_model(Settings(model_path=str(tmp_path)))
+        resolve_model(Settings.of(model_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("reference", [DEMO_MODEL, "."])
@@ -95,7 +95,7 @@ def test_only_a_repository_has_revisions(reference: str) -> None:
 )
 def test_what_no_path_can_be(reference: str, words: str) -> None:
     with pytest.raises(BadRequest, match=rf"^component_paths.vae: .*{words}"):
-        resolve_model(Settings(component_paths={"vae": reference}))
+        resolve_model(Settings.of(component_paths={"vae": reference}))
 
 
 def test_the_files_of_a_model_and_of_a_component() -> None:
@@ -145,25 +145,25 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_variants_stay_on_the_hub(online: Hub) -> None:
     part = {"unet": "owner/both/unet"}
-    load = resolve_model(Settings(model_path="owner/both", component_paths=part))
+    load = resolve_model(Settings.of(model_path="owner/both", component_paths=part))
     assert set(contents(load.folder)) == {*LIGHT, *PLAIN}
     assert load.component_folders == {"unet": load.folder / "unet"}
-    assert set(contents(resolve_model(Settings(model_path="owner/unused")).folder)) == {*LIGHT, *PLAIN}
+    assert set(contents(resolve_model(Settings.of(model_path="owner/unused")).folder)) == {*LIGHT, *PLAIN}
 
 
 def test_variants_alone_are_refused_before_they_are_downloaded(online: Hub, tmp_path: Path) -> None:
     line = "^model_variant: 'owner/variants' .*text_encoder, such as text_encoder/model.fp16"
     with pytest.raises(NotBuilt, match=line):
-        resolve_model(Settings(model_path="owner/variants"))
+        resolve_model(Settings.of(model_path="owner/variants"))
     assert online.asked == ["owner/variants:model_index.json"]
     (tmp_path / "mine").mkdir()
-    replaced = Settings(model_path="owner/variants", component_paths={"text_encoder": str(tmp_path / "mine")})
+    replaced = Settings.of(model_path="owner/variants", component_paths={"text_encoder": str(tmp_path / "mine")})
     assert set(contents(resolve_model(replaced).folder)) == {*LIGHT, *SHARDS}
 
 
 def test_a_revision_that_is_not_there_goes_by_its_name(online: Hub, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="^revision: 'gone' is not in 'owner/both'"):
-        resolve_model(Settings(model_path="owner/both", revision="gone"))
+        resolve_model(Settings.of(model_path="owner/both", revision="gone"))
     (tmp_path / "mine" / "_overlay").mkdir(parents=True)
     (tmp_path / "mine" / MANIFEST).write_text(json.dumps({"source_revision": "lost"}))
     for revision, entry, words in (
@@ -173,13 +173,13 @@ def test_a_revision_that_is_not_there_goes_by_its_name(online: Hub, tmp_path: Pa
     ):
         registry = json.dumps({"owner/both": entry})
         with pytest.raises(ModelError, match=words):
-            resolve_model(Settings(model_path="owner/both", revision=revision, model_overlay_registry=registry))
+            resolve_model(Settings.of(model_path="owner/both", revision=revision, model_overlay_registry=registry))
 
 
 def test_a_replaced_component_loads(tmp_path: Path) -> None:
     vae = Reference(DEMO_MODEL).folder(MODEL_FILES) / "vae"
     shutil.copytree(vae, tmp_path / "mine")
-    load = resolve_model(Settings(component_paths={"vae": str(tmp_path / "mine")}))
+    load = resolve_model(Settings.of(component_paths={"vae": str(tmp_path / "mine")}))
     assert load_family(load, Mesh.solo(), Cpu(), lambda step, total: None).info.name == "WanPipeline"
     (tmp_path / "mine" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="mine: no weights"):

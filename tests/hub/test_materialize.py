@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from sgld.config import Settings, cache_root
+from sgld.config import cache_root
 from sgld.errors import BadRequest, ModelError
 from sgld.hub import materialize
 from sgld.hub.hub import resolve_model
 from sgld.hub.overlay import MANIFEST
+from sgld.settings import Settings
 from tests.hub.overlays import MADE, MAPPINGS, OVERLAY, RAW, SOURCE, files, load, results, write
 from tests.hub.repositories import contents, publish
 
@@ -242,10 +243,10 @@ def test_a_damaged_folder_is_built_again(damage: str, made: Callable[..., Path])
 
 LOADER = """
 import json, logging, sys
-from sgld.config import Settings
+from sgld.settings import Settings
 from sgld.hub.hub import resolve_model
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-print(resolve_model(Settings(**json.loads(sys.argv[1]))).folder)
+print(resolve_model(Settings.of(**json.loads(sys.argv[1]))).folder)
 """
 
 
@@ -304,7 +305,7 @@ def test_a_build_that_is_killed_is_never_taken_for_whole(loaders: Loaders) -> No
     [left] = results()
     assert left.endswith(".tmp")
     loaders.hold.unlink()
-    folder = resolve_model(Settings(**loaders.settings)).folder
+    folder = resolve_model(Settings.of(**loaders.settings)).folder
     assert results() == [folder.name] and folder.name == left.removesuffix(".tmp")
     assert (folder / "transformer/model.safetensors").read_text() == "w" and loaders.begun() == 2
 

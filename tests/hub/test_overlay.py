@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError, UnknownField
 from sgld.hub import materialize, overlay
 from sgld.hub.hub import resolve_model
 from sgld.hub.overlay import MANIFEST, Overlay
+from sgld.settings import Settings
 from tests.hub.overlays import MADE, OVERLAY, PLAIN, RAW, SOURCE, files, load, results, write
 from tests.hub.repositories import contents, publish
 
@@ -62,7 +62,7 @@ def test_entries_as_text_and_in_a_file(value: Any, entry: Overlay, tmp_path: Pat
 )
 def test_a_wrong_registry_names_its_entry(text: str, kind: type[BadRequest], words: str) -> None:
     with pytest.raises(kind, match=f"^model_overlay_registry: .*{words}") as caught:
-        resolve_model(Settings(model_overlay_registry=text))  # of whatever model
+        resolve_model(Settings.of(model_overlay_registry=text))  # of whatever model
     assert type(caught.value) is kind and caught.value.param == "model_overlay_registry"
 
 
@@ -126,17 +126,17 @@ def test_a_built_in_overlay_serves_raw_files_unless_another_is_given(hub: Path) 
     publish(hub, source, RAW)
     line = f"^model_path: the overlay of '{source}': .*'{entry.overlay_repo_id}' is no"
     with pytest.raises(ModelError, match=line) as caught:
-        resolve_model(Settings(model_path=source))  # and of no registry, for none was given
+        resolve_model(Settings.of(model_path=source))  # and of no registry, for none was given
     assert caught.value.param == "model_path"
     publish(hub, entry.overlay_repo_id, files())
-    folder = resolve_model(Settings(model_path=source)).folder
+    folder = resolve_model(Settings.of(model_path=source)).folder
     assert set(contents(folder)) == MADE and folder.name.startswith(source.replace("/", "__"))
     publish(hub, OVERLAY, PLAIN)
     given = json.dumps({source: OVERLAY})
-    other = resolve_model(Settings(model_path=source, model_overlay_registry=given)).folder
+    other = resolve_model(Settings.of(model_path=source, model_overlay_registry=given)).folder
     assert contents(other).keys() == PLAIN.keys()
     whole = publish(hub, source, PLAIN)  # its owner has converted it
-    assert resolve_model(Settings(model_path=source)).folder == whole
+    assert resolve_model(Settings.of(model_path=source)).folder == whole
 
 
 def test_an_overlay_as_the_model_path(hub: Path, tmp_path: Path) -> None:
@@ -144,14 +144,14 @@ def test_an_overlay_as_the_model_path(hub: Path, tmp_path: Path) -> None:
     publish(hub, OVERLAY, whole)
     publish(hub, OVERLAY, whole | {"transformer/config.json": '{"v": 2}'}, "v2")
     got = [
-        resolve_model(Settings(model_path=path, revision=revision)).folder
+        resolve_model(Settings.of(model_path=path, revision=revision)).folder
         for path, revision in ((OVERLAY, None), (OVERLAY, "v2"), (str(write(tmp_path / "mine", whole)), None))
     ]
     assert len(set(got)) == 3 and all(set(contents(folder)) == MADE for folder in got)
     assert (got[1] / "transformer/config.json").read_text() == '{"v": 2}'
     write(tmp_path / "mine", files())
     with pytest.raises(ModelError, match=f"{MANIFEST}: source_model_id: it is needed"):
-        resolve_model(Settings(model_path=str(tmp_path / "mine")))
+        resolve_model(Settings.of(model_path=str(tmp_path / "mine")))
 
 
 def test_an_overlay_without_a_manifest_is_the_model(hub: Path, tmp_path: Path) -> None:

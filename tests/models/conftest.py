@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import Settings
 from sgld.messages import Load
 from sgld.models import load_family
 from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import sample
 from tools import tiny
@@ -48,7 +48,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, mesh: Mesh | None = None, **settings: Any) -> DiffusionModel:
     """That model on the CPU."""
-    command = Load(Settings(model_path=str(folder), **settings), folder)
+    command = Load(Settings.of(model_path=str(folder), **settings), folder)
     family = load_family(command, mesh or Mesh.solo(), Cpu(), lambda step, total: None)
     assert isinstance(family, DiffusionModel)
     return family

@@ -4,14 +4,18 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from tests.models.parity import Request, levels, theirs
+from sgld.models import qwen_image
+from tests.models.parity import Request, levels, quiet, theirs
+from tests.models.references import flux2_pipeline, qwen_pipeline, their_qwen
 
 WHOLE = {"text_encoder_cpu_offload": True, "dit_cpu_offload": True, "vae_cpu_offload": True}
 LAYERWISE = {"dit_layerwise_offload": True}
@@ -23,6 +27,35 @@ def their_clip(pipeline: Any, request: Request) -> Tensor:
     given = dict(request)
     generator = torch.Generator().manual_seed(given.pop("seed"))
     return levels(np.asarray(pipeline(**given, generator=generator, output_type="np").frames[0]))
+
+
+def their_ltx2(pipeline: Any, request: Request) -> Tensor:
+    """Return the clip u8 [N, H, W, 3] of LTX-2 with diffusers, whose default guidance is LTX-2.3's."""
+    return their_clip(pipeline, {**request, **LTX2_GUIDANCE, "frame_rate": 24})
+
+
+def their_pipeline(folder: Path) -> Any:
+    """Load a pipeline of diffusers, in float32."""
+    from diffusers import DiffusionPipeline
+
+    return quiet(DiffusionPipeline.from_pretrained(folder))
+
+
+def no_patch(patch: pytest.MonkeyPatch) -> None:
+    """Leave the family and diffusers as they are."""
+
+
+def small_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Let Qwen-Image's input pictures have a few thousand pixels, here and in diffusers."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as one
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as several
+
+    area, glance, real = 64 * 64, 32 * 32, one.calculate_dimensions
+    patch.setattr(qwen_image, "PICTURE_AREA", area)
+    patch.setattr(qwen_image, "GLANCE_AREA", glance)
+    patch.setattr(one, "calculate_dimensions", lambda _, ratio: real(area, ratio))
+    patch.setattr(several, "VAE_IMAGE_SIZE", area)
+    patch.setattr(several, "CONDITION_IMAGE_SIZE", glance)
 
 
 @attrs.frozen(eq=False)  # hashed by identity: requests are dicts
@@ -40,6 +73,9 @@ class Case:
     offloads: Sequence[Mapping[str, Any]] = (WHOLE, LAYERWISE)
     large: Mapping[str, Any] | None = None  # changes of the request that make memory matter
     estimate_below: float = 1.3  # times the estimate that the measured peak may reach
+    pipeline_of: Callable[[Path], Any] = their_pipeline  # loads diffusers' pipeline of the twin's folder
+    pictures: Sequence[tuple[int, int]] = ()  # sizes of input pictures; the request gets their files as image_path
+    patch: Callable[[pytest.MonkeyPatch], None] = no_patch  # changes constants of the family and of diffusers
 
 
 TWO = ({"ulysses_degree": 2}, {"ring_degree": 2, "tp_size": 2}, {"enable_cfg_parallel": True})
@@ -51,6 +87,28 @@ Z_IMAGE = {
     "num_inference_steps": 4, "guidance_scale": 5.0, "cfg_normalization": 1.0, "seed": 7,
 }  # fmt: skip
 WAN = PROMPT | {"num_frames": 9, "guidance_scale": 5.0, "negative_prompt": "blurred"}
+FLUX2 = PROMPT | {
+    "prompt": "a red cat & the green ball, 猫", "max_sequence_length": 64, "guidance_scale": 4.0,
+}  # fmt: skip
+FLUX2_EDGES = (
+    {"height": 80, "width": 64}, {"num_inference_steps": 1}, {"max_sequence_length": 512}, {"prompt": ""},
+    {"max_sequence_length": 20},  # which cuts the prompt off
+    {"prompt": "a [IMG] cat <|im_end|> [INST]"},
+)  # fmt: skip
+QWEN = PROMPT | {
+    "prompt": "a red cat over the green ball", "negative_prompt": "blurred", "num_inference_steps": 4,
+    "guidance_scale": 4.0,
+}  # fmt: skip
+QWEN_EDIT = QWEN | {"guidance_scale": 8.0}  # beside a picture the words count for less
+
+LTX2 = {
+    "prompt": " a red cat ", "negative_prompt": "blurred", "height": 64, "width": 96, "num_frames": 9,
+    "num_inference_steps": 3, "guidance_scale": 3.5, "max_sequence_length": 32, "seed": 7,
+}  # fmt: skip
+LTX2_GUIDANCE: Mapping[str, Any] = {
+    "use_cross_timestep": False, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0,
+    "audio_guidance_scale": None, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0, "audio_guidance_rescale": 0.0,
+}  # fmt: skip
 
 CASES = (
     Case(
@@ -105,5 +163,67 @@ CASES = (
         "z-image-turbo", "ZImagePipeline", "text-to-image", Z_IMAGE | {"guidance_scale": 3.0},
         also=({"guidance_scale": 0.0},),
         unguided={"guidance_scale": 0.0},
+    ),
+    Case(  # with sound, and with its other guidance: test_ltx2.py
+        "ltx2", "LTX2Pipeline", "text-to-video", LTX2, their_ltx2,
+        also=({"guidance_scale": 1.0}, {"num_frames": 1}),
+        offloads=(WHOLE | LAYERWISE,),
+    ),
+    Case(  # its true guidance, which diffusers has not: test_flux2.py
+        "flux2-dev", "Flux2Pipeline", "text-to-image", FLUX2,
+        also=({"guidance_scale": 1.5}, *FLUX2_EDGES),
+        unguided={"true_cfg_scale": 3.0},
+        splits={2: ({"ulysses_degree": 2, "tp_size": 2}, {"ring_degree": 2})},
+        offloads=(WHOLE, LAYERWISE, WHOLE | LAYERWISE),
+        pipeline_of=flux2_pipeline,
+    ),
+    Case(
+        "flux2-klein", "Flux2KleinPipeline", "text-to-image", FLUX2 | {"guidance_scale": 1.0},
+        unguided={"guidance_scale": 4.0},  # which it does not need, but which is done
+        pipeline_of=flux2_pipeline,
+    ),
+    Case(
+        "flux2-klein-base", "Flux2KleinPipeline", "text-to-image", FLUX2,
+        also=({"guidance_scale": 1.0}, *FLUX2_EDGES),
+        splits={2: TWO[1:], 4: ({"enable_cfg_parallel": True, "ulysses_degree": 2},)},
+        pipeline_of=flux2_pipeline,
+    ),
+    Case(
+        "qwen-image", "QwenImagePipeline", "text-to-image", QWEN, their_qwen,
+        also=(
+            {"guidance_scale": 1.0}, {"width": 80, "height": 48}, {"num_inference_steps": 2},
+            {"max_sequence_length": 4}, {"prompt": "\n 猫 on  the ball \n", "negative_prompt": ""},
+        ),
+        splits={
+            2: ({"enable_cfg_parallel": True}, {"ulysses_degree": 2, "vae_sp": True}, {"ring_degree": 2}),
+            4: ({"ulysses_degree": 2, "ring_degree": 2, "vae_sp": True},),
+        },
+        pipeline_of=qwen_pipeline,
+    ),
+    Case(
+        "qwen-image-edit", "QwenImageEditPipeline", "image-to-image", QWEN_EDIT, their_qwen,
+        splits={2: ({"enable_cfg_parallel": True}, {"ulysses_degree": 2})},
+        offloads=(WHOLE | LAYERWISE,),
+        pipeline_of=qwen_pipeline,
+        pictures=((90, 50),),
+        patch=small_pictures,
+    ),
+    Case(
+        "qwen-image-edit-2509", "QwenImageEditPlusPipeline", "image-to-image", QWEN_EDIT, their_qwen,
+        splits={2: ({"enable_cfg_parallel": True},)},
+        pipeline_of=qwen_pipeline,
+        pictures=((90, 50), (40, 70), (64, 64)),
+        patch=small_pictures,
+    ),
+    Case(
+        "qwen-image-edit-2511", "QwenImageEditPlusPipeline", "image-to-image", QWEN_EDIT, their_qwen,
+        splits={
+            2: ({"ulysses_degree": 2}, {"ring_degree": 2, "tp_size": 2}),
+            4: ({"enable_cfg_parallel": True, "ring_degree": 2},),
+        },
+        offloads=(WHOLE,),
+        pipeline_of=qwen_pipeline,
+        pictures=((90, 50), (40, 70)),
+        patch=small_pictures,
     ),
 )  # fmt: skip

@@ -1,11 +1,12 @@
 """The contract of every family: diffusers' picture, whatever ranks, weights and adapters take part."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from tests.models.parity import (
     apart,
     estimate_is_near_the_peak,
     load,
+    photo,
     picture,
     pictures_of_ranks,
-    quiet,
     shown,
     write_lora,
 )
@@ -35,8 +36,31 @@ Reference = Callable[..., Tensor]
 def every(*features: str, of: Sequence[Case] = CASES) -> pytest.MarkDecorator:
     """Parametrize over cases, each of which proves these features, or its task where none is named."""
     return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c.twin, marks=pytest.mark.proves(c.pipeline, *features or (c.task,))) for c in of]
+        "case",
+        [pytest.param(c, id=c.twin, marks=pytest.mark.proves(c.pipeline, *features or (c.task,))) for c in of],
+        indirect=True,
     )
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Case]:
+    """A case whose request names the files of its pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+
+    def written(case: Case) -> Case:
+        files = [str(photo(folder / f"{w}x{h}.png", w, h)) for w, h in case.pictures]
+        return attrs.evolve(case, request={**case.request, "image_path": files}) if files else case
+
+    return cache(written)
+
+
+@pytest.fixture
+def case(
+    request: pytest.FixtureRequest, with_pictures: Callable[[Case], Case], monkeypatch: pytest.MonkeyPatch
+) -> Case:
+    """The case of a test, with its pictures and patches."""
+    request.param.patch(monkeypatch)
+    return with_pictures(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
 @pytest.fixture(scope="module")
 def pipelines(folders: Callable[[Case], Path]) -> Callable[[Case], Any]:
     """diffusers' own pipeline of a case."""
-    from diffusers import DiffusionPipeline
-
-    return cache(lambda case: quiet(DiffusionPipeline.from_pretrained(folders(case))))
+    return cache(lambda case: case.pipeline_of(folders(case)))
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +99,10 @@ def test_ranks_make_the_picture_of_diffusers(
     case: Case, folders: Callable[[Case], Path], reference: Reference, tmp_path: Path
 ) -> None:
     expected = reference(case)
+    prepare = partial(case.patch, pytest.MonkeyPatch())  # in the processes of the ranks
     for world, splits in case.splits.items():
         cases = [(folders(case), case.request, split) for split in splits]
-        for made, split in zip(pictures_of_ranks(world, tmp_path / f"{world}", cases), splits, strict=True):
+        for made, split in zip(pictures_of_ranks(world, tmp_path / f"{world}", cases, prepare), splits, strict=True):
             assert apart(made, expected) <= 1, split
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.models import flux, names
-from sgld.models.flux import Flux, FluxConfig, FluxTransformer, pack, unpack
+from sgld.models.flux import Flux, FluxConfig, FluxTransformer
 from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import fit, read_adapter
-from sgld.nn.mmdit import DualBlock, SingleBlock, TokenLayout
+from sgld.nn.mmdit import DualBlock, SingleBlock, TokenLayout, pack, unpack
 from sgld.nn.parallel import Mesh
 from sgld.nn.usp import SequenceAttention
 from sgld.nn.weights import read_architecture

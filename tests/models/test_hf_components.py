@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models.components import ComponentLoader
 from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
+from sgld.settings import Settings, VaeConfig
 from tests.nn.ranks import on_ranks
 from tools import tiny
 from tools.twins.flux import VAE, t5_tokenizer
@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def parts_of(folder: Path, mesh: Mesh | None = None, platform: Cpu | None = None, **settings: Any) -> ComponentLoader:
     mesh = mesh or Mesh.solo()
-    load = Load(Settings(model_path=str(folder), num_gpus=mesh.world, **settings), folder)
+    load = Load(Settings.of(model_path=str(folder), num_gpus=mesh.world, **settings), folder)
     return ComponentLoader(load, mesh, platform or Cpu(), lambda done, total: None, needs=("text_encoder",))
 
 

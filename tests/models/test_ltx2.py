@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgld.errors import BadRequest, ModelError, SgldError
-from sgld.models import ltx2
+from sgld.models import ltx2, names
 from sgld.models.base import Sound
-from sgld.models.ltx2_transformer import LTX2Transformer, ltx2_config
+from sgld.models.ltx2_transformer import LTX2Config, LTX2Transformer
 from sgld.nn.attention import TORCH
 from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
-from sgld.nn.weights import Uninitialized
+from sgld.nn.weights import Uninitialized, read_architecture
 from sgld.resolve import resolve
+from tests.models.contract import LTX2, LTX2_GUIDANCE
 from tests.models.parity import (
     activate,
     apart,
@@ -43,16 +44,8 @@ from tests.models.parity import (
 )
 from tools.twins import ltx2 as twins_of
 
-REQUEST = {
-    "prompt": " a red cat ", "negative_prompt": "blurred", "height": 64, "width": 96, "num_frames": 9,
-    "num_inference_steps": 3, "guidance_scale": 3.5, "max_sequence_length": 32, "seed": 7,
-}  # fmt: skip
-GUIDANCE = {  # of diffusers, whose own defaults are LTX-2.3's
-    "ltx2": {
-        "use_cross_timestep": False, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0,
-        "audio_guidance_scale": None, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0,
-        "audio_guidance_rescale": 0.0,
-    },
+GUIDANCE: dict[str, Mapping[str, Any]] = {  # of diffusers, whose own defaults are LTX-2.3's
+    "ltx2": LTX2_GUIDANCE,
     "ltx23": {"spatio_temporal_guidance_blocks": [1]},
     "ltx2-neighbours": {},
 }  # fmt: skip
@@ -91,7 +84,7 @@ Reference = Callable[..., tuple[Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def reference(twins: Path) -> Reference:
-    """Frames u8 and sound [2, n] of `REQUEST` with changes, as diffusers makes them in float32."""
+    """Frames u8 and sound [2, n] of `LTX2` with changes, as diffusers makes them in float32."""
     from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
 
     @cache
@@ -100,7 +93,7 @@ def reference(twins: Path) -> Reference:
 
     @cache
     def made(name: str, lora: Path | None = None, image: Path | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
-        pipeline, request = pipeline_of(name), REQUEST | GUIDANCE[name] | changes
+        pipeline, request = pipeline_of(name), LTX2 | GUIDANCE[name] | changes
         if image is not None:
             pipeline, request["image"] = LTX2ImageToVideoPipeline(**pipeline.components), Image.open(image)
         if lora is not None:
@@ -138,7 +131,7 @@ def unlike(sound: Sound | None, expected: Tensor) -> float:
 @proves(PIPELINE, "text-to-video", "audio")
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_video_and_sound_as_diffusers(twins: Path, reference: Reference, name: str) -> None:
-    frames, sound = make(load(twins / name), REQUEST)
+    frames, sound = make(load(twins / name), LTX2)
     expected, heard = reference(name)
     other, other_sound = reference(name, seed=8)
     assert frames.float().std() > 10
@@ -155,7 +148,7 @@ def test_same_seed_same_video_and_sound_as_diffusers(twins: Path, reference: Ref
 )
 @pytest.mark.parametrize("name", ["ltx2", "ltx23"])
 def test_same_at_the_edges(twins: Path, reference: Reference, name: str, changes: dict[str, Any]) -> None:
-    frames, sound = make(load(twins / name), REQUEST | changes)
+    frames, sound = make(load(twins / name), LTX2 | changes)
     expected, heard = reference(name, **changes)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
@@ -166,7 +159,7 @@ def test_without_guidance(twins: Path, reference: Reference) -> None:
     off = {name: GUIDANCE["ltx2"][name] for name in GUIDANCE["ltx2"] if name != "use_cross_timestep"}
     for name in ("ltx2", "ltx23"):
         expected, heard = reference(name, **off, guidance_scale=1.0)
-        frames, sound = make(load(twins / name), REQUEST | {"guidance_scale": 1.0})
+        frames, sound = make(load(twins / name), LTX2 | {"guidance_scale": 1.0})
         assert apart(frames, expected) <= 1
         assert unlike(sound, heard) < 1e-4
 
@@ -174,7 +167,7 @@ def test_without_guidance(twins: Path, reference: Reference) -> None:
 @proves(PIPELINE, "image-to-video")
 @pytest.mark.parametrize("name", ["ltx2", "ltx23"])
 def test_a_picture_is_the_first_frame(twins: Path, reference: Reference, shot: Path, name: str) -> None:
-    frames, sound = make(load(twins / name), REQUEST | {"image_path": [str(shot)]})
+    frames, sound = make(load(twins / name), LTX2 | {"image_path": [str(shot)]})
     expected, heard = reference(name, image=shot)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
@@ -184,7 +177,7 @@ def test_a_picture_is_the_first_frame(twins: Path, reference: Reference, shot: P
 @proves(PIPELINE, "text-to-image")
 @pytest.mark.parametrize("name", ["ltx2", "ltx23"])
 def test_a_single_frame_is_a_silent_picture(twins: Path, reference: Reference, name: str) -> None:
-    frames, sound = make(load(twins / name), REQUEST | {"num_frames": 1})
+    frames, sound = make(load(twins / name), LTX2 | {"num_frames": 1})
     assert sound is None
     assert frames.float().std() > 10
     assert apart(frames, reference(name, num_frames=1)[0]) <= 1
@@ -193,7 +186,7 @@ def test_a_single_frame_is_a_silent_picture(twins: Path, reference: Reference, n
 
 @proves(FROM_PICTURE, "image-to-video", "audio")
 def test_the_same_from_a_folder_of_the_other_pipeline(twins: Path, reference: Reference, shot: Path) -> None:
-    frames, sound = make(load(twins / "ltx2-picture"), REQUEST | {"image_path": [str(shot)]})
+    frames, sound = make(load(twins / "ltx2-picture"), LTX2 | {"image_path": [str(shot)]})
     expected, heard = reference("ltx2", image=shot)
     assert apart(frames, expected) <= 1
     assert unlike(sound, heard) < 1e-4
@@ -202,24 +195,24 @@ def test_the_same_from_a_folder_of_the_other_pipeline(twins: Path, reference: Re
 @proves(FROM_PICTURE, "text-to-video", "text-to-image")
 @pytest.mark.parametrize("count", [1, 9])
 def test_that_folder_needs_no_picture(twins: Path, reference: Reference, count: int) -> None:
-    frames = picture(load(twins / "ltx2-picture"), REQUEST | {"num_frames": count})
+    frames = picture(load(twins / "ltx2-picture"), LTX2 | {"num_frames": count})
     assert apart(frames, reference("ltx2", num_frames=count)[0]) <= 1
 
 
 def test_one_step(twins: Path) -> None:
     """Diffusers divides by zero where a single level shall be stretched."""
-    frames, sound = make(load(twins / "ltx2"), REQUEST | {"num_inference_steps": 1})
+    frames, sound = make(load(twins / "ltx2"), LTX2 | {"num_inference_steps": 1})
     assert frames.float().std() > 10
     assert sound is not None
     assert sound.samples.isfinite().all()
 
 
 def test_every_guidance_of_ltx23_counts(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = picture(load(twins / "ltx23"), REQUEST)
+    base = picture(load(twins / "ltx23"), LTX2)
     for change in ({"perturbed": 0.0}, {"isolated": 1.0}, {"rescale": 0.0}, {"audio_text": 1.5}, {"block": 0}):
         with monkeypatch.context() as patch:
             patch.setattr(ltx2, "LTX23_GUIDANCE", attrs.evolve(ltx2.LTX23_GUIDANCE, **change))
-            assert apart(picture(load(twins / "ltx23"), REQUEST), base) > 5, change
+            assert apart(picture(load(twins / "ltx23"), LTX2), base) > 5, change
 
 
 # ------------------------------------------------------------------------------------------------------- ranks
@@ -249,7 +242,7 @@ def test_same_on_several_ranks(twins: Path, tmp_path: Path, reference: Reference
         ("ltx23", {"enable_cfg_parallel": True, "ulysses_degree": 2}, odd),
     ]
     asked = {2: two, 4: four}[world]
-    cases = [(twins / name, REQUEST | changes, settings) for name, settings, changes in asked]
+    cases = [(twins / name, LTX2 | changes, settings) for name, settings, changes in asked]
     made = made_by_ranks(world, tmp_path / "store", cases, _second_block)
     for (frames, sound), (name, _, changes) in zip(made, asked, strict=True):
         given = {"image": shot} if changes is look else changes
@@ -259,7 +252,7 @@ def test_same_on_several_ranks(twins: Path, tmp_path: Path, reference: Reference
 
 
 def test_ranks_decode_a_tile_each(twins: Path, tmp_path: Path) -> None:
-    ranks_decode_tiles(tmp_path / "store", twins / "ltx2", REQUEST, 64, 32)
+    ranks_decode_tiles(tmp_path / "store", twins / "ltx2", LTX2, 64, 32)
 
 
 # --------------------------------------------------------------------------------------------------- full size
@@ -280,7 +273,7 @@ def test_full_size_state(tmp_path: Path, newer: bool) -> None:
     with torch.device("meta"), Uninitialized():
         theirs = LTX2VideoTransformer3DModel(**config)
         (tmp_path / "config.json").write_text(json.dumps(dict(theirs.config)))
-        ours = LTX2Transformer(ltx2_config(tmp_path / "config.json"), Mesh.solo(), TORCH)
+        ours = LTX2Transformer(read_architecture(tmp_path / "config.json", LTX2Config), Mesh.solo(), TORCH)
     same_state(ours, theirs)
     billions = sum(p.numel() for p in ours.parameters()) / 1e9
     assert 18 < billions < 20
@@ -297,7 +290,7 @@ OFFLOADS = (
 @both("offload")
 @pytest.mark.parametrize("settings", OFFLOADS, ids=lambda s: next(iter(s)))
 def test_offload_changes_nothing(twins: Path, shot: Path, name: str, looks: bool, settings: dict[str, Any]) -> None:
-    request = REQUEST | ({"image_path": [str(shot)]} if looks else {})
+    request = LTX2 | ({"image_path": [str(shot)]} if looks else {})
     frames, sound = make(load(twins / name), request)
     other, heard = make(load(twins / name, **settings), request)
     assert sound is not None
@@ -309,16 +302,17 @@ def test_offload_changes_nothing(twins: Path, shot: Path, name: str, looks: bool
 def test_half_precision(twins: Path) -> None:
     family = load(twins / "ltx23", precision="bf16")
     assert isinstance(family, ltx2.LTX2)
-    assert {part.dtype for part in (family._transformer, family._text, family._connectors)} == {torch.bfloat16}
-    frames, sound = make(family, REQUEST)
-    assert apart(frames, picture(load(twins / "ltx23"), REQUEST)) > 0
+    assert {part.dtype for part in (family.text.module, family.connectors)} == {torch.bfloat16}
+    assert family.transformer.compute_dtype == torch.bfloat16
+    frames, sound = make(family, LTX2)
+    assert apart(frames, picture(load(twins / "ltx23"), LTX2)) > 0
     assert sound is not None
     assert sound.samples.isfinite().all()
 
 
 def test_a_tile_of_one_latent(twins: Path) -> None:
     """13 latents side by side leave one for the last tile, which the decoder could not reflect."""
-    family, wide = load(twins / "ltx2"), REQUEST | {"width": 416, "num_inference_steps": 1}
+    family, wide = load(twins / "ltx2"), LTX2 | {"width": 416, "num_inference_steps": 1}
     frames = picture(family, wide)
     whole = picture(load(twins / "ltx2", vae_tiling=False), wide)
     assert frames.shape == whole.shape == (9, 64, 416, 3)
@@ -332,7 +326,7 @@ def test_a_tile_of_one_latent(twins: Path) -> None:
 def original(name: str) -> str:
     """An adapter's key with the authors' name of its layer."""
     layer, part = name.removeprefix("transformer.").split(".lora_")
-    for pattern, replacement in ltx2.LTX2_ORIGINAL:
+    for pattern, replacement in names.LTX2:
         layer = re.sub(pattern, replacement, layer)
     return f"transformer.{layer}.lora_{part}"
 
@@ -341,9 +335,9 @@ def original(name: str) -> str:
 def test_lora(twins: Path, tmp_path: Path, reference: Reference, shot: Path, name: str, looks: bool) -> None:
     family = load(twins / name)
     assert isinstance(family, ltx2.LTX2)
-    request = REQUEST | ({"image_path": [str(shot)]} if looks else {})
+    request = LTX2 | ({"image_path": [str(shot)]} if looks else {})
     before = picture(family, request)
-    file = write_lora(tmp_path / "a.safetensors", family._transformer)
+    file = write_lora(tmp_path / "a.safetensors", family.transformer)
     activate(family, file)
     worn = picture(family, request)
     assert apart(worn, before) > 20
@@ -364,7 +358,7 @@ def test_an_adapter_of_the_connectors_is_refused(twins: Path, tmp_path: Path) ->
     """diffusers would load it."""
     family = load(twins / "ltx2")
     assert isinstance(family, ltx2.LTX2)
-    parts = {"transformer": family._transformer, "connectors": family._connectors}
+    parts = {"transformer": family.transformer, "connectors": family.connectors}
     files = [write_lora(tmp_path / name, module, prefix=f"{name}.") for name, module in parts.items()]
     save_file(load_file(files[0]) | load_file(files[1]), tmp_path / "both.safetensors")
     says = r"does not fit the model's transformer: \d+ of \d+ keys: connectors\.\S+\.lora_A\.weight \(no such layer\)"
@@ -411,18 +405,18 @@ def test_info(twins: Path) -> None:
 )
 def test_requests_that_cannot_be_met(twins: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(SgldError, match=says):
-        make(load(twins / "ltx2"), REQUEST | changes)
+        make(load(twins / "ltx2"), LTX2 | changes)
 
 
 def test_a_picture_too_small_to_be_seen(twins: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1, 40)).save(tmp_path / "thin.png")
     with pytest.raises(BadRequest, match="image_path: '.*thin.png' of 1x40 pixels is too small; each side needs 2"):
-        make(load(twins / "ltx2"), REQUEST | {"image_path": [str(tmp_path / "thin.png")]})
+        make(load(twins / "ltx2"), LTX2 | {"image_path": [str(tmp_path / "thin.png")]})
 
 
 def test_a_long_prompt_is_cut(twins: Path) -> None:
     family = load(twins / "ltx2")
-    params = resolve(REQUEST | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info).params
+    params = resolve(LTX2 | {"prompt": "long " * 20, "max_sequence_length": 8}, family.info).params
     condition, notes = family.encode(params, [])
     assert notes == ["prompt cut from 100 to 8 tokens, the most this request allows"]
     assert condition.prompt_tokens == 8
@@ -432,7 +426,7 @@ def test_a_long_prompt_is_cut(twins: Path) -> None:
 def test_previews_draw_near_to_what_is_made(twins: Path, shot: Path, name: str, looks: bool) -> None:
     """The first frame, or with a picture the first latent after it; the decoder looks ahead, so no more are made."""
     family = load(twins / name)
-    request = REQUEST | {"num_inference_steps": 6} | ({"image_path": [str(shot)]} if looks else {"num_frames": 1})
+    request = LTX2 | {"num_inference_steps": 6} | ({"image_path": [str(shot)]} if looks else {"num_frames": 1})
     frames, previews = shown(family, request, 5)
     assert torch.equal(frames, picture(family, request)), "previews change nothing"
     assert [tuple(preview.shape) for preview in previews] == [(1, 64, 96, 3)] * 5

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 import sgld
-from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError
 from sgld.messages import Load
 from sgld.models import load_family
@@ -22,6 +21,7 @@ from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu, Prefetcher
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from tests.adapters import write_adapter
 from tests.models.conftest import REQUEST, generate, levels_apart, load
 from tests.nn.ranks import in_fresh_process, on_ranks
@@ -93,7 +93,10 @@ def test_the_next_block_is_read_while_one_computes(twins: Path, monkeypatch: pyt
             return Recording()
 
     family = load_family(
-        Load(Settings(dit_layerwise_offload=True), twins / "wan21"), Mesh.solo(), Recorder(), lambda step, total: None
+        Load(Settings.of(dit_layerwise_offload=True), twins / "wan21"),
+        Mesh.solo(),
+        Recorder(),
+        lambda step, total: None,
     )
     assert isinstance(family, Wan)
     blocks = family.transformers["transformer"].blocks

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgld import inputs
-from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.parallel import Mesh
 from sgld.resolve import resolve
+from sgld.settings import VaeConfig
 from sgld.worker import sampler
 from tests.models.conftest import REQUEST, generate, levels_apart, load
 from tests.nn.ranks import on_ranks

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError
 from sgld.models import vae as module
 from sgld.models.vae import Vae
+from sgld.settings import Settings, VaeConfig
 from tools.tiny import VAE
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def ours(folder: Path, **settings: Any) -> Vae:
-    return Vae(folder, Settings(**settings), torch.float32, torch.device("cpu"))
+    return Vae(folder, Settings.of(**settings), torch.float32, torch.device("cpu"))
 
 
 @torch.inference_mode()

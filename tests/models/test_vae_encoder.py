@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import ModelError
 from sgld.models import vae_encoder as module
 from sgld.models.vae import Vae
 from sgld.models.vae_encoder import VaeEncoder, has_encoder
+from sgld.settings import Settings, VaeConfig
 from tests.models.test_vae import FORMS, TILES
 from tools.judge import parse_prompt, scenes
 from tools.tiny import VAE
@@ -34,7 +34,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def ours(folder: Path, **settings: Any) -> VaeEncoder:
-    return VaeEncoder(folder, Settings(**settings), torch.float32, torch.device("cpu"))
+    return VaeEncoder(folder, Settings.of(**settings), torch.float32, torch.device("cpu"))
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import Settings
 from sgld.errors import ModelError, SgldError
 from sgld.messages import Load
 from sgld.models import load_family, wan
@@ -24,6 +23,7 @@ from sgld.nn.weights import load_module, read_architecture
 from sgld.params import PictureRule
 from sgld.platform import Cpu
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from tests.models.conftest import generate, levels_apart, load
 from tests.models.parity import edit
 

@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sgld.config import Settings, VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt
 from sgld.messages import Cancel, Load
 from sgld.models import names
@@ -31,6 +30,7 @@ from sgld.nn.parallel import Mesh
 from sgld.params import SamplingParams
 from sgld.platform import Cpu
 from sgld.resolve import resolve
+from sgld.settings import Settings, VaeConfig
 from sgld.worker.run_context import RunContext, Stopped
 from sgld.worker.sampler import sample
 from tests.models.parity import (
@@ -260,7 +260,7 @@ def test_another_number_of_steps_is_refused(folders: Folders) -> None:
 
 
 def test_the_setting_is_refused_where_nothing_reads_it(folders: Folders) -> None:
-    load_it = Load(Settings(dmd_denoising_steps=[900, 100]), folders("fastwan21"))
+    load_it = Load(Settings.of(dmd_denoising_steps=[900, 100]), folders("fastwan21"))
     with pytest.raises(BadRequest, match="^dmd_denoising_steps: it is of Wan checkpoints; leave it out$"):
         ComponentLoader(load_it, Mesh.solo(), Cpu(), lambda step, total: None)
 

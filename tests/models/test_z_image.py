@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sgld.config import VaeConfig
 from sgld.errors import BadRequest, ModelError, NotBuilt, SgldError
 from sgld.models.z_image import ZImage, ZImageConfig, ZImageTransformer
 from sgld.nn.attention import TORCH
@@ -23,6 +22,7 @@ from sgld.nn.lora_formats import read_adapter
 from sgld.nn.parallel import Mesh
 from sgld.nn.weights import Uninitialized, read_architecture
 from sgld.resolve import resolve
+from sgld.settings import VaeConfig
 from tests.models import parity
 from tests.models.contract import Z_IMAGE
 from tests.models.parity import (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import DENSE_ATTENTION, Settings
 from sgld.errors import BadRequest, NotBuilt
 from sgld.nn.attention import BACKENDS, CROSS, FLASH, SELF, TORCH, Chooser, sdpa
 from sgld.platform import Cpu
+from sgld.settings import DENSE_ATTENTION, Settings
 
 HALF = torch.bfloat16
 # Stand-ins for packages that this machine cannot run: their documented signatures and layouts, by torch's arithmetic.
@@ -99,7 +99,7 @@ def gpu(name: str) -> Cpu:
 
 
 def choose(platform: Cpu | None = None, component: str = "transformer", role: str = SELF, **settings: Any) -> str:
-    return Chooser(Settings(**settings), platform or Cpu()).choose(component, role, HALF, 128).name
+    return Chooser(Settings.of(**settings), platform or Cpu()).choose(component, role, HALF, 128).name
 
 
 def tensors(dtype: torch.dtype, S: int = 7, L: int = 19) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ def test_torch_gives_the_log_sum_exp_too(dtype: torch.dtype, tolerance: float, S
 @pytest.mark.parametrize("name", GPUS)
 def test_a_package_is_called_as_it_documents(packages: None, name: str) -> None:
     """Wrong layouts, names of arguments or places in answers would fail, and so would keys that are changed."""
-    backend = Chooser(Settings(attention_backend=name), gpu(GPUS[name])).choose("transformer", SELF, HALF, 128)
+    backend = Chooser(Settings.of(attention_backend=name), gpu(GPUS[name])).choose("transformer", SELF, HALF, 128)
     q, k, v = tensors(HALF)
     before = k.clone()
     expected, expected_lse = formula(q, k, v)
@@ -178,7 +178,7 @@ def test_what_cannot_run_is_refused_with_what_can(
     settings: dict[str, Any], platform: Cpu, dtype: torch.dtype, head: int, message: str
 ) -> None:
     with pytest.raises(BadRequest) as caught:
-        Chooser(Settings(**settings), platform).choose("transformer", SELF, dtype, head)
+        Chooser(Settings.of(**settings), platform).choose("transformer", SELF, dtype, head)
     assert caught.value.message == message
 
 
@@ -199,7 +199,7 @@ def test_flash_attention_is_the_default_where_it_runs(packages: None) -> None:
 
 def test_in_a_ring_a_kernel_must_tell_log_sum_exps(packages: None) -> None:
     def ring(platform: Cpu, **settings: Any) -> str:
-        return Chooser(Settings(**settings), platform).choose("transformer", SELF, HALF, 128, ring=True).name
+        return Chooser(Settings.of(**settings), platform).choose("transformer", SELF, HALF, 128, ring=True).name
 
     assert [ring(gpu(name)) for name in ("sm80", "sm90", "sm100")] == ["fa2", "fa3", "fa2"]
     with pytest.raises(BadRequest) as caught:
@@ -230,7 +230,7 @@ def test_the_nearest_setting_counts(packages: None) -> None:
 
 @pytest.mark.parametrize("name", ["conectors", "vae.self", "transformer.both", "transformer_2"])
 def test_a_component_that_the_model_has_not(name: str) -> None:
-    chooser = Chooser(Settings(component_attention_backends={name: "torch_sdpa"}), Cpu())
+    chooser = Chooser(Settings.of(component_attention_backends={name: "torch_sdpa"}), Cpu())
     with pytest.raises(BadRequest) as caught:
         chooser.check(("text_encoder", "transformer", "vae"))
     assert caught.value.message.startswith(
@@ -240,8 +240,10 @@ def test_a_component_that_the_model_has_not(name: str) -> None:
 
 
 def test_components_that_torch_alone_computes() -> None:
-    Chooser(Settings(component_attention_backends={"text_encoder": "torch_sdpa"}), Cpu()).torch_only("text_encoder", "")
-    chooser = Chooser(Settings(component_attention_backends={"text_encoder": "fa"}), Cpu())
+    Chooser(Settings.of(component_attention_backends={"text_encoder": "torch_sdpa"}), Cpu()).torch_only(
+        "text_encoder", ""
+    )
+    chooser = Chooser(Settings.of(component_attention_backends={"text_encoder": "fa"}), Cpu())
     with pytest.raises(BadRequest, match=r"^component_attention_backends.text_encoder: fa cannot be used: it sings"):
         chooser.torch_only("text_encoder", "it sings")
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sgld.config import Settings
 from sgld.errors import BadRequest, ModelError
 from sgld.nn.offload import Offloader
 from sgld.nn.weights import load_module
 from sgld.platform import Cpu
+from sgld.settings import Settings
 
 FILE = "model.safetensors"
 
@@ -168,8 +168,8 @@ def test_bad_files_are_refused_before_they_are_needed(folder: Path) -> None:
 
 
 def test_flags() -> None:
-    settings = Settings(image_encoder_cpu_offload=True)
+    settings = Settings.of(image_encoder_cpu_offload=True)
     with pytest.raises(BadRequest, match="^image_encoder_cpu_offload: this model has no image_encoder; leave it out"):
         Offloader.of(settings, Cpu(), ("transformer", "vae"))
-    both = Offloader.of(Settings(dit_cpu_offload=True, dit_layerwise_offload=True), Cpu(), ("transformer",))
+    both = Offloader.of(Settings.of(dit_cpu_offload=True, dit_layerwise_offload=True), Cpu(), ("transformer",))
     assert [both.keeper(name) is None for name in ("transformer", "transformer_2", "vae")] == [False, False, True]

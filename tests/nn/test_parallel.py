@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgld.config import Settings
 from sgld.errors import BadRequest
 from sgld.messages import RankAssignment
 from sgld.nn.attention import TORCH, sdpa
 from sgld.nn.parallel import Degrees, Mesh
 from sgld.nn.usp import SequenceAttention, merge
 from sgld.platform import Cpu
+from sgld.settings import Settings
 from tests.nn.ranks import on_ranks
 
 TOKENS = (12, 5, 1)  # divides, does not, and leaves ranks without any
@@ -123,14 +123,14 @@ def test_guidance_branches_are_the_slowest_axis(tmp_path: Path) -> None:
 def test_what_the_settings_leave_open_is_chosen(
     settings: dict[str, Any], heads: int, guided: bool, expected: Degrees
 ) -> None:
-    assert Degrees.of(Settings(**settings), heads, guided) == expected
+    assert Degrees.of(Settings.of(**settings), heads, guided) == expected
 
 
 def test_heads_that_do_not_divide_are_an_error_that_names_those_that_do() -> None:
     with pytest.raises(BadRequest, match=r"4 workers cannot share 6 attention heads .*for 4 workers: 1, 2, and ring"):
-        Degrees.of(Settings(num_gpus=4, ulysses_degree=4), 6, True)
+        Degrees.of(Settings.of(num_gpus=4, ulysses_degree=4), 6, True)
     with pytest.raises(BadRequest, match="^ring_degree: 2 leaves ulysses_degree 3, .*for 6 workers: 3, 6$"):
-        Degrees.of(Settings(num_gpus=6, ring_degree=2, enable_cfg_parallel=False), 4, True)
+        Degrees.of(Settings.of(num_gpus=6, ring_degree=2, enable_cfg_parallel=False), 4, True)
 
 
 def test_a_world_of_one_needs_no_process_group(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import Emit, WorkerGroup
 from sgld.errors import SgldError
 from sgld.params import ModelInfo
 from sgld.server.app import load, make_app
 from sgld.server.service import SERVICE
+from sgld.settings import Settings
 from tests import media_files
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
@@ -49,7 +49,7 @@ async def client(aiohttp_server: Serve, tmp_path: Path) -> AsyncIterator[Client]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text("{}")
     names = {"model_path": "model", "output_path": "out", "input_save_path": "uploads"}
-    settings = Settings(**{option: str(tmp_path / name) for option, name in names.items()}, warmup="off")
+    settings = Settings.of(**{option: str(tmp_path / name) for option, name in names.items()}, warmup="off")
     app = make_app(settings, {"fps": 5}, Engine(settings, WorkerGroup(1, run_faulty, patience=PATIENCE)))
     server = await aiohttp_server(app)
     async with aiohttp.ClientSession() as session:
@@ -66,7 +66,7 @@ async def test_before_the_model_is_loaded(client: Client) -> None:
 async def test_the_warm_up_is_a_generation_of_the_model(client: Client, warmup: str) -> None:
     """The failing family cannot read the warm-up's prompt: with a warm-up the load fails, without it does not."""
     service = client.app[SERVICE]
-    service.settings = attrs.evolve(service.settings, warmup=warmup)
+    service.settings = service.settings.evolve(warmup=warmup)
     if warmup == "off":
         await load(service)
     else:
@@ -78,7 +78,7 @@ async def test_the_warm_up_is_a_generation_of_the_model(client: Client, warmup: 
 async def test_a_pipeline_that_refuses_the_warm_up_is_served(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     """The same family, as a model that is made whole: it may well want more than one step."""
     service = client.app[SERVICE]
-    service.settings = attrs.evolve(service.settings, warmup="server")
+    service.settings = service.settings.evolve(warmup="server")
     load_engine = service.engine.load
 
     async def load_whole(emit: Emit) -> ModelInfo:

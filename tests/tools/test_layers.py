@@ -52,13 +52,14 @@ def test_a_sound_tree_has_no_fault(layers: ModuleType, tmp_path: Path) -> None:
          "server/http/a.py:1: server.http may not import sgld.server.jobs.b"),
         ({"server__jobs__a": "import aiohttp"}, "server/jobs/a.py:1: aiohttp belongs in cli/serve.py, server/app.py"),
         ({"models__a": "from sgld.post import b", "post__b": ""}, "models/a.py:1: models may not import sgld.post"),
-        ({"server__a": "import torch"}, "server/a.py:1: torch may not be imported here"),
+        ({"loose": "import os"}, "loose.py:1: it is on no rung"),
+        ({"server__routes__a": "import torch"}, "server/routes/a.py:1: torch may not be imported here"),
         ({"nn__a": "import torch\ntorch.cuda.empty_cache()"}, "nn/a.py:2: torch.cuda belongs in platform.py"),
         ({"cli__a": "import os\nos.environ"}, "cli/a.py:2: os.environ belongs in config.py"),
     ],
     ids=[
         "climb", "climb in a function", "rooms", "jobs to http", "http to jobs", "aiohttp in jobs", "sideways",
-        "torch in the parent", "torch.cuda", "os.environ",
+        "no rung", "torch in the parent", "torch.cuda", "os.environ",
     ],
 )  # fmt: skip
 def test_a_climb_is_seen(layers: ModuleType, modules: dict[str, str], fault: str, tmp_path: Path) -> None:

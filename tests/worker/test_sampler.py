@@ -1,16 +1,18 @@
 """Previews of the embedded model: on the way to the final picture, and without a trace in it."""
 
+from collections.abc import Callable, Iterable
 from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 import sgld
 from sgld.messages import Frames, Preview
 from sgld.models.base import DiffusionModel
 from sgld.nn.parallel import Mesh
+from sgld.nn.runner import H, PlainRunner, StepContext
 from sgld.resolve import resolve
 from sgld.worker.run_context import RunContext
 from sgld.worker.sampler import preview_steps, sample
@@ -66,6 +68,33 @@ def test_previews_change_nothing(demo: DiffusionModel, num_frames: int) -> None:
     assert [(p.job_id, p.index, p.step, p.total) for p in previews] == [("job", i, i + 1, 4) for i in range(3)]
     assert {p.frames.array.shape for p in previews} == {(1, 96, 96, 3)}
     assert made(demo, 1, previews=3, num_inference_steps=1)[1] == []
+
+
+def test_block_runners_know_the_step_and_have_one_store_for_each_output(
+    demo: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[StepContext] = []
+
+    class Recorder(PlainRunner):
+        def run(
+            self, blocks: Iterable[nn.Module], hidden: H, call: Callable[[nn.Module, H], H], step: StepContext
+        ) -> H:
+            steps.append(step)
+            return super().run(blocks, hidden, call, step)
+
+    expected, _ = made(demo, 1, num_inference_steps=3)
+    monkeypatch.setattr(demo.transformer, "runner", Recorder())
+    for _ in range(2):
+        assert (made(demo, 1, num_inference_steps=3)[0] == expected).all()
+    first, second = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+    for run in (first, second):
+        assert [step.index for step in run] == [0, 1, 2]
+        assert {step.total for step in run} == {3}
+        assert [step.sigma for step in run] == sorted((step.sigma for step in run), reverse=True)
+        assert run[0].sigma > run[-1].sigma > 0
+        assert all(step.store is run[0].store for step in run)
+        assert [run[0].agree(flag) for flag in (False, True)] == [False, True]
+    assert first[0].store is not second[0].store
 
 
 @pytest.mark.parametrize(

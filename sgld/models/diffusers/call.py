@@ -71,7 +71,7 @@ class CallSignature:
         annotation = str(self.arguments[name].annotation).partition("ict[")[0]
         return isinstance(self.arguments[name].default, str) or TEXT.search(annotation) is not None
 
-    def extra_arguments(self, given: Mapping[str, Any], context: Watch) -> dict[str, Any]:
+    def extra_arguments(self, given: Mapping[str, object], context: Watch) -> dict[str, Any]:
         """Map the keys of `diffusers_kwargs` to arguments of this call.
 
         Raises:

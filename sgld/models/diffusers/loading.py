@@ -13,14 +13,14 @@ import attrs
 import torch
 from torch import nn
 
-from sgld.config import DIFFUSERS_ATTENTION_BACKENDS, TRANSFORMERS, Settings
-from sgld.convert import default_of, fields_of, shorten
+from sgld.convert import default_of, shorten
 from sgld.errors import BadRequest, ModelError, first_line
 from sgld.messages import Load
 from sgld.models.components import PRECISIONS, check_precisions
 from sgld.nn.attention import BACKENDS
 from sgld.nn.weights import read_json
 from sgld.platform import Platform
+from sgld.settings import DIFFUSERS_ATTENTION_BACKENDS, TRANSFORMERS, Settings, settings_fields
 
 DENOISERS = (*TRANSFORMERS, "unet")
 KERNELS = {
@@ -81,7 +81,7 @@ def load_pipeline(load: Load, platform: Platform, progress: Callable[[int, int],
             made[name] = component
         progress(i, len(loader.components))
     options = {"local_files_only": True, "use_safetensors": True, "dtype": loader.dtype("")}
-    trusted = load.settings.trust_remote_code
+    trusted = load.settings.model.trust_remote_code
     with _as_model_error(load.folder):
         return diffusers.DiffusionPipeline.from_pretrained(load.folder, trust_remote_code=trusted, **made, **options)
 
@@ -102,7 +102,7 @@ class PipelineLoader:
         name = self._index["_class_name"]
         files = [f"{n}/{library}.py" for n, (library, _) in self.components.items()]
         code = [f"{name[0]}.py"] * isinstance(name, list) + [f for f in files if (self._folder / f).is_file()]
-        if code and not self._settings.trust_remote_code:
+        if code and not self._settings.model.trust_remote_code:
             reason = f"this model runs code of its own ({', '.join(code)}); read it, and set this if you trust it"
             raise BadRequest(reason, field="trust_remote_code")
         if code and not (file := self._folder / code[0]).is_file():
@@ -111,9 +111,9 @@ class PipelineLoader:
     def dtype(self, name: str) -> torch.dtype:
         """Return the precision of a component: its own setting, else `precision`, else the platform's."""
         s = self._settings
-        own = {"vae": s.vae_precision} | dict.fromkeys(DENOISERS, s.dit_precision)
-        own |= dict(zip(self.encoders, s.text_encoder_precisions or (), strict=False))
-        named = own.get(name) or s.precision
+        own = {"vae": s.dtypes.vae_precision} | dict.fromkeys(DENOISERS, s.dtypes.dit_precision)
+        own |= dict(zip(self.encoders, s.dtypes.text_encoder_precisions or (), strict=False))
+        named = own.get(name) or s.dtypes.precision
         return PRECISIONS[named] if named else self._platform.dtype
 
     def component(self, name: str) -> Any:
@@ -163,19 +163,19 @@ def _as_model_error(folder: Path) -> Iterator[None]:
 def check_settings(settings: Settings) -> None:
     """Raise `BadRequest` for a setting that a diffusers pipeline cannot follow."""
     for name, reason in UNSUPPORTED.items():
-        if (value := getattr(settings, name)) != default_of(fields_of(Settings)[name]):
+        if (value := settings.get(name)) != default_of(settings_fields()[name]):
             raise BadRequest(f"{shorten(value)}: {reason}; leave it out", field=name)
-    if settings.parallel_decode:
+    if settings.memory.parallel_decode:
         path = "vae_config.use_parallel_decode"
         raise BadRequest(f"true: {UNSUPPORTED['vae_sp']}; leave it out", field=path)
-    if not settings.vae_config.load_encoder:
+    if not settings.memory.vae_config.load_encoder:
         path = "vae_config.load_encoder"
         raise BadRequest("false: a diffusers pipeline keeps its whole VAE; leave it out", field=path)
 
 
 def place(pipeline: Any, settings: Settings, device: torch.device, platform: Platform) -> str | None:
     """Move the pipeline to the device, or offload its components. Return the setting that asks for offload."""
-    asked = [name for name in fields_of(Settings) if name.endswith("_cpu_offload") and getattr(settings, name)]
+    asked = [name for name in settings_fields() if name.endswith("_cpu_offload") and settings.get(name)]
     if not asked:
         pipeline.to(device)
         return None
@@ -191,7 +191,7 @@ def place(pipeline: Any, settings: Settings, device: torch.device, platform: Pla
 
 def set_kernel(denoisers: Mapping[str, nn.Module], settings: Settings, platform: Platform) -> None:
     """Set the attention kernel. Raise `BadRequest` where it cannot run; the message lists the ones that can."""
-    given = {n: v for n in ("diffusers_attention_backend", "attention_backend") if (v := getattr(settings, n))}
+    given = {n: v for n in ("diffusers_attention_backend", "attention_backend") if (v := settings.get(n))}
     for param, name in given.items():
         if name not in KERNELS:
             allowed = ", ".join(DIFFUSERS_ATTENTION_BACKENDS)
@@ -221,19 +221,19 @@ def _use_kernel(module: Any, name: str, param: str) -> None:
 
 def set_vae_modes(vae: Any, settings: Settings) -> None:
     """Enable tiles and slices of the VAE. Raise `BadRequest` for a mode or a size that it lacks."""
-    sizes = {n: v for n, v in attrs.asdict(settings.vae_config).items() if n.startswith("tile_sample_") and v}
-    if settings.tiles():
+    sizes = {n: v for n, v in attrs.asdict(settings.memory.vae_config).items() if n.startswith("tile_sample_") and v}
+    if settings.memory.tiles():
         takes = inspect.signature(vae.enable_tiling).parameters if hasattr(vae, "enable_tiling") else {}
         for name in sizes:
             if name not in takes:
                 path = f"vae_config.{name}"
                 raise BadRequest(f"{type(vae).__name__} takes no such size; leave it out", field=path)
         _enable(vae, "vae_tiling", "enable_tiling", sizes)
-    if settings.vae_slicing:
+    if settings.memory.vae_slicing:
         _enable(vae, "vae_slicing", "enable_slicing", {})
 
 
-def _enable(vae: Any, param: str, method: str, options: Mapping[str, Any]) -> None:
+def _enable(vae: Any, param: str, method: str, options: Mapping[str, object]) -> None:
     try:
         getattr(vae, method)(**options)
     except (AttributeError, NotImplementedError):

@@ -30,10 +30,11 @@ import attrs
 import yaml
 from aiohttp import hdrs, web
 
-from sgld.config import Settings, user_path
+from sgld.config import user_path
 from sgld.convert import fields_of, knob, shorten, structure
 from sgld.errors import BadRequest, Forbidden, Unauthorized
 from sgld.server.http.urls import origin
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -183,21 +184,21 @@ def require_admin(request: web.Request) -> None:
 def check_exposure(settings: Settings, keys: Keys) -> None:
     """Refuse to listen beyond this machine without a key. Blocks to resolve the host. Raises `BadRequest`."""
     if keys.known:
-        if settings.allow_unauthenticated:
+        if settings.server.allow_unauthenticated:
             raise BadRequest(
                 "there are API keys, so every request needs one; leave one of them out",
                 field="allow_unauthenticated",
             )
         return
-    if _is_loopback(settings.host):
+    if _is_loopback(settings.server.host):
         return
-    if not settings.allow_unauthenticated:
+    if not settings.server.allow_unauthenticated:
         raise BadRequest(
-            f"{settings.host!r} can be reached from other machines and there is no API key; give --api-key or "
+            f"{settings.server.host!r} can be reached from other machines and there is no API key; give --api-key or "
             "--api-key-file, or --allow-unauthenticated to let everybody in",
             field="host",
         )
-    log.warning("everybody who can reach %r may use this server: it has no API key", settings.host)
+    log.warning("everybody who can reach %r may use this server: it has no API key", settings.server.host)
 
 
 def _is_loopback(host: str) -> bool:
@@ -220,11 +221,11 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def load_keys(settings: Settings) -> Keys:
     """Load the keys of the settings and of their file. Blocks. Raises `BadRequest`, which tells no key."""
     known: list[Key] = []
-    if settings.api_key is not None:
-        known.append(_single(settings.api_key))
-    if settings.api_key_file is not None:
-        known += _read_file(settings.api_key_file, known)
-    return Keys(tuple(known), None if settings.allow_unauthenticated else _names(settings.host))
+    if settings.server.api_key is not None:
+        known.append(_single(settings.server.api_key))
+    if settings.server.api_key_file is not None:
+        known += _read_file(settings.server.api_key_file, known)
+    return Keys(tuple(known), None if settings.server.allow_unauthenticated else _names(settings.server.host))
 
 
 def _names(host: str) -> tuple[str, ...]:

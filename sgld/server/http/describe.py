@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import attrs
 from aiohttp import web
@@ -37,8 +37,8 @@ class Described:
     form: bool = False  # the body may be multipart/form-data as well as JSON
     pictures: tuple[str, ...] = ()  # fields of the body that take files of a form, or addresses
     required: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = attrs.field(factory=dict)  # fields of the body that take one value only
-    example: Mapping[str, Any] = attrs.field(factory=dict)  # of the body
+    fixed: Mapping[str, object] = attrs.field(factory=dict)  # fields of the body that take one value only
+    example: Mapping[str, object] = attrs.field(factory=dict)  # of the body
     errors: tuple[int, ...] = ()  # statuses that bring an `Error`; 401 goes without saying
     unready: type | None = None  # the JSON of status 503, where it is no `Error`
     other: Mapping[int, str] = attrs.field(factory=dict)  # further statuses, which bring no content of ours

@@ -16,7 +16,7 @@ MASK = "mask"  # the field of a mask
 
 
 @attrs.frozen
-class Source:
+class PictureSource:
     """Where a picture comes from: a file of the form, or an address."""
 
     field: str
@@ -25,9 +25,9 @@ class Source:
     url: str | None
 
 
-def find_sources(body: Body, fields: Sequence[str]) -> list[Source]:
+def find_sources(body: Body, fields: Sequence[str]) -> list[PictureSource]:
     """Remove the pictures of these fields from the body's values. Raises BadRequest for a file in another field."""
-    sources = [Source(file.field, file.name, file.data, None) for file in body.files if file.field in fields]
+    sources = [PictureSource(file.field, file.name, file.data, None) for file in body.files if file.field in fields]
     for file in body.files:
         if file.field not in fields:
             taken = f"pictures go into {', '.join(fields)}"
@@ -35,7 +35,7 @@ def find_sources(body: Body, fields: Sequence[str]) -> list[Source]:
     for field in fields:
         value = body.values.pop(field, None)
         for item in value if isinstance(value, list) else [] if value is None else [value]:
-            sources.append(Source(field, None, None, _url(field, item)))
+            sources.append(PictureSource(field, None, None, _url(field, item)))
             body.addresses.append(f"{field} {sources[-1].url}")
     if len(sources) > MAX_PICTURES:
         raise BadRequest(f"{sources[0].field}: {len(sources)} pictures; at most {MAX_PICTURES} are taken")
@@ -50,7 +50,7 @@ def _url(field: str, value: object) -> str:
     return value
 
 
-def check_sources(sources: Sequence[Source], most: int, model: str) -> None:
+def check_sources(sources: Sequence[PictureSource], most: int, model: str) -> None:
     """Refuse more pictures than the model takes. Raises NotBuilt if it takes none, else BadRequest."""
     if sources and not most:
         raise NotBuilt(f"{model!r} makes pictures from text alone and takes none", field=sources[0].field)
@@ -61,7 +61,9 @@ def check_sources(sources: Sequence[Source], most: int, model: str) -> None:
         raise BadRequest(f"{len(sources) - len(pictures)} masks; one is taken", field=MASK)
 
 
-async def read_sources(sources: Sequence[Source], fetcher: Fetcher) -> AsyncIterator[tuple[str, str | None, bytes]]:
+async def read_sources(
+    sources: Sequence[PictureSource], fetcher: Fetcher
+) -> AsyncIterator[tuple[str, str | None, bytes]]:
     """Yield field, client's file name and bytes of each picture. Addresses are fetched one after the other."""
     for source in sources:
         data = source.data

@@ -1,4 +1,8 @@
-"""Requests that never reach a route, because aiohttp's parser refuses them: answered as the routes answer theirs."""
+"""Answer requests that aiohttp refuses before any route in the form of every other error.
+
+This is the only module that touches private attributes of aiohttp (`_manager`, `_loop`, `_kwargs`, `_make_server`).
+It waits for https://github.com/aio-libs/aiohttp/issues/3287, a handler for what the parser refuses.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ UNDECODABLE = "Content-Encoding: this server cannot decode it; gzip and deflate 
 
 
 class _Connection(web.RequestHandler):
-    """Its errors hold nothing of the request, of which any byte may be part of a key.
+    """A connection whose errors hold nothing of the request, for any byte may be part of a key.
 
-    One too many is closed at once: descriptors must be left for jobs and files.
+    A connection too many is closed at once: descriptors must be left for jobs and files.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -71,7 +75,7 @@ class _Server(web.Server):
 
 
 class Runner(web.AppRunner):
-    """Runs an application so that every error has the one form, whoever finds it."""
+    """A runner of an application that gives every error one form."""
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()

@@ -34,7 +34,7 @@ Arrival = tuple[str, str | None, bytes]  # field, the client's file name, and co
 
 
 @attrs.frozen
-class Picture:
+class UploadedPicture:
     """A file that decodes to exactly one upright picture."""
 
     data: bytes = attrs.field(repr=False)
@@ -44,7 +44,7 @@ class Picture:
     name: str  # a harmless piece of what the client called it
 
 
-async def read_picture(data: bytes, name: str | None, param: str) -> Picture:
+async def read_picture(data: bytes, name: str | None, param: str) -> UploadedPicture:
     """Decode a png, jpeg, webp or gif completely, and turn it as its EXIF orientation says.
 
     The client's bytes stay as they are if they are one upright picture. An animation gives its first frame.
@@ -62,26 +62,26 @@ def safe_name(name: str | None) -> str:
     return _UNSAFE.sub("-", stem)[:_NAME_CHARACTERS].strip("-") or "picture"
 
 
-def _read(data: bytes, name: str, param: str) -> Picture:
+def _read(data: bytes, name: str, param: str) -> UploadedPicture:
     with opened(io.BytesIO(data), name, param) as image:
         image.load()
         return _upright(image, data, name)
 
 
-def _upright(image: Image.Image, data: bytes, name: str) -> Picture:
+def _upright(image: Image.Image, data: bytes, name: str) -> UploadedPicture:
     format = str(image.format).lower().replace("mpo", "jpeg")  # MPO: a JPEG with more behind it
     turned = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT) != _UPRIGHT
     if not turned and not getattr(image, "is_animated", False) and format != "gif":
-        return Picture(data, format, image.width, image.height, name)
+        return UploadedPicture(data, format, image.width, image.height, name)
     frame = ImageOps.exif_transpose(image)
     if frame.mode == "CMYK":  # which a png cannot hold
         frame = frame.convert("RGB")
     file = io.BytesIO()
     frame.save(file, "png", compress_level=1, icc_profile=None)
-    return Picture(file.getvalue(), "png", frame.width, frame.height, name)
+    return UploadedPicture(file.getvalue(), "png", frame.width, frame.height, name)
 
 
-async def keep(picture: Picture, root: Path) -> str:
+async def keep(picture: UploadedPicture, root: Path) -> str:
     """Store a picture under `root`, whole or not at all, and return its name: a random part, then the client's.
 
     Raises OutputError; the log has the reason.

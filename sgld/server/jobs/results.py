@@ -15,12 +15,12 @@ import anyio.to_thread
 import attrs
 
 from sgld import media
-from sgld.config import Settings
 from sgld.errors import OutputError
 from sgld.messages import Media
 from sgld.params import OutputParams, SamplingParams
 from sgld.server.jobs.record import Artifact, picture_name
 from sgld.server.jobs.thumbnails import DAMAGED, make_thumbnail
+from sgld.settings import Settings
 from sgld.storage.result_store import ResultStore
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class Outputs:
 
     def describe(self, params: SamplingParams) -> dict[str, Any]:
         """Return the metadata of a file. Replaced components appear by the names of their folders alone."""
-        folders = {name: Path(folder).name for name, folder in self.settings.component_paths.items()}
-        return media.describe(params, self.model, attrs.evolve(self.settings, component_paths=folders))
+        folders = {name: Path(folder).name for name, folder in self.settings.model.component_paths.items()}
+        return media.describe(params, self.model, self.settings.evolve(component_paths=folders))
 
     async def save(self, params: OutputParams, result: Media, name: str, format: str) -> Artifact:
         """Encode one output and store it as `name`. Raises OutputError; the log has the reason."""

@@ -39,7 +39,7 @@ class JobMetrics(Protocol):
     def saved(self, destination: str, seconds: float) -> None: ...
 
 
-class Runner:
+class RunResources:
     """What all runs share."""
 
     def __init__(self, engine: Engine, outputs: Outputs, scheduler: Scheduler, metrics: JobMetrics, tasks: Tasks):
@@ -51,7 +51,7 @@ class Runner:
 class JobRun:
     """Generates the outputs of a job, saves them and publishes progress and previews."""
 
-    def __init__(self, runner: Runner, job: Job, on_begin: Callable[[Job], None]):
+    def __init__(self, runner: RunResources, job: Job, on_begin: Callable[[Job], None]):
         self.job = job
         self._shared = runner
         self._on_begin = on_begin

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
-from sgld.errors import INTERNAL, Cancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
-from sgld.log import job_context
+from sgld.errors import JobCancelled, ModelError, NotFound, NotReady, QueueFull, SgldError, WorkerDied
 from sgld.server.jobs import inputs as uploads
+from sgld.server.jobs.ends import JobEnds
 from sgld.server.jobs.index import JobIndex
 from sgld.server.jobs.job import Job
 from sgld.server.jobs.record import JobRecord, Outcome
-from sgld.server.jobs.repository import JobRepository, MemoryJobRepository
+from sgld.server.jobs.repository import JobRepository
 from sgld.server.jobs.results import Outputs
-from sgld.server.jobs.run import JobMetrics, JobRun, Runner
+from sgld.server.jobs.run import JobMetrics, RunResources
+from sgld.server.jobs.runs import JobRuns
 from sgld.server.jobs.scheduler import Scheduler
 from sgld.server.jobs.tasks import Tasks
 from sgld.server.jobs.webhooks import Webhooks
+from sgld.settings import Settings
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # runs of a job whose server was killed meanwhile
@@ -43,21 +43,21 @@ class JobService:
     ):
         self.outputs, self.uploads = outputs, upload_folder
         self.index, self.scheduler = JobIndex(), Scheduler()
-        self.repository: JobRepository = MemoryJobRepository()
         self.draining = False
         self.admitting: dict[Job, asyncio.Event] = {}  # until they are in the repository
-        self._settings = settings
-        self._metrics = metrics
-        self._webhooks = webhooks
+        self.ends = JobEnds(
+            self.index, self.scheduler, outputs, upload_folder, settings.server.job_ttl, metrics, webhooks
+        )
+        self._max_queue = settings.server.max_queue
         self._tasks = Tasks()
-        self._runner = Runner(engine, outputs, self.scheduler, metrics, self._tasks)
+        self._runs = JobRuns(RunResources(engine, outputs, self.scheduler, metrics, self._tasks), self.ends)
         self._dispatcher: asyncio.Task[None] | None = None
 
     # Life
 
     async def restore(self, repository: JobRepository) -> None:
         """Load the jobs of the process before this one. Those that have not ended are queued once more."""
-        self.repository = repository
+        self.ends.repository = repository
         waiting: list[Job] = []
         gone: list[JobRecord] = []
         for record in await repository.load():
@@ -71,18 +71,18 @@ class JobService:
             if (error := self._find_obstacle(record)) is not None:
                 job.decide_end()
                 await self.outputs.store.delete(record.file_names)
-                await self.finish(job, Outcome("failed", error))
+                await self.ends.finish(job, Outcome("failed", error))
             else:
                 job.record = record.requeue(record.attempts)
                 self.scheduler.push(job)
                 waiting.append(job)
-        await self._delete_files_and_records(gone)
+        await self.ends.delete(gone)
         for job in waiting:  # now that each has its position
             job.events.publish("queued", self.scheduler.state(job))
         if repository.durable:
             await uploads.sweep({name for job in self.index for name in job.record.inputs}, self.uploads)
             await self.outputs.store.sweep()
-        self._tasks.spawn(self._sweep())
+        self._tasks.spawn(self.ends.sweep())
 
     def _find_obstacle(self, record: JobRecord) -> SgldError | None:
         """Return why this server cannot make a job of the process before it."""
@@ -94,7 +94,7 @@ class JobService:
 
     def start(self) -> None:
         """Start to make jobs, now that the model is loaded."""
-        self._dispatcher = self._tasks.spawn(self.scheduler.dispatch(self._start_run))
+        self._dispatcher = self._tasks.spawn(self.scheduler.dispatch(self._runs.start))
 
     async def drain(self, seconds: float) -> None:
         """Admit and start no more jobs. Wait at most so long for the running job and for files being written."""
@@ -107,16 +107,16 @@ class JobService:
         """Hand unfinished videos over to the next process, and fail the other jobs."""
         self.draining = True
         for job in [job for job in self.index if job.decide_end()]:
-            if self.repository.durable and job.record.resumable:
+            if self.ends.repository.durable and job.record.resumable:
                 job.hand_over()
                 if job.status == "in_progress":  # a queued one is in the repository as it stands
-                    await self.repository.update(job.record.requeue(job.record.attempts - 1))
+                    await self.ends.repository.update(job.record.requeue(job.record.attempts - 1))
             else:
-                await self.finish(job, Outcome("failed", NotReady("the server is stopping")))
+                await self.ends.finish(job, Outcome("failed", NotReady("the server is stopping")))
             if job.runtime.task is not None:
                 job.runtime.task.cancel()
         await self._tasks.wait_critical()  # other ends that are decided
-        await self.repository.flush()
+        await self.ends.repository.flush()
         await self._tasks.cancel()
 
     # Requests
@@ -132,13 +132,15 @@ class JobService:
         while (before := self.index.find_repeated(record)) is not None:
             if (admission := self.admitting.get(before)) is not None:
                 await admission.wait()  # it may yet be refused
-            elif before.status != "completed" or await self._has_files(before):
+            elif before.status != "completed" or await self.outputs.store.exists(
+                each.name for each in before.record.artifacts
+            ):
                 return before
             else:
                 self.index.release_key(before)  # its files have vanished: they are made anew
         if self.draining:
             raise NotReady("the server is stopping; try another one")
-        most = self._settings.max_queue
+        most = self._max_queue
         if len(self.scheduler) + len(self.admitting) >= most:
             raise QueueFull(f"{most} jobs wait already; try again later", None, self.scheduler.retry_after())
         return await self._admit(Job(record))
@@ -147,10 +149,10 @@ class JobService:
         self.index.add(job)
         self.admitting[job] = asyncio.Event()
         try:
-            await self.repository.insert(job.record)
+            await self.ends.repository.insert(job.record)
         except BaseException:
             job.decide_end()
-            self._remove(job)
+            self.ends.remove(job)
             job.events.publish("deleted", job.state(), last=True)
             self._tasks.spawn(self._drop(job.record))
             raise
@@ -161,13 +163,10 @@ class JobService:
             job.events.publish("queued", self.scheduler.state(job))
         return job
 
-    async def _has_files(self, job: Job) -> bool:
-        return await self.outputs.store.exists(each.name for each in job.record.artifacts)
-
     async def _drop(self, record: JobRecord) -> None:
         """Delete a job that was never admitted. A write whose caller has gone still happens."""
-        await self.repository.delete([record.id])
-        await self._delete_files(record)
+        await self.ends.repository.delete([record.id])
+        await self.ends.delete_files(record)
 
     def get(self, kind: str, job_id: str, owner: str | None) -> Job:
         """Return the owner's job, or anybody's for None. Raises NotFound."""
@@ -212,24 +211,24 @@ class JobService:
     async def _cancel(self, job: Job) -> None:
         if job.decide_end():
             self._stop(job)
-            await self.finish(job, Outcome("failed", Cancelled("the job was cancelled")))
+            await self.ends.finish(job, Outcome("failed", JobCancelled("the job was cancelled")))
         else:
             await self._wait_for_end(job)
 
     async def _delete(self, job: Job) -> None:
-        error = Cancelled("the job was cancelled")
+        error = JobCancelled("the job was cancelled")
         if job.decide_end():
             self._stop(job)
             try:
-                await self.finish(job, Outcome("deleted", error))
+                await self.ends.finish(job, Outcome("deleted", error))
             except SgldError:
-                await self.finish(job, Outcome("failed", error))
+                await self.ends.finish(job, Outcome("failed", error))
                 raise
         else:
             await self._wait_for_end(job)
-            await self.repository.mark_deleted([job.record])
-            self._remove(job)
-            await self._delete_files_and_records([job.record])
+            await self.ends.repository.mark_deleted([job.record])
+            self.ends.remove(job)
+            await self.ends.delete([job.record])
 
     async def _discard(self, job: Job) -> None:
         try:
@@ -247,103 +246,6 @@ class JobService:
         if job.runtime.task is not None:
             job.runtime.task.cancel()
 
-    # Runs
-
-    def _start_run(self, job: Job) -> asyncio.Task[None]:
-        return self._tasks.spawn_critical(self._run(JobRun(self._runner, job, self._on_begin)))
-
-    async def _run(self, run: JobRun) -> None:
-        """Generate the outputs of a job; its files and its end are left to a task of their own."""
-        error: SgldError | None = None
-        with job_context(run.job.id):
-            try:
-                await run.generate()
-            except asyncio.CancelledError:
-                if run.job.runtime.decided:
-                    self._tasks.spawn_critical(run.discard())
-                    raise
-                # an output could not be saved: `_complete` finds the error
-            except SgldError as failed:
-                error = failed
-            except Exception:  # every job ends in one of its states
-                log.exception("failed")
-                error = SgldError(INTERNAL)
-            self._tasks.spawn_critical(self._complete(run, error))
-
-    def _on_begin(self, job: Job) -> None:
-        """Note that a worker has begun a job whose end is not decided."""
-        job.record = job.record.begin()
-        if job.record.resumable:
-            self._tasks.spawn_critical(self._store_beginning(job))
-        self.scheduler.publish_positions()
-        job.events.publish("progress", self.scheduler.state(job))
-
-    async def _store_beginning(self, job: Job) -> None:
-        if not job.runtime.decided:  # else its end, or its waiting, is stored
-            await self.repository.update(job.record)
-
-    async def _complete(self, run: JobRun, error: SgldError | None) -> None:
-        """Wait for the files of a run, then finish its job unless a cancel came first."""
-        job = run.job
-        with job_context(job.id):
-            outcome = Outcome("failed", error)
-            try:
-                artifacts = await run.collect()
-                if error is None:
-                    outcome = Outcome("completed", artifacts=artifacts)
-            except SgldError as failed:
-                outcome = Outcome("failed", error or failed)
-            if outcome.error is not None:
-                await run.discard()
-            if not job.decide_end():
-                await run.discard()
-            elif outcome.error is not None:
-                error = uploads.without_paths(outcome.error, job.record.params)
-                log.warning("failed: %s", error)
-                await self.finish(job, Outcome("failed", error))
-            else:
-                log.info("completed in %.2f s", time.time() - (job.record.started_at or job.record.created_at))
-                await self.finish(job, outcome)
-
-    async def finish(self, job: Job, outcome: Outcome) -> None:
-        """End a job whose end the caller has decided: one transaction, one terminal event.
-
-        A deleted video takes a second transaction once its files are gone. A deleted image takes one: the next start
-        deletes unfinished images anyway.
-
-        Raises:
-            OutputError: a deletion cannot be stored; the job has not ended then.
-        """
-        record, video = job.record.end(outcome, self._settings.job_ttl), job.kind == "video"
-        event = "video.completed" if outcome.error is None else "video.failed"
-        deliveries = self._webhooks.due(job.owner, event, job.id) if video else []
-        deleted = outcome.status == "deleted"
-        if not deleted:
-            await self.repository.update(record, deliveries)
-        elif record.resumable:
-            await self.repository.mark_deleted([record], deliveries)
-        job.record = record
-        if deleted:
-            self._remove(job)
-        elif outcome.error is not None:
-            self.index.release_key(job)  # a repeated request may fare better
-        self._count(job.kind, outcome.error)
-        job.events.publish(job.status, self.scheduler.state(job), last=True)
-        self._webhooks.send(deliveries)
-        if deleted:
-            await self._delete_files(record)
-            await self.repository.delete([job.id])
-
-    def _count(self, kind: str, error: SgldError | None) -> None:
-        if error is None:
-            self._metrics.job_finished(kind)
-        elif isinstance(error, Cancelled):
-            self._metrics.job_cancelled(kind)
-        else:
-            self._metrics.job_failed(kind, error.code)
-
-    # Files
-
     async def picture(self, job: Job, variant: str) -> str:
         """Return the file name of a video's thumbnail or spritesheet, which is deleted with its job.
 
@@ -353,44 +255,6 @@ class JobService:
         """
         name = await self.outputs.picture(job.record.artifacts[0], variant)
         if job not in self.index:
-            await self._delete_files(job.record)
+            await self.ends.delete_files(job.record)
             raise NotFound(f"no {job.kind} {job.id!r}", "id")
         return name
-
-    def _remove(self, job: Job) -> None:
-        """Remove a job from the index."""
-        self.index.remove(job)
-        job.update(status="deleted")
-
-    async def _delete_files(self, record: JobRecord) -> None:
-        await self.outputs.store.delete(record.all_file_names)
-        if record.inputs:
-            await uploads.remove(record.inputs, self.uploads)
-
-    async def _delete_files_and_records(self, records: Sequence[JobRecord]) -> None:
-        for record in records:
-            await self._delete_files(record)
-        if records:
-            await self.repository.delete([record.id for record in records])
-
-    async def _sweep(self) -> None:
-        """Delete expired jobs and write unwritten records, for ever."""
-        while True:
-            await self.repository.flush()
-            try:
-                await self._delete_expired()
-            except Exception:  # the next round may fare better
-                log.exception("expired jobs stay for now")
-            await asyncio.sleep(min(SWEEP_S, max(0.5, self._settings.job_ttl / 4)))
-
-    async def _delete_expired(self) -> None:
-        now = time.time()
-        old = [job for job in self.index if job.record.expires_at is not None and job.record.expires_at <= now]
-        if not old:
-            return
-        records = [job.record for job in old]
-        await self.repository.mark_deleted(records)
-        await self._delete_files_and_records(records)
-        for job in old:
-            self._remove(job)
-            log.info("expired", extra={"job_id": job.id})

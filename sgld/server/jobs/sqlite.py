@@ -66,11 +66,11 @@ class Journal:
             raise
         return journal
 
-    async def put(self, kind: str, id: str, body: Mapping[str, Any]) -> None:
+    async def put(self, kind: str, id: str, body: Mapping[str, object]) -> None:
         """Add or replace one document; it is on the disk when this returns, and keeps its place in `all`."""
         await self.put_many({(kind, id): body})
 
-    async def put_many(self, documents: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    async def put_many(self, documents: Mapping[tuple[str, str], Mapping[str, object]]) -> None:
         """Add or replace several documents, by kind and id: all of them or none."""
         rows = [(*key, json.dumps(body)) for key, body in documents.items()]  # now, for the caller may change them
         await self._run(self._write, _PUT, rows)
@@ -101,7 +101,7 @@ class Journal:
         if not self.closed:
             await asyncio.shield(self._shut())
 
-    async def _run(self, function: Callable[..., T], *args: Any) -> T:
+    async def _run(self, function: Callable[..., T], *args: object) -> T:
         if self.closed:
             raise SgldError(f"the journal {self.path} is closed")
         future = self._submit(function, *args)
@@ -111,7 +111,7 @@ class Journal:
             future.add_done_callback(_log_failure)
             raise
 
-    def _submit(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def _submit(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def _shut(self) -> asyncio.Future[None]:

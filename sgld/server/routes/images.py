@@ -21,7 +21,7 @@ from sgld.server.http.body import read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
 from sgld.server.http.errors import error_of
 from sgld.server.http.files import send_file
-from sgld.server.http.pictures import MASK, Source
+from sgld.server.http.pictures import MASK, PictureSource
 from sgld.server.http.schema import (
     CompletedImage,
     EditFields,
@@ -145,7 +145,7 @@ def artifact_of(job: Job, variant: str) -> Artifact:
 
 
 def _parse(
-    cls: type[F], service: Service, values: dict[str, Any], sources: Sequence[Source], *, prompted: bool = True
+    cls: type[F], service: Service, values: dict[str, Any], sources: Sequence[PictureSource], *, prompted: bool = True
 ) -> ParsedRequest[F]:
     """Read the body of an image request. Raises BadRequest, UnknownModel."""
     fields, sampling, notes = split(values, cls)

@@ -75,12 +75,12 @@ async def loaded_model(request: web.Request) -> web.Response:
     settings, info = service.settings, service.loaded()
     tasks = _tasks(info)
     answer = LoadedModel(
-        model_path=settings.model_path,
-        num_gpus=settings.num_gpus,
+        model_path=settings.model.model_path,
+        num_gpus=settings.parallel.num_gpus,
         task_type=tasks[0],
         supported_task_types=tasks,
-        dit_precision=settings.dit_precision or settings.precision,
-        vae_precision=settings.vae_precision or settings.precision,
+        dit_precision=settings.dtypes.dit_precision or settings.dtypes.precision,
+        vae_precision=settings.dtypes.vae_precision or settings.dtypes.precision,
         pipeline_name=info.name,
         pipeline_class=info.name,
     )
@@ -93,10 +93,10 @@ async def server_info(request: web.Request) -> web.Response:
     """Describe the process: version, model and workers; no secret."""
     service = request.app[SERVICE]
     answer = ServerInfo(
-        model_path=service.settings.model_path,
+        model_path=service.settings.model.model_path,
         served_model_name=service.model_id,
-        tp_size=service.settings.tp_size,
-        num_gpus=service.settings.num_gpus,
+        tp_size=service.settings.parallel.tp_size,
+        num_gpus=service.settings.parallel.num_gpus,
         degrees=service.engine.info.degrees if service.engine.info else {},
         attention=service.engine.info.attention if service.engine.info else {},
         version=__version__,
@@ -104,7 +104,7 @@ async def server_info(request: web.Request) -> web.Response:
         started_at=service.started_at,
         restarts=service.engine.status.restarts,
         queue_depth=service.jobs.scheduler.waiting,
-        max_queue=service.settings.max_queue,
+        max_queue=service.settings.server.max_queue,
     )
     return web.json_response(body(answer))
 
@@ -144,15 +144,15 @@ def _tasks(info: ModelInfo) -> list[str]:
 
 def _limits(service: Service, info: ModelInfo) -> Limits:
     return Limits(
-        max_queue=service.settings.max_queue,
-        max_request_bytes=service.settings.max_request_mb * 2**20,
+        max_queue=service.settings.server.max_queue,
+        max_request_bytes=service.settings.server.max_request_mb * 2**20,
         max_prompt_characters=MAX_PROMPT_CHARACTERS,
         max_prompt_tokens=info.max_tokens,
         max_output_memory_bytes=info.memory.free if info.memory is not None else None,
         max_pictures=info.pictures.max,
         max_picture_pixels=inputs.MAX_PIXELS,
         max_fetched_bytes=fetch.MAX_BYTES,
-        job_ttl_seconds=service.settings.job_ttl or None,
+        job_ttl_seconds=service.settings.server.job_ttl or None,
     )
 
 

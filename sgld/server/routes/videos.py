@@ -17,7 +17,7 @@ from sgld.resolve import values_of
 from sgld.server.http.auth import IDENTITY
 from sgld.server.http.body import read_query, require_prompt, split
 from sgld.server.http.describe import FILE_STATUSES, MAKING_ERRORS, Described
-from sgld.server.http.pictures import Source
+from sgld.server.http.pictures import PictureSource
 from sgld.server.http.schema import (
     DeletedVideo,
     Problem,
@@ -182,7 +182,7 @@ def _find(request: web.Request) -> Job:
     return request.app[SERVICE].jobs.get("video", request.match_info["id"], request[IDENTITY].visible_owner)
 
 
-def _parse(service: Service, values: dict[str, Any], _: Sequence[Source]) -> ParsedRequest[VideoFields]:
+def _parse(service: Service, values: dict[str, Any], _: Sequence[PictureSource]) -> ParsedRequest[VideoFields]:
     """Read the body of a video request. Raises BadRequest, UnknownModel, NotReady."""
     fields, sampling, notes = split(values, VideoFields)
     require_prompt(sampling)
@@ -196,7 +196,7 @@ CREATION = RequestSpec("video", VideoFields, _parse, PICTURE_FIELDS)
 
 
 def _parse_remix(
-    before: JobRecord, priority: str, service: Service, values: dict[str, Any], _: Sequence[Source]
+    before: JobRecord, priority: str, service: Service, values: dict[str, Any], _: Sequence[PictureSource]
 ) -> ParsedRequest[VideoFields]:
     """Take the values of another job, seeds included, with a new prompt. Raises BadRequest, NotReady."""
     prompt = structure(values, Remix).prompt

@@ -13,7 +13,6 @@ import attrs
 import pytest
 from torch import Tensor
 
-from sgld.config import Settings
 from sgld.errors import BadRequest
 from sgld.messages import Cancel, Load, Note, Progress
 from sgld.models import load_family
@@ -22,6 +21,7 @@ from sgld.models.diffusers.running import DiffusersPipeline
 from sgld.nn.parallel import Mesh
 from sgld.platform import Cpu
 from sgld.resolve import resolve
+from sgld.settings import Settings
 from sgld.worker.run_context import RunContext, Stopped
 from sgld.worker.sampler import sample
 from tests.models.parity import Request, picture
@@ -35,7 +35,7 @@ CLIP = REQUEST | {"num_frames": 5}
 
 
 def load(folder: Path, components: dict[str, Path] | None = None, **settings: Any) -> DiffusionModel | OpaquePipeline:
-    command = Load(Settings(model_path=str(folder), **settings), folder, components or {})
+    command = Load(Settings.of(model_path=str(folder), **settings), folder, components or {})
     return load_family(command, Mesh.solo(), Cpu(), lambda step, total: None)
 
 

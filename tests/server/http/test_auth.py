@@ -14,7 +14,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 
-from sgld.config import Settings
 from sgld.errors import BadRequest
 from sgld.server.http import auth
 from sgld.server.http.auth import (
@@ -29,6 +28,7 @@ from sgld.server.http.auth import (
     require_admin,
 )
 from sgld.server.http.errors import answer_errors
+from sgld.settings import Settings
 
 Connect = Callable[[web.Application], Awaitable[TestClient[web.Request, web.Application]]]
 USER, ADMIN, OTHER = "user-key-0123456789", "admin-key-012345678", "other-key-0123456789"
@@ -53,7 +53,7 @@ def keys_of(tmp_path: Path, text: str, **settings: Any) -> Keys:
     file = tmp_path / "keys.yaml"
     file.write_text(text)
     file.chmod(0o600)
-    return load_keys(Settings(api_key_file=str(file), **settings))
+    return load_keys(Settings.of(api_key_file=str(file), **settings))
 
 
 def application(keys: Keys) -> web.Application:
@@ -114,7 +114,7 @@ def test_a_file_others_can_read_is_warned_of(tmp_path: Path, caplog: pytest.LogC
     keys_of(tmp_path, FILE)
     assert caplog.text == ""
     (tmp_path / "keys.yaml").chmod(0o644)
-    assert len(load_keys(Settings(api_key_file=str(tmp_path / "keys.yaml"))).known) == 2
+    assert len(load_keys(Settings.of(api_key_file=str(tmp_path / "keys.yaml"))).known) == 2
     assert "keys.yaml' is open to every user" in caplog.text
 
 
@@ -168,17 +168,17 @@ def test_a_wrong_file_is_refused_without_telling_a_key(tmp_path: Path, text: str
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="cannot be read: No such file"):
-        load_keys(Settings(api_key_file=str(tmp_path / "none.yaml")))
+        load_keys(Settings.of(api_key_file=str(tmp_path / "none.yaml")))
     (tmp_path / "latin.yaml").write_bytes(b"- name: \xff")
     with pytest.raises(BadRequest, match="not valid YAML in UTF-8"):
-        load_keys(Settings(api_key_file=str(tmp_path / "latin.yaml")))
+        load_keys(Settings.of(api_key_file=str(tmp_path / "latin.yaml")))
 
 
 def test_a_single_key_that_cannot_be_sent_or_can_be_guessed(caplog: pytest.LogCaptureFixture) -> None:
     for key in ("", "with space and more", "schlüssel-schlüssel", "newline-at-its-end\n"):
         with pytest.raises(BadRequest, match="^api_key: it is empty or has characters other than visible ASCII$"):
-            load_keys(Settings(api_key=key))
-    assert load_keys(Settings(api_key="short")).identify("short") == Identity("default", admin=True)
+            load_keys(Settings.of(api_key=key))
+    assert load_keys(Settings.of(api_key="short")).identify("short") == Identity("default", admin=True)
     assert "shorter than 16 characters" in caplog.text and "'short'" not in caplog.text
 
 
@@ -299,7 +299,7 @@ async def test_own_pages_and_programs_are_let_in(aiohttp_client: Connect, header
 
 async def test_a_keyless_server_behind_a_proxy(aiohttp_client: Connect) -> None:
     """With --allow-unauthenticated any name will do, but a page must come from the name that was called."""
-    client = await aiohttp_client(application(load_keys(Settings(allow_unauthenticated=True))))
+    client = await aiohttp_client(application(load_keys(Settings.of(allow_unauthenticated=True))))
     proxied = {"Host": "internal:30000", "X-Forwarded-Host": "pictures.example", "X-Forwarded-Proto": "https"}
     for origin, status in (("https://pictures.example", 200), ("https://evil.example", 403)):
         assert (await client.get("/who", headers={**proxied, "Origin": origin})).status == status
@@ -315,7 +315,7 @@ async def test_a_key_is_all_that_a_page_of_another_site_needs(aiohttp_client: Co
 
 async def test_the_name_that_the_operator_chose_is_one_of_this_machine(aiohttp_client: Connect) -> None:
     """As many systems do, which give the machine's own name the address 127.0.1.1."""
-    client = await aiohttp_client(application(load_keys(Settings(host="Workstation"))))
+    client = await aiohttp_client(application(load_keys(Settings.of(host="Workstation"))))
     for host, status in (("workstation:30000", 200), ("another:30000", 403)):
         assert (await client.get("/who", headers={"Host": host})).status == status
 
@@ -343,19 +343,19 @@ def test_every_key_is_compared(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "127.1", "::1", "localhost", "::ffff:127.0.0.1"])
 def test_loopback_needs_no_key(host: str, caplog: pytest.LogCaptureFixture) -> None:
-    check_exposure(Settings(host=host), NO_KEYS)
-    check_exposure(Settings(host=host, allow_unauthenticated=True), NO_KEYS)
+    check_exposure(Settings.of(host=host), NO_KEYS)
+    check_exposure(Settings.of(host=host, allow_unauthenticated=True), NO_KEYS)
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "0", "::", "", "192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1"])
 def test_beyond_loopback_a_key_is_needed(host: str, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BadRequest, match="^host: .* give --api-key or --api-key-file, or --allow-unauthenticated"):
-        check_exposure(Settings(host=host), NO_KEYS)
-    check_exposure(Settings(host=host), keys)
+        check_exposure(Settings.of(host=host), NO_KEYS)
+    check_exposure(Settings.of(host=host), keys)
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):
-        check_exposure(Settings(host=host, allow_unauthenticated=True), NO_KEYS)
+        check_exposure(Settings.of(host=host, allow_unauthenticated=True), NO_KEYS)
     assert "it has no API key" in caplog.text
 
 
@@ -367,20 +367,20 @@ def test_a_name_is_judged_by_all_its_addresses(monkeypatch: pytest.MonkeyPatch) 
         return [(0, 0, 0, "", (address, 0)) for address in addresses[host]]
 
     monkeypatch.setattr(auth.socket, "getaddrinfo", resolve)
-    check_exposure(Settings(host="here.test"), NO_KEYS)
+    check_exposure(Settings.of(host="here.test"), NO_KEYS)
     with pytest.raises(BadRequest, match=r"'both\.test' can be reached"):
-        check_exposure(Settings(host="both.test"), NO_KEYS)
+        check_exposure(Settings.of(host="both.test"), NO_KEYS)
 
 
 @pytest.mark.parametrize("host", ["[::1]", "a" * 70, "no.such.invalid"])
 def test_a_host_that_is_none(host: str) -> None:
     with pytest.raises(BadRequest, match="^host: .* is no address of this machine"):
-        check_exposure(Settings(host=host), NO_KEYS)
+        check_exposure(Settings.of(host=host), NO_KEYS)
 
 
 def test_keys_and_everybody_contradict_each_other(keys: Keys) -> None:
     with pytest.raises(BadRequest, match="^allow_unauthenticated: there are API keys"):
-        check_exposure(Settings(allow_unauthenticated=True), keys)
+        check_exposure(Settings.of(allow_unauthenticated=True), keys)
 
 
 def test_the_documented_file_is_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from sgld import inputs
 from sgld.errors import BadRequest, OutputError, SgldError, TooLarge
 from sgld.inputs import MAX_PIXELS
-from sgld.server.jobs.inputs import Picture, folder, keep, read_picture, remove, safe_name, sweep
+from sgld.server.jobs.inputs import UploadedPicture, folder, keep, read_picture, remove, safe_name, sweep
 
 WIDTH, HEIGHT = 12, 8
 
@@ -35,7 +35,7 @@ def packed(image: Image.Image, format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def opened(picture: Picture) -> Image.Image:
+def opened(picture: UploadedPicture) -> Image.Image:
     return Image.open(io.BytesIO(picture.data))
 
 
@@ -70,7 +70,7 @@ async def refusal(data: bytes, kind: type[SgldError] = BadRequest, name: str | N
 async def test_one_upright_picture_is_kept_byte_for_byte(format: str, mode: str) -> None:
     image = scene("L").convert("I").convert("I;16") if mode == "I;16" else scene(mode)
     data = packed(image, format)
-    assert await read_picture(data, "a.bin", "image") == Picture(data, format, WIDTH, HEIGHT, "a")
+    assert await read_picture(data, "a.bin", "image") == UploadedPicture(data, format, WIDTH, HEIGHT, "a")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -16,7 +16,6 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image
 
-from sgld.config import Settings
 from sgld.engine.engine import Engine
 from sgld.engine.group import WorkerGroup
 from sgld.server.app import load, make_app
@@ -26,6 +25,7 @@ from sgld.server.jobs.repository import SqliteJobRepository
 from sgld.server.jobs.service import JobService
 from sgld.server.jobs.sqlite import Journal
 from sgld.server.service import SERVICE
+from sgld.settings import Settings
 from tests.engine.ranks import run_faulty
 from tests.engine.test_group import PATIENCE
 from tests.server.jobs.test_sqlite import full_disk
@@ -84,8 +84,8 @@ async def _read_events(
 
 
 def journal_of(jobs: JobService) -> Journal:
-    assert isinstance(jobs.repository, SqliteJobRepository)
-    return jobs.repository.journal
+    assert isinstance(jobs.ends.repository, SqliteJobRepository)
+    return jobs.ends.repository.journal
 
 
 Serve = Callable[..., Awaitable[TestServer]]
@@ -102,7 +102,7 @@ async def start(aiohttp_server: Serve, tmp_path: Path) -> AsyncIterator[Start]:
         async def run(keys: Keys | None = None, **own: Any) -> Client:
             names = {"model_path": "model", "output_path": "out", "input_save_path": "uploads"}
             given = {option: str(tmp_path / name) for option, name in names.items()}
-            settings = Settings(**{**given, "warmup": "off", **own})
+            settings = Settings.of(**{**given, "warmup": "off", **own})
             engine = Engine(settings, WorkerGroup(1, run_faulty, patience=PATIENCE))
             app = make_app(settings, {}, engine, keys)
             server = await aiohttp_server(app)

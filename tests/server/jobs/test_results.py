@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgld.config import Settings
 from sgld.errors import NotFound
 from sgld.messages import Audio, Media, SharedFrames, Timings
 from sgld.params import OutputParams
 from sgld.server.jobs.results import Outputs
+from sgld.settings import Settings
 from sgld.storage.local import LocalResultStore
 from tests import media_files
 

@@ -30,7 +30,6 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import positive_data_acceptance
 
 from sgld import __version__
-from sgld.config import Settings
 from sgld.convert import fields_of, structure
 from sgld.errors import BadRequest
 from sgld.params import ModelInfo, SamplingParams
@@ -44,6 +43,7 @@ from sgld.server.routes.info import LEGACY_TASKS
 from sgld.server.routes.json_schema import refused_fields, request_fields
 from sgld.server.routes.openapi import document
 from sgld.server.service import SERVICE
+from sgld.settings import Settings
 from tests.server.http.test_auth import Connect
 from tests.server.test_server import Server
 

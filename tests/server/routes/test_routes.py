@@ -223,10 +223,10 @@ async def test_a_remix_is_resolved_again(start: Start) -> None:
     status, error, _ = await refusal(client, "POST", path, json=body)
     assert (status, error["code"], error["param"]) == (413, "too_large", "num_frames")
 
-    service.info, service.settings = info, attrs.evolve(settings, served_model_name="another")
+    service.info, service.settings = info, settings.evolve(served_model_name="another")
     status, error, _ = await refusal(client, "POST", path, json=body)
     assert (status, error["param"]) == (400, "id")
-    assert repr(settings.model_path) in error["message"] and "'another'" in error["message"]
+    assert repr(settings.model.model_path) in error["message"] and "'another'" in error["message"]
 
     service.settings, service.sampling = settings, {"num_inference_steps": 7, "output_compression": 3}
     status, remix = await client.call("POST", path, json=body)
