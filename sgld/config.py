@@ -90,8 +90,8 @@ def _check_tiles(settings: Settings) -> None:
     """Check that `vae_tiling` and `vae_config.use_tiling` agree."""
     one, other = settings.memory.vae_config.use_tiling, settings.memory.vae_tiling
     if None not in (one, other) and one != other:
-        told = f"{one} contradicts vae_tiling {other}".lower()
-        raise BadRequest(f"{told}; leave one out", field="vae_config.use_tiling")
+        conflict = f"{one} contradicts vae_tiling {other}".lower()
+        raise BadRequest(f"{conflict}; leave one out", field="vae_config.use_tiling")
 
 
 def _check_offload(settings: Settings) -> None:

@@ -156,8 +156,8 @@ class ParallelSettings:
             raise BadRequest("it is required when nnodes > 1", field="dist_init_addr")
         found = _ADDRESS.fullmatch(self.dist_init_addr)
         if not found or found[1] == "0.0.0.0" or not 0 < int(found[2]) < 2**16:
-            told = f"{shorten(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
-            raise BadRequest(f"{told}", field="dist_init_addr")
+            reason = f"{shorten(self.dist_init_addr)} is no host:port that all nodes can reach, such as 10.0.0.1:29500"
+            raise BadRequest(reason, field="dist_init_addr")
         return found[1], int(found[2])
 
 

@@ -23,7 +23,7 @@ CLASS_FIELDS = 25
 CLASS_METHODS = 20
 FUNCTION_LINES = 40  # code lines, the signature included
 IMPERATIVE_PERCENT = 60.0
-ANY_PER_1000 = 11.6  # the aim is 10
+ANY_PER_1000 = 10.0
 TEST_LINES = 25_000  # the aim is 22,000: lower it as tests go
 MIRRORS = {  # classes that may have more fields, and what each mirrors field for field
     "SamplingParams": "the sampling fields of a request",

@@ -105,8 +105,8 @@ def _guarded(name: str, words: list[str]) -> int:
             return complain(error.message, error.exit_code)
         if isinstance(error, OSError):  # such as no room for a temporary file
             return complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-        told = f"internal error: {type(error).__name__}: {error}"
-        return complain(f"{told[:LONGEST]}; --log-level debug shows the traceback", 1)
+        message = f"internal error: {type(error).__name__}: {error}"
+        return complain(f"{message[:LONGEST]}; --log-level debug shows the traceback", 1)
 
 
 def _debugging(words: list[str]) -> bool:

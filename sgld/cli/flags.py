@@ -48,8 +48,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with our errors in place of its exit."""
 
     def error(self, message: str) -> NoReturn:
-        told = message.removeprefix("argument ")
-        raise BadRequest(re.sub(r": ignored explicit argument (.*)", r": it takes no value, not even \1", told))
+        reason = message.removeprefix("argument ")
+        raise BadRequest(re.sub(r": ignored explicit argument (.*)", r": it takes no value, not even \1", reason))
 
 
 class _Help(argparse.HelpFormatter):

@@ -127,7 +127,7 @@ class Engine(AbstractAsyncContextManager["Engine"]):
             SgldError: what went wrong, `WorkerDied` included; the next job finds a working group.
         """
         unfinished = {index: Item(index, params) for index, params in enumerate(items)}
-        shown: set[tuple[int, int]] = set()
+        sent: set[tuple[int, int]] = set()
 
         def follow(event: Event) -> None:
             if event.item not in unfinished:
@@ -135,9 +135,9 @@ class Engine(AbstractAsyncContextManager["Engine"]):
             if isinstance(event, OutputReady):
                 del unfinished[event.item]
             elif isinstance(event, Preview):
-                if (event.item, event.index) in shown:
+                if (event.item, event.index) in sent:
                     return  # by the try before
-                shown.add((event.item, event.index))
+                sent.add((event.item, event.index))
             emit(event)
 
         try:

@@ -267,12 +267,12 @@ class DiffusionModel(AnyModel):
             for name, prompt in prompts.items():
                 raise_if_cancelled()
                 texts[name].append(encoder.encode(name, prompt, request))
-        shown = self.encode_pictures(request) if pictures else None
-        branches = [self.branch(found, shown, params) for found in texts.values()]
+        encoded = self.encode_pictures(request) if pictures else None
+        branches = [self.branch(found, encoded, params) for found in texts.values()]
         condition = Conditioning(
             branches[0],
             branches[1] if guided else None,
-            pictures=shown,
+            pictures=encoded,
             params=params,
             prompt_tokens=max((text.tokens for text in texts["prompt"] if text is not None), default=0),
             latent_tokens=self.latent_tokens(params),

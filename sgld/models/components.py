@@ -195,9 +195,9 @@ class ComponentLoader:
 
     def lora(self, modules: Mapping[str, nn.Module | None], original: Renames) -> dict[str, LoraLayers]:
         """LoRA for these transformers; `original` tells their layers' names in the authors' own code."""
-        kept = self.platform.free_memory() // (LORA_SHARE * self.mesh.local_world * len(TRANSFORMERS))
+        keep_bytes = self.platform.free_memory() // (LORA_SHARE * self.mesh.local_world * len(TRANSFORMERS))
         return {
-            name: LoraLayers(module, original, name, kept, self.offloader.changer(name))
+            name: LoraLayers(module, original, name, keep_bytes, self.offloader.changer(name))
             for name, module in modules.items()
             if module is not None
         }
@@ -235,8 +235,8 @@ def check_precisions(settings: Settings, encoders: int) -> None:
     """Raise `BadRequest` unless `text_encoder_precisions`, where it is given, has one for each text encoder."""
     given = settings.dtypes.text_encoder_precisions
     if given is not None and len(given) != encoders:
-        told = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
-        raise BadRequest(f"{told}", field="text_encoder_precisions")
+        reason = f"{len(given)} given; this model has {encoders} text encoder{'s'[: encoders != 1]}"
+        raise BadRequest(reason, field="text_encoder_precisions")
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:

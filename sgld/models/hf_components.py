@@ -113,17 +113,17 @@ def _read(cls: Any, folder: Path, dtype: torch.dtype, layers: str, part: Part, a
     if (kind := read_json(file).get("model_type")) != needed:  # else a model of its default size would be built
         raise ModelError(f"{file}: model_type is {kind!r}; only {needed!r} is supported")
     try:
-        module, told = cls.from_pretrained(
+        module, report = cls.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be read: {_first_line(error)}") from None
     except StrictDataclassError as error:  # its cause says what is wrong in the config
         raise ModelError(f"{file}: {_first_line(error.__cause__ or error)}") from None
-    wrong = sorted(told["mismatched_keys"], key=str)
+    wrong = sorted(report["mismatched_keys"], key=str)
     faults = [
-        listed("missing", sorted(told["missing_keys"])),
-        listed("unexpected", sorted(told["unexpected_keys"])),
+        listed("missing", sorted(report["missing_keys"])),
+        listed("unexpected", sorted(report["unexpected_keys"])),
         listed("of the wrong shape", [f"{name} {list(a)} instead of {list(b)}" for name, a, b in wrong]),
     ]
     if any(faults):

@@ -7,49 +7,39 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from sgld.errors import ModelError
-from sgld.messages import Load
-from sgld.models.base import Conditioning, NativeModel, Schedule
-from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, ComponentLoader
+from sgld.models import names
+from sgld.models.base import Conditioning, DiffusionModel, EncodedText, EncodeRequest, Schedule
+from sgld.models.components import NO_NORMALIZATION, NO_TRUE_CFG, Component, ComponentLoader
 from sgld.models.hf_components import Autoencoder, text_encoder, tokenizer
-from sgld.models.hunyuan_video import (
-    TIME_DIM,
-    Patch,
-    Patches,
-    TokenRefiner,
-    grid_of,
-    states_after,
-    unpatch,
-    without_end,
-)
+from sgld.models.hunyuan_video import encode_after_system, without_unread_layers
 from sgld.nn.attention import Backend
-from sgld.nn.blocks import Denoiser, Embedder, sinusoid
-from sgld.nn.lora_formats import Renames
+from sgld.nn.blocks import DiffusionTransformer, TimestepEmbedder
 from sgld.nn.mmdit import DualBlock, OutNorm, TokenLayout
 from sgld.nn.parallel import Mesh
 from sgld.nn.rope import rope_3d
+from sgld.nn.runner import StepContext
+from sgld.nn.token_refiner import FREQUENCIES, Patch, PatchEmbed, TokenRefiner, token_grid, unpatchify
 from sgld.nn.usp import SequenceAttention
-from sgld.nn.weights import pick, read_json, require
+from sgld.nn.weights import Architecture, read_json, require
 from sgld.params import Memory, ModelInfo, SamplingParams
-from sgld.platform import Platform
 
 # ---------------------------------------------------------------------------------------------- transformer
 
 
 @attrs.frozen
-class HunyuanVideo15Config:
+class HunyuanVideo15Config(Architecture):
     """Architecture numbers, as in transformer/config.json."""
+
+    supported: ClassVar[Mapping[str, object]] = {"qk_norm": "rms_norm", "use_meanflow": False, "patch_size_t": 1}
 
     in_channels: int = 65
     out_channels: int = 32
@@ -82,27 +72,15 @@ class HunyuanVideo15Config:
 
 
 @attrs.frozen
-class BranchInputs:
-    """One branch of the conditioning: text [1, n, C], and what is to be written in the picture [1, m, G]."""
+class Hunyuan15Inputs:
+    """The inputs of one guidance branch beside the noise."""
 
-    text: Tensor
-    glyphs: Tensor | None
-
-
-class Time(nn.Module):
-    """t [1] to [1, C]; key `timestep_embedder`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.timestep_embedder = Embedder(TIME_DIM, dim, F.silu)
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        y: Tensor = self.timestep_embedder(sinusoid(t, TIME_DIM).to(dtype))
-        return y
+    text: Tensor  # [1, n, C], of the Qwen
+    glyphs: Tensor | None  # [1, m, G], of ByT5; None: the prompt quotes no text
 
 
-class Glyphs(nn.Module):
-    """Bytes of a text, as the byte model reads them, to the width of the blocks."""
+class GlyphProjection(nn.Module):
+    """ByT5's states of quoted text, projected to the width of the blocks."""
 
     def __init__(self, dim_text: int, dim: int, hidden: int = 2048):
         super().__init__()
@@ -111,11 +89,10 @@ class Glyphs(nn.Module):
         self.linear_3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear_3(F.gelu(self.linear_2(F.gelu(self.linear_1(self.norm(x))))))
-        return y
+        return self.linear_3(F.gelu(self.linear_2(F.gelu(self.linear_1(self.norm(x))))))  # type: ignore[no-any-return]
 
 
-class Pictures(nn.Module):
+class ImageProjection(nn.Module):
     """Weights that only a model with picture input uses."""
 
     def __init__(self, dim_image: int, dim: int):
@@ -124,48 +101,52 @@ class Pictures(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(dim_image, dim_image), nn.Linear(dim_image, dim)
 
 
-class HunyuanVideo15Transformer(Denoiser):
-    """Velocity of latents x [1, C, T, H, W] at one time, told one prompt."""
+class HunyuanVideo15Transformer(DiffusionTransformer):
+    """Predicts the velocity of a clip's latents."""
 
     def __init__(self, c: HunyuanVideo15Config, mesh: Mesh, backend: Backend, cross: Backend | None = None):
         super().__init__()
         self.config, self.mesh = c, mesh
-        self.x_embedder = Patches(c.in_channels, c.dim, c.patch)
-        self.image_embedder = Pictures(c.image_embed_dim, c.dim)
+        self.x_embedder = PatchEmbed(c.in_channels, c.dim, c.patch)
+        self.image_embedder = ImageProjection(c.image_embed_dim, c.dim)
         self.context_embedder = TokenRefiner(
             c.text_embed_dim, c.dim, c.num_attention_heads, c.num_refiner_layers, (cross or backend).attend
         )
-        self.context_embedder_2 = Glyphs(c.text_embed_2_dim, c.dim)
-        self.time_embed = Time(c.dim)
+        self.context_embedder_2 = GlyphProjection(c.text_embed_2_dim, c.dim)
+        self.time_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(FREQUENCIES, c.dim)})
         self.cond_type_embed = nn.Embedding(3, c.dim)  # text, glyphs, pictures
         shape = c.dim, c.num_attention_heads, c.attention_head_dim, SequenceAttention(mesh, backend), c.mlp_ratio
         self.transformer_blocks = nn.ModuleList(DualBlock(*shape) for _ in range(c.num_layers))
         self.norm_out = OutNorm(c.dim)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch))
 
-    def forward(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
-        c, split, grid = self.config, self.mesh.tokens, grid_of(x, self.config.patch)
+    def forward(self, x: Tensor, t: Tensor, branch: Hunyuan15Inputs, step: StepContext) -> Tensor:
+        """Predict for latents x [1, C, T, H, W]; t in [0, 1000]."""
+        c, split, grid = self.config, self.mesh.tokens, token_grid(x, self.config.patch)
         rope = rope_3d(grid, c.rope_axes_dim, x.device, c.rope_theta)
-        place = TokenLayout(split.shard(rope, 0), None, math.prod(grid))
+        layout = TokenLayout(split.shard(rope, 0), None, math.prod(grid))
         t = t.view(1).to(x.device)
-        emb = self.time_embed(t, self.dtype)
-        text = self.read(told, t)
+        emb = self.time_embed["timestep_embedder"](t)
+        text = self.embed_text(branch, t)
         x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, c.in_channels - x.shape[1]))  # no picture, and a mask that says so
-        h = split.shard(self.x_embedder(x.to(self.dtype)), 1)  # [1, S/n, C]
-        for block in self.walk(self.transformer_blocks):
-            h, text = block(h, text, emb, place)
-        return unpatch(split.gather(self.proj_out(self.norm_out(h, emb)), 1, place.tokens), grid, c.patch)
+        h = split.shard(self.x_embedder(x.to(self.compute_dtype)), 1)  # [1, S/n, C]
 
-    def read(self, told: BranchInputs, t: Tensor) -> Tensor:
-        """[1, m + n, C]"""
+        def call(block: nn.Module, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return block(*hidden, emb, layout)  # type: ignore[no-any-return]
+
+        h, _ = self.runner.run(self.transformer_blocks, (h, text), call, step)
+        return unpatchify(split.gather(self.proj_out(self.norm_out(h, emb)), 1, layout.tokens), grid, c.patch)
+
+    def embed_text(self, branch: Hunyuan15Inputs, t: Tensor) -> Tensor:
+        """Embed glyphs and text as one sequence [1, m + n, C]."""
         kinds = self.cond_type_embed.weight
-        text: Tensor = self.context_embedder(told.text, t) + kinds[0]
-        if told.glyphs is None:
+        text: Tensor = self.context_embedder(branch.text.to(self.compute_dtype), t) + kinds[0]
+        if branch.glyphs is None:
             return text
-        return torch.cat([self.context_embedder_2(told.glyphs) + kinds[1], text], 1)
+        return torch.cat([self.context_embedder_2(branch.glyphs.to(self.compute_dtype)) + kinds[1], text], 1)
 
 
-# --------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------- text encoders
 
 ASPECTS = (
     "You are a helpful assistant. Describe the video by detailing the following aspects:",
@@ -185,52 +166,59 @@ MAX_GLYPHS = 256
 
 
 def glyphs(prompt: str) -> str:
-    """What the prompt has in quotation marks, each once, as the byte model was taught to read it."""
+    """Return the texts in quotation marks, each once, in the words that ByT5 was trained to read."""
     found = dict.fromkeys(straight or curly for straight, curly in QUOTED.findall(prompt))
     return "".join(f'Text "{text}". ' for text in found)
 
 
 @attrs.frozen
-class Prompts:
-    """A Qwen's hidden states of a prompt, and those of ByT5 for the texts in it. Neither sees any padding."""
+class QwenStates:
+    """Qwen2.5-VL's states [1, n, C] of a prompt in its template, without padding."""
 
     tokenizer: Any
-    qwen: Any
-    byte_tokenizer: Any
-    byte_model: Any
+    module: Any
+    component = "text_encoder"
 
     @classmethod
-    def load(cls, parts: ComponentLoader) -> Prompts:
-        """From the folders of the four components."""
-        from transformers import Qwen2_5_VLTextModel, T5EncoderModel
+    def load(cls, parts: ComponentLoader) -> QwenStates:
+        """Load text_encoder and tokenizer."""
+        from transformers import Qwen2_5_VLTextModel
 
-        return cls(
-            tokenizer(parts, "tokenizer"),
-            text_encoder(parts, "text_encoder", Qwen2_5_VLTextModel, "layers", without_end),
-            tokenizer(parts, "tokenizer_2"),
-            text_encoder(parts, "text_encoder_2", T5EncoderModel, "encoder"),
-        )
+        module = text_encoder(parts, cls.component, Qwen2_5_VLTextModel, "layers", without_unread_layers)
+        return cls(tokenizer(parts, "tokenizer"), module)
 
-    def states(self, name: str, prompt: str, most: int, notes: list[str]) -> Tensor:
-        """Hidden states [1, n, C] of at most so many tokens; a prompt that is cut is noted by its name."""
+    def encode(self, name: str, prompt: str, request: EncodeRequest) -> EncodedText:
         ids = self.tokenizer(TEMPLATE.format(prompt or " ")).input_ids
-        return states_after(SYSTEM_TOKENS, self.qwen, ids, most, name, notes)
+        return encode_after_system(self.module, ids, SYSTEM_TOKENS, name, request)
 
-    def texts(self, name: str, prompt: str, notes: list[str]) -> Tensor | None:
-        """ByT5's states [1, m, G] of the texts in the prompt, if it has any; that they are cut is noted."""
+
+@attrs.frozen
+class ByT5Glyphs:
+    """ByT5's states [1, m, G] of the texts in quotation marks, without padding."""
+
+    tokenizer: Any
+    module: Any
+    component = "text_encoder_2"
+
+    @classmethod
+    def load(cls, parts: ComponentLoader) -> ByT5Glyphs:
+        """Load text_encoder_2 and tokenizer_2."""
+        from transformers import T5EncoderModel
+
+        return cls(tokenizer(parts, "tokenizer_2"), text_encoder(parts, cls.component, T5EncoderModel, "encoder"))
+
+    def encode(self, name: str, prompt: str, request: EncodeRequest) -> EncodedText | None:
         if not (text := glyphs(prompt)):
             return None
-        ids = self.byte_tokenizer(text).input_ids
+        ids = self.tokenizer(text).input_ids
         if len(ids) > MAX_GLYPHS:
-            notes.append(f"{name}: its texts in quotation marks are cut from {len(ids)} to {MAX_GLYPHS} bytes")
+            request.notes.append(f"{name}: its texts in quotation marks are cut from {len(ids)} to {MAX_GLYPHS} bytes")
             ids = [*ids[: MAX_GLYPHS - 1], ids[-1]]
-        found: Tensor = self.byte_model(torch.tensor([ids], device=self.byte_model.device)).last_hidden_state
-        return found
+        return EncodedText(self.module(torch.tensor([ids], device=self.module.device)).last_hidden_state, 0)
 
 
 # -------------------------------------------------------------------------------------------------- family
 
-NEEDS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae", "scheduler", "transformer", "guider")
 SIZES = {640: (848, 480), 960: (1280, 720)}  # width and height by the side that a checkpoint is for
 BASE = {"negative_prompt": "", "max_sequence_length": 1000, "num_frames": 121, "fps": 24, "num_inference_steps": 50}
 GUIDER = {  # that we can follow
@@ -238,141 +226,89 @@ GUIDER = {  # that we can follow
     "stop": 1.0,
 }  # fmt: skip
 
-HUNYUAN15_ORIGINAL: Renames = (  # from our layers' names, which are diffusers', to the authors'
-    (r"^transformer_blocks\.", "double_blocks."),
-    (r"^context_embedder\.token_refiner\.refiner_blocks\.", "txt_in.individual_token_refiner.blocks."),
-    (r"^context_embedder\.proj_in$", "txt_in.input_embedder"),
-    (r"^context_embedder\.time_text_embed\.timestep_embedder\.", "txt_in.t_embedder."),
-    (r"^context_embedder\.time_text_embed\.text_embedder\.", "txt_in.c_embedder."),
-    (r"^time_embed\.timestep_embedder\.", "time_in."),
-    (r"^(time_in|.*t_embedder)\.linear_1$", r"\1.mlp.0"),
-    (r"^(time_in|.*t_embedder)\.linear_2$", r"\1.mlp.2"),
-    (r"^context_embedder_2\.linear_", "byt5_in.fc"),
-    (r"^image_embedder\.linear_1$", "vision_in.proj.1"),
-    (r"^image_embedder\.linear_2$", "vision_in.proj.3"),
-    (r"^x_embedder\.", "img_in."),
-    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1#1#0"),
-    (r"^proj_out$", "final_layer.linear"),
-    (r"^(double.*)\.attn\.to_([qkv])$", r"\1.img_attn_\2"),
-    (r"^(double.*)\.attn\.add_([qkv])_proj$", r"\1.txt_attn_\2"),
-    (r"^(double.*)\.attn\.to_out\.0$", r"\1.img_attn_proj"),
-    (r"^(double.*)\.attn\.to_add_out$", r"\1.txt_attn_proj"),
-    (r"^(double.*)\.norm1\.", r"\1.img_mod."),
-    (r"^(double.*)\.norm1_context\.", r"\1.txt_mod."),
-    (r"^(double.*)\.ff\.", r"\1.img_mlp."),
-    (r"^(double.*)\.ff_context\.", r"\1.txt_mlp."),
-    (r"^(txt_in.*)\.attn\.to_q$", r"\1.self_attn_qkv#0"),
-    (r"^(txt_in.*)\.attn\.to_k$", r"\1.self_attn_qkv#1"),
-    (r"^(txt_in.*)\.attn\.to_v$", r"\1.self_attn_qkv#2"),
-    (r"^(txt_in.*)\.attn\.to_out\.0$", r"\1.self_attn_proj"),
-    (r"^(txt_in.*)\.ff\.", r"\1.mlp."),
-    (r"^(txt_in.*)\.norm_out\.linear$", r"\1.adaLN_modulation.1"),
-    (r"\.net\.0\.proj$", ".fc1"),
-    (r"\.net\.2$", ".fc2"),
-)
 
-
-class HunyuanVideo15(NativeModel):
+class HunyuanVideo15(DiffusionModel):
     """HunyuanVideo15Pipeline checkpoints."""
 
-    def __init__(self, load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]):
+    architecture = Component(HunyuanVideo15Transformer, HunyuanVideo15Config, ("transformer_blocks",))
+    needs = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae", "scheduler", "transformer", "guider")
+    lora_names = names.HUNYUAN_VIDEO15
+
+    config: HunyuanVideo15Config
+    vae: Autoencoder
+
+    def known_defaults(self) -> Mapping[str, Any]:
+        scale = guider_scale(self.parts.path("guider") / "guider_config.json")
+        width, height = SIZES.get(self.config.target_size, SIZES[640])
+        return BASE | {"width": width, "height": height, "guidance_scale": scale}
+
+    def load_components(self) -> None:
         from diffusers import AutoencoderKLHunyuanVideo15
 
-        self.parts = parts = ComponentLoader(load, mesh, platform, progress, NEEDS)
-        parts.needs_euler()
-        self.scheduler = parts.scheduler
-        self._config = c = hunyuan15_config(parts.path("transformer") / "config.json")
-        scale = guider_scale(parts.path("guider") / "guider_config.json")
-        width, height = SIZES.get(c.target_size, SIZES[640])
-        self._defaults = parts.defaults(BASE | {"width": width, "height": height, "guidance_scale": scale})
-        guided = self._defaults.get("guidance_scale", SamplingParams().guidance_scale) > 1
-        mesh = parts.share(c.num_attention_heads, guided)
-        self._prompts = Prompts.load(parts)
-        make = partial(HunyuanVideo15Transformer, c, mesh)
-        self._transformer = parts.transformer("transformer", make, c.attention_head_dim, ("transformer_blocks",))
-        self.lora = parts.lora({"transformer": self._transformer}, HUNYUAN15_ORIGINAL)
-        self._vae = Autoencoder(parts, AutoencoderKLHunyuanVideo15, 16, 4, tiled=True)
-        self._scaling: float = self._vae.config["scaling_factor"]
-        self.parallel_decode = load.settings.memory.parallel_decode
-        self._check_widths()
-        mesh.barrier()  # until all ranks have loaded, memory is not what it will be
-        self.info = self._describe()
+        self.qwen, self.byt5 = QwenStates.load(self.parts), ByT5Glyphs.load(self.parts)
+        self.text_encoders = self.qwen, self.byt5
+        self.vae = Autoencoder(self.parts, AutoencoderKLHunyuanVideo15, 16, 4, tiled=True)
+        self.scale: float = self.vae.config["scaling_factor"]
 
-    def _check_widths(self) -> None:
-        """Raise `ModelError` when components that were put together do not fit."""
-        c, p = self._config, self._prompts
-        takes = c.out_channels, c.text_embed_dim, c.text_embed_2_dim
-        has = self._vae.config["latent_channels"], p.qwen.config.hidden_size, p.byte_model.config.d_model
-        if takes != has:
-            raise ModelError(
-                f"the components do not fit: the transformer takes {takes[0]} latent channels and text of {takes[1]} "
-                f"and {takes[2]}, the vae has {has[0]} channels, the text encoders make {has[1]} and {has[2]}"
-            )
+    def widths(self) -> tuple[tuple[int, int], Sequence[tuple[int, int]]]:
+        c = self.config
+        texts = (
+            (c.text_embed_dim, self.qwen.module.config.hidden_size),
+            (c.text_embed_2_dim, self.byt5.module.config.d_model),
+        )
+        return (c.out_channels, self.vae.config["latent_channels"]), texts
 
-    def encode(
-        self, params: SamplingParams, pictures: Sequence[Image], raise_if_cancelled: Callable[[], None] = lambda: None
-    ) -> tuple[Conditioning, list[str]]:
-        guided = params.guidance_scale > 1
-        prompts = {"prompt": params.prompt} | ({"negative_prompt": params.negative_prompt or ""} if guided else {})
-        notes = [] if guided else self.unguided(params)
-        self.parts.offloader.need("text_encoder")
-        length, dtype = params.max_sequence_length, self._transformer.dtype
-        states = [self._prompts.states(name, prompt, length, notes).to(dtype) for name, prompt in prompts.items()]
-        raise_if_cancelled()
-        self.parts.offloader.need("text_encoder_2")
-        texts = [self._prompts.texts(name, prompt, notes) for name, prompt in prompts.items()]
-        told = [BranchInputs(s, None if g is None else g.to(dtype)) for s, g in zip(states, texts, strict=True)]
-        tokens = math.prod(self._vae.grid(params)) // math.prod(self._config.patch)
-        counts: dict[str, Any] = {"prompt_tokens": states[0].shape[1], "latent_tokens": tokens}
-        return Conditioning(told[0], told[1] if guided else None, **counts), notes
+    @property
+    def patch(self) -> Sequence[int]:
+        return self.config.patch
 
-    def noise(self, params: SamplingParams, generator: Generator) -> Tensor:
-        shape = (1, self._config.out_channels, *self._vae.grid(params))
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.mesh.device)
+    def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
+        return 1, self.config.out_channels, *self.vae.grid(params)
+
+    def branch(self, texts: Sequence[EncodedText | None], pictures: None, params: SamplingParams) -> Hunyuan15Inputs:
+        text, quoted = texts
+        assert text is not None
+        return Hunyuan15Inputs(text.states, None if quoted is None else quoted.states)
 
     def schedule(self, params: SamplingParams, x: Tensor) -> Schedule:
         return Schedule.even(params.num_inference_steps, params.flow_shift)
 
-    def predict(self, x: Tensor, t: Tensor, told: BranchInputs) -> Tensor:
-        self.parts.offloader.need("transformer")
-        y: Tensor = self._transformer(x, t, told)
-        return y
+    def forward(self, x: Tensor, t: Tensor, branch: Hunyuan15Inputs, step: StepContext) -> Tensor:
+        return self.transformer(x, t, branch, step)  # type: ignore[no-any-return]
 
-    def preview(self, x0: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        return self.decode(x0[:, :, :1], raise_if_cancelled)  # the first latent frame stands for the first frame alone
+    def preview_latents(self, x0: Tensor, condition: Conditioning) -> Tensor:
+        return x0[:, :, :1]  # the first latent frame stands for the first frame alone
 
     def decode_latents(self, x: Tensor, raise_if_cancelled: Callable[[], None]) -> Tensor:
-        return self._vae.decode(x / self._scaling, raise_if_cancelled)
+        return self.vae.decode(x / self.scale, raise_if_cancelled)
 
-    def _describe(self) -> ModelInfo:
-        c = self._config
+    def describe(self) -> ModelInfo:
         return self.model_info(
             kind="video",
-            defaults=self._defaults,
-            size_multiple=self._vae.spatial * c.patch_size,
-            frame_multiple=self._vae.temporal,
+            defaults=self.defaults,
+            size_multiple=self.vae.spatial * self.config.patch_size,
+            frame_multiple=self.vae.temporal,
             unsupported=NO_TRUE_CFG | NO_NORMALIZATION,
             tasks=("text-to-video", "text-to-image"),
-            memory=self._memory(),
+            memory=self.memory(),
         )
 
-    def _memory(self) -> Memory:
-        c, dtype = self._config, self._transformer.dtype
-        qwen = self._prompts.qwen
+    def memory(self) -> Memory:
+        c, qwen = self.config, self.qwen.module
+        block = self.parts.token_bytes(c.dim, int(c.mlp_ratio * c.dim), self.transformer.compute_dtype)
         return self.parts.memory(
-            self._vae.tiling,
+            self.vae.tiling,
             base=2**25,
             text_pair=2 * qwen.config.num_attention_heads * qwen.dtype.itemsize,
-            token=self.parts.token_bytes(c.dim, int(c.mlp_ratio * c.dim), dtype)
-            + 48 * c.in_channels * math.prod(c.patch),
+            token=block + 48 * c.in_channels * math.prod(c.patch),
             pixel=48,
-            chunk_pixel=16 * self._vae.config["block_out_channels"][0] * self._vae.dtype.itemsize,
+            chunk_pixel=16 * self.vae.config["block_out_channels"][0] * self.vae.dtype.itemsize,
             chunk_pixels=2**40,  # all frames of a tile
         )
 
 
 def guider_scale(file: Path) -> float:
-    """The guidance scale of a guider_config.json.
+    """Read the guidance scale of a guider_config.json.
 
     Raises:
         ModelError: guidance of another kind.
@@ -381,15 +317,3 @@ def guider_scale(file: Path) -> float:
     require(config, file, GUIDER)
     scale: float = config.get("guidance_scale", 7.5) if config.get("enabled", True) else 1.0
     return scale
-
-
-def hunyuan15_config(file: Path) -> HunyuanVideo15Config:
-    """The numbers of a transformer's config.json.
-
-    Raises:
-        ModelError: another architecture.
-    """
-    given = read_json(file)
-    require(given, file, {"qk_norm": "rms_norm", "use_meanflow": False, "patch_size_t": 1})
-    config: HunyuanVideo15Config = pick(given, HunyuanVideo15Config, file)
-    return config

@@ -238,7 +238,7 @@ class WanAutoencoder:
 
 
 def has_encoder(folder: Path) -> bool:
-    """Whether the weights of an autoencoder hold its encoder; told from their headers."""
+    """Read from the headers of the weights whether an autoencoder has its encoder."""
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             if any(name.startswith("encoder.") for name in tensors.keys()):  # noqa: SIM118 - not a dict

@@ -190,11 +190,11 @@ class Wan(DiffusionModel):
         """Predict as the template does, but few tokens of two branches as one batch."""
         name = TRANSFORMERS[len(self.transformers) == 2 and self.works_low(t, condition.params)]
         self.parts.offloader.need(name)
-        keys, shown, cfg = self.text_keys(name, condition), condition.pictures or NO_PICTURES, self.mesh.cfg
-        x, step = shown.beside(x), step or StepContext()
+        keys, pictures, cfg = self.text_keys(name, condition), condition.pictures or NO_PICTURES, self.mesh.cfg
+        x, step = pictures.beside(x), step or StepContext()
 
         def predict(x: Tensor, keys: TextKeys, branch: int) -> Tensor:
-            return self.transformers[name](x, t, keys, shown.clean_frames, step.of(branch))  # type: ignore[no-any-return]
+            return self.transformers[name](x, t, keys, pictures.clean_frames, step.of(branch))  # type: ignore[no-any-return]
 
         if condition.negative is None:
             return predict(x, keys, 0), None

@@ -127,11 +127,11 @@ def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> Attention:
     return attend
 
 
-def _with_lse(kernel: Callable[..., Any], **told: Any) -> AttentionLse:
-    """A kernel that answers with [B, S, H, D] and [B, H, S] when it is told so."""
+def _with_lse(kernel: Callable[..., Any], **options: Any) -> AttentionLse:
+    """Wrap a kernel that returns [B, S, H, D] and the logarithm [B, H, S] of its sums, if `options` ask for it."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        y, lse = kernel(q, k, v, **told)[:2]
+        y, lse = kernel(q, k, v, **options)[:2]
         return y, lse.transpose(1, 2)
 
     return attend

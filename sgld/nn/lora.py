@@ -267,7 +267,7 @@ class LoraLayers:
         self.module = module
         self._original, self._component, self._keep_bytes, self._offload = original, component, keep_bytes, offload
         self._base: dict[str, Tensor] = {}
-        self._kept: OrderedDict[Setting, dict[str, Tensor]] = OrderedDict()  # the active one is the last
+        self._merged: OrderedDict[Setting, dict[str, Tensor]] = OrderedDict()  # the active one is the last
         self._changed: set[str] = set()
         self._hooks: list[RemovableHandle] = []
         self._fitted: WeakKeyDictionary[Adapter, dict[tuple[bool, float | None], Fitted]] = WeakKeyDictionary()
@@ -277,7 +277,7 @@ class LoraLayers:
     @property
     def kept_bytes(self) -> int:
         """Memory of merged weights, the active ones included."""
-        return sum(tensor.nbytes for kept in self._kept.values() for tensor in kept.values())
+        return sum(tensor.nbytes for tensors in self._merged.values() for tensor in tensors.values())
 
     def fit(self, adapter: Adapter, *, strict: bool = True, alpha: float | None = None) -> Fitted:
         """The adapter in terms of this module; nothing changes. Raises `BadRequest` as `lora_formats.fit` does."""
@@ -320,7 +320,7 @@ class LoraLayers:
 
     def release(self) -> None:
         """Give up the merged weights of settings that are not active, and the bases of weights that are untouched."""
-        self._kept = OrderedDict(item for item in self._kept.items() if item[0] == (self.active, self.mode))
+        self._merged = OrderedDict(item for item in self._merged.items() if item[0] == (self.active, self.mode))
         self._base = {name: base for name, base in self._base.items() if name in self._changed}
 
     def _choose(self, layers: Mapping[str, list[Part]], mode: Mode) -> Mode:
@@ -341,9 +341,9 @@ class LoraLayers:
         if self._offload is not None:
             self._offload(changes)
             return
-        merged = self._kept.pop(setting, None) or self._merge(changes)
+        merged = self._merged.pop(setting, None) or self._merge(changes)
         if merged and all(tensor.device.type == "cpu" for tensor in merged.values()):
-            self._kept[setting] = merged
+            self._merged[setting] = merged
         for name, tensor in merged.items():
             self._put(name, tensor)
         self._restore(self._changed - merged.keys())
@@ -358,8 +358,8 @@ class LoraLayers:
     def _make_room(self, nbytes: int) -> dict[str, Tensor]:
         """Drop what was used least recently until so much more may be kept; answers with the tensors, for new use."""
         spare: dict[str, Tensor] = {}
-        while self._kept and self.kept_bytes + nbytes > self._keep_bytes:
-            spare |= self._kept.popitem(last=False)[1]
+        while self._merged and self.kept_bytes + nbytes > self._keep_bytes:
+            spare |= self._merged.popitem(last=False)[1]
         return spare
 
     def _blank(self, name: str, spare: Mapping[str, Tensor]) -> Tensor:

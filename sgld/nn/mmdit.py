@@ -55,8 +55,8 @@ class JointAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [B, S/n, C] and text [B, L, C] to as much of both."""
         q, k, v = self._picture(x, place.rope)
-        told = self._text(text, place.text_rope) if self.added else self._picture(text, place.text_rope)
-        y, z = (part.flatten(2) for part in self.among.joint(q, k, v, place.tokens, told))
+        text_qkv = self._text(text, place.text_rope) if self.added else self._picture(text, place.text_rope)
+        y, z = (part.flatten(2) for part in self.among.joint(q, k, v, place.tokens, text_qkv))
         if self.to_out is None:
             return y, z
         return self.to_out[0](y), self.to_add_out(z) if self.added else self.to_out[0](z)
@@ -109,11 +109,11 @@ class DualBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [B, S/n, C], text [B, L, C], emb [B, C]"""
-        mod, told = self.norm1(emb), self.norm1_context(emb)
-        y, z = self.attn(modulate(x, *mod[:2]), modulate(text, *told[:2]), place)
-        x, text = x + mod[2] * y, text + told[2] * z
+        mod, text_mod = self.norm1(emb), self.norm1_context(emb)
+        y, z = self.attn(modulate(x, *mod[:2]), modulate(text, *text_mod[:2]), place)
+        x, text = x + mod[2] * y, text + text_mod[2] * z
         x = x + mod[5] * self.ff(modulate(x, *mod[3:5]))
-        text = text + told[5] * self.ff_context(modulate(text, *told[3:5]))
+        text = text + text_mod[5] * self.ff_context(modulate(text, *text_mod[3:5]))
         return finite(x), finite(text)
 
 
@@ -130,10 +130,10 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [B, S/n, C], text [B, L, C], emb [B, C]"""
         shift, scale, gate = self.norm(emb)
-        own, told = modulate(x, shift, scale), modulate(text, shift, scale)
-        y, z = self.attn(own, told, place)
-        x = x + gate * self.proj_out(torch.cat([y, gelu_tanh(self.proj_mlp(own))], -1))
-        text = text + gate * self.proj_out(torch.cat([z, gelu_tanh(self.proj_mlp(told))], -1))
+        x_norm, text_norm = modulate(x, shift, scale), modulate(text, shift, scale)
+        y, z = self.attn(x_norm, text_norm, place)
+        x = x + gate * self.proj_out(torch.cat([y, gelu_tanh(self.proj_mlp(x_norm))], -1))
+        text = text + gate * self.proj_out(torch.cat([z, gelu_tanh(self.proj_mlp(text_norm))], -1))
         return finite(x), finite(text)
 
 

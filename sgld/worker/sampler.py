@@ -111,7 +111,7 @@ def denoise(
 ) -> DenoiseState:
     """Step from `state` to the end of the schedule, or until `until` steps are done. Send previews on the way."""
     model, params, solver, total = path.model, path.params, path.solver, len(path.solver.timesteps)
-    shown = preview_steps(total, previews)
+    preview_at = preview_steps(total, previews)
     store: dict[str, Any] = {}  # of block runners, between steps
     with context.stage("denoise", total, state.step):
         for i in range(state.step, total if until is None else until):
@@ -121,7 +121,7 @@ def denoise(
                 step = StepContext(i, total, sigma, store=store, agree=context.agree)
                 v, v_negative = model.velocities(x, t, path.condition, step)
                 scale = model.guidance(t, params)
-                if i + 1 in shown:
+                if i + 1 in preview_at:
                     x0 = x - sigma * _guide(path, v, v_negative, _preview_scale(scale, sigma))
                     x0 = model.finalize_latents(x0, path.condition)
                 state = solver.step(state, _guide(path, v, v_negative, scale))
@@ -129,7 +129,7 @@ def denoise(
                     x = path.sdedit.hold(state.latents, float(solver.sigmas[i + 1]))
                     state = attrs.evolve(state, latents=x)
             if x0 is not None:
-                context.preview(shown.index(i + 1), partial(_show, path, x0), model.parallel_decode)
+                context.preview(preview_at.index(i + 1), partial(_show, path, x0), model.parallel_decode)
     return state
 
 

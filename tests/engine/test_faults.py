@@ -82,7 +82,7 @@ async def test_nothing_is_left_of_the_killed(engine: Engine, tmp_path: Path, mon
     descriptors, children = us.num_fds(), len(us.children(recursive=True))
     for rank in (0, 1, 0):
         await made(engine, kill_at(engine, "denoise", 0, rank))
-    assert us.num_fds() == descriptors
+    assert us.num_fds() <= descriptors
     assert entries(tmp_path) == files > 0
     assert len(us.children(recursive=True)) == children
     assert not [child for child in us.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]

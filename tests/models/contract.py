@@ -109,6 +109,28 @@ LTX2_GUIDANCE: Mapping[str, Any] = {
     "use_cross_timestep": False, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0,
     "audio_guidance_scale": None, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0, "audio_guidance_rescale": 0.0,
 }  # fmt: skip
+HUNYUAN = PROMPT | {
+    "prompt": "a red cat {over} the green ball &amp; 2 dogs", "negative_prompt": "blurred", "num_frames": 9,
+    "height": 80,  # 45 tokens, which no number of ranks divides
+}  # fmt: skip
+HUNYUAN_FOUR = (FOUR[0], {"enable_cfg_parallel": True, "ulysses_degree": 2})
+CLIP_256 = {"height": 256, "width": 256, "num_frames": 17}
+
+
+def hunyuan15_pipeline(folder: Path) -> Any:
+    """Load diffusers' HunyuanVideo 1.5, whose adapters only its transformer can load."""
+    pipeline = their_pipeline(folder)
+    pipeline.load_lora_weights = pipeline.transformer.load_lora_adapter
+    pipeline.unload_lora_weights = pipeline.transformer.unload_lora
+    return pipeline
+
+
+def their_hunyuan15(pipeline: Any, request: Request) -> Tensor:
+    """Return the clip of diffusers, whose guider has the guidance scale."""
+    given = dict(request)
+    pipeline.guider = pipeline.guider.new(guidance_scale=given.pop("guidance_scale"))
+    return their_clip(pipeline, given)
+
 
 CASES = (
     Case(
@@ -225,5 +247,21 @@ CASES = (
         pipeline_of=qwen_pipeline,
         pictures=((90, 50), (40, 70)),
         patch=small_pictures,
+    ),
+    Case(
+        "hunyuan-video", "HunyuanVideoPipeline", "text-to-video",
+        HUNYUAN | {"true_cfg_scale": 3.0, "guidance_scale": 2.5}, their_clip,
+        also=({"true_cfg_scale": 1.0}, {"negative_prompt": ""}),
+        unguided=NO_TRUE_GUIDANCE,
+        splits={2: TWO, 4: HUNYUAN_FOUR},
+        large=CLIP_256 | NO_TRUE_GUIDANCE,
+    ),
+    Case(
+        "hunyuan-video15", "HunyuanVideo15Pipeline", "text-to-video",
+        HUNYUAN | {"prompt": 'a red cat {over} the "ball", “2 dogs” &amp; a "ball"', "guidance_scale": 6.0},
+        their_hunyuan15,
+        splits={2: TWO, 4: HUNYUAN_FOUR[1:]},
+        large=CLIP_256,
+        pipeline_of=hunyuan15_pipeline,
     ),
 )  # fmt: skip

@@ -128,8 +128,8 @@ class Webhooks:
         """Load the endpoints from the journal, this one or the constructor's, and resume the deliveries."""
         self._journal = journal or self._journal
         if self._journal is not None:
-            kept = await self._journal.restore(KIND, lambda body: Endpoint(**body))
-            self._endpoints = {endpoint.id: endpoint for endpoint in kept}
+            stored = await self._journal.restore(KIND, lambda body: Endpoint(**body))
+            self._endpoints = {endpoint.id: endpoint for endpoint in stored}
             self.send(await self._journal.restore(DELIVERY, lambda body: Delivery(**body)))
 
     async def close(self, patience_s: float = CLOSING_S) -> None:

@@ -333,7 +333,7 @@ async def test_a_journal_that_fails_costs_no_try(
         await world.receiver.next()
     while world.webhooks._deliveries:
         await asyncio.sleep(0.01)
-    assert caplog.text.count("the journal does not hear of a try") == 2
+    assert caplog.text.count("a try is not in the journal") == 2
     await journal.close()
 
 
