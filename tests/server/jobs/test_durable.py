@@ -446,7 +446,7 @@ def test_a_key_from_the_environment_and_a_log_of_json(start: Start, monkeypatch:
     assert KEY not in text
     lines = [json.loads(line) for line in text.splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
-    told = {line["job_id"]: line["message"] for line in lines if line["logger"] == "sgld.server.jobs.service"}
+    told = {line["job_id"]: line["message"] for line in lines if line["logger"] == "sgld.server.jobs.runs"}
     assert "completed" in told[done.id] and "failed" in told[fatal.id]
 
 
