@@ -72,6 +72,10 @@ class Case:
     splits: Mapping[int, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)  # by the number of ranks
     offloads: Sequence[Mapping[str, Any]] = (WHOLE, LAYERWISE)
     large: Mapping[str, Any] | None = None  # changes of the request that make memory matter
+    one_step: Mapping[str, Any] | None = attrs.field(  # changes with which a single step makes the first preview
+        default=attrs.Factory(lambda self: self.unguided, takes_self=True)
+    )
+    approaches: bool = False  # whether later previews are nearer to the picture, as not with all random weights
     estimate_below: float = 1.3  # times the estimate that the measured peak may reach
     pipeline_of: Callable[[Path], Any] = their_pipeline  # loads diffusers' pipeline of the twin's folder
     pictures: Sequence[tuple[int, int]] = ()  # sizes of input pictures; the request gets their files as image_path
@@ -178,7 +182,7 @@ CASES = (
         ),
         unguided={"guidance_scale": 0.0},
         splits={2: TWO, 4: FOUR},
-        offloads=(WHOLE, LAYERWISE, WHOLE | LAYERWISE),
+        offloads=(WHOLE, LAYERWISE, WHOLE | {"precision": "bf16"}, WHOLE | LAYERWISE),
         large={"height": 768, "width": 768},
     ),
     Case(
@@ -188,11 +192,13 @@ CASES = (
     ),
     Case(  # with sound, and with its other guidance: test_ltx2.py
         "ltx2", "LTX2Pipeline", "text-to-video", LTX2, their_ltx2,
+        one_step=None,  # whose first preview has sound's guidance too
         also=({"guidance_scale": 1.0}, {"num_frames": 1}),
         offloads=(WHOLE | LAYERWISE,),
     ),
     Case(  # its true guidance, which diffusers has not: test_flux2.py
         "flux2-dev", "Flux2Pipeline", "text-to-image", FLUX2,
+        one_step={},
         also=({"guidance_scale": 1.5}, *FLUX2_EDGES),
         unguided={"true_cfg_scale": 3.0},
         splits={2: ({"ulysses_degree": 2, "tp_size": 2}, {"ring_degree": 2})},
@@ -201,6 +207,7 @@ CASES = (
     ),
     Case(
         "flux2-klein", "Flux2KleinPipeline", "text-to-image", FLUX2 | {"guidance_scale": 1.0},
+        one_step={},
         unguided={"guidance_scale": 4.0},  # which it does not need, but which is done
         pipeline_of=flux2_pipeline,
     ),
@@ -221,12 +228,14 @@ CASES = (
             4: ({"ulysses_degree": 2, "ring_degree": 2, "vae_sp": True},),
         },
         pipeline_of=qwen_pipeline,
+        approaches=True,
     ),
     Case(
         "qwen-image-edit", "QwenImageEditPipeline", "image-to-image", QWEN_EDIT, their_qwen,
         splits={2: ({"enable_cfg_parallel": True}, {"ulysses_degree": 2})},
         offloads=(WHOLE | LAYERWISE,),
         pipeline_of=qwen_pipeline,
+        approaches=True,
         pictures=((90, 50),),
         patch=small_pictures,
     ),
@@ -234,6 +243,7 @@ CASES = (
         "qwen-image-edit-2509", "QwenImageEditPlusPipeline", "image-to-image", QWEN_EDIT, their_qwen,
         splits={2: ({"enable_cfg_parallel": True},)},
         pipeline_of=qwen_pipeline,
+        approaches=True,
         pictures=((90, 50), (40, 70), (64, 64)),
         patch=small_pictures,
     ),
@@ -255,6 +265,7 @@ CASES = (
         unguided=NO_TRUE_GUIDANCE,
         splits={2: TWO, 4: HUNYUAN_FOUR},
         large=CLIP_256 | NO_TRUE_GUIDANCE,
+        one_step=None,  # a clip's first frame is decoded alone
     ),
     Case(
         "hunyuan-video15", "HunyuanVideo15Pipeline", "text-to-video",

@@ -126,15 +126,20 @@ def test_an_adapter_as_with_diffusers(
     for layers in family.lora.values():
         layers.clear()
     assert torch.equal(picture(family, case.request), before)
+    offloaded = load(folders(case), **case.offloads[-1])
+    for component in offloaded.lora:
+        activate(offloaded, file, component)
+    assert torch.equal(picture(offloaded, case.request), adapted), case.offloads[-1]
 
 
 @every("offload")
 def test_offloaded_weights_make_the_same_picture(case: Case, folders: Callable[[Case], Path]) -> None:
-    expected = picture(load(folders(case)), case.request)
+    expected = cache(lambda **dtypes: picture(load(folders(case), **dtypes), case.request))
     for settings in case.offloads:
         family = load(folders(case), **settings)
+        dtypes = {name: value for name, value in settings.items() if name == "precision"}
         for _ in range(2):
-            assert torch.equal(picture(family, case.request), expected), settings
+            assert torch.equal(picture(family, case.request), expected(**dtypes)), settings
 
 
 @every("previews")
@@ -144,6 +149,10 @@ def test_previews_come_and_change_nothing(case: Case, folders: Callable[[Case], 
     made, previews = shown(family, request, 2)
     assert [tuple(frames.shape) for frames in previews] == [(1, *made.shape[1:])] * 2
     assert apart(previews[0], previews[1]) > 5
+    if case.one_step is not None:
+        assert apart(previews[0], picture(family, {**request, "num_inference_steps": 1, **case.one_step})[:1]) <= 1
+    distances = [(frames.float() - made[:1].float()).abs().mean() for frames in previews]
+    assert distances[1] < distances[0] or not case.approaches, "the later, the nearer"
     assert torch.equal(made, picture(family, request))
 
 

@@ -33,6 +33,7 @@ from tests.models.parity import (
     load,
     photo,
     picture,
+    pictures_of_ranks,
     quiet,
     same_state,
     spelled,
@@ -233,6 +234,12 @@ def test_a_picture_to_start_from(twins: Path, start: Path) -> None:
     ours = picture(family, Z_IMAGE | {"image_path": [str(start)], "strength": 0.5})
     assert apart(ours, started(twins / "z-image", start)) <= 1
     assert apart(ours, picture(family, Z_IMAGE)) > 20
+
+
+def test_a_picture_to_start_from_on_two_ranks(twins: Path, start: Path, tmp_path: Path) -> None:
+    folder, request = twins / "z-image", Z_IMAGE | {"image_path": [str(start)], "strength": 0.5}
+    [made] = pictures_of_ranks(2, tmp_path / "store", [(folder, request, {"ulysses_degree": 2})])
+    assert apart(made, started(folder, start)) <= 1
 
 
 def test_a_mask_leaves_the_rest(twins: Path, start: Path, tmp_path: Path) -> None:
