@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import layers
 
-CODE_LINES = 17_600  # the aim is 15,500 before new features, and 18,000 with all of the plan: lower it as code goes
+CODE_LINES = 17_500  # the aim is 15,500 before new features, and 18,000 with all of the plan: lower it as code goes
 FILE_LINES = 500
 CLASS_FIELDS = 25
 CLASS_METHODS = 20
 FUNCTION_LINES = 40  # code lines, the signature included
 IMPERATIVE_PERCENT = 60.0
 ANY_PER_1000 = 10.0
-TEST_LINES = 25_000  # the aim is 22,000: lower it as tests go
+TEST_LINES = 24_900  # the aim is 22,000: lower it as tests go
 MIRRORS = {  # classes that may have more fields, and what each mirrors field for field
     "SamplingParams": "the sampling fields of a request",
     "LTX2Config": "transformer/config.json of LTX-2",
