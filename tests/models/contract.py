@@ -145,6 +145,7 @@ CASES = (
         ),
         unguided=NO_TRUE_GUIDANCE,
         splits={2: TWO, 4: FOUR},
+        estimate_below=1.5,  # the allocator's fragments differ from run to run: 1.36 was seen
         large={"height": 768, "width": 768, **NO_TRUE_GUIDANCE},
     ),
     Case(
