@@ -186,7 +186,7 @@ def _memory(mesh: Mesh, folder: Path, warm: Request, request: Request) -> tuple[
 
 
 def estimate_is_near_the_peak(
-    store: Path, folder: Path, warm: Request, request: Request, below: float = 1.3, slack: int = 2**25
+    store: Path, folder: Path, warm: Request, request: Request, below: float = 1.3, slack: int = 2**26
 ) -> None:
     """Bytes that a request takes above the loaded and warm model: as estimated, and as a fresh process takes them."""
     estimate, peak = in_fresh_process(store, _memory, folder, warm, request)
