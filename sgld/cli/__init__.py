@@ -48,8 +48,9 @@ def main() -> int:
 def _leave_downloads(code: int) -> None:
     """Exit at once if an interrupted download goes on in its thread, for the interpreter would wait."""
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-        sys.stderr.flush()
-        os._exit(code)
+        from sgld.cli.process import exit_now
+
+        exit_now(code)
 
 
 def _repair_streams() -> None:

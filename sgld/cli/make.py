@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from sgld.cli.outputs import (
     save,
 )
 from sgld.cli.plan import Plan
-from sgld.cli.process import heeded
+from sgld.cli.process import exit_now, heeded
 from sgld.cli.screen import Screen, say
 from sgld.engine.engine import Engine
 from sgld.errors import JobCancelled, SgldError
@@ -182,4 +181,4 @@ class Interrupts:
         """Exit at once, because a download, for example, cannot be interrupted. The workers follow their parent."""
         self._run.abandon()
         say("error: interrupted")
-        os._exit(JobCancelled.exit_code)
+        exit_now(JobCancelled.exit_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import IO
+from typing import IO, NoReturn
 
 from sgld.errors import OutputError
 
@@ -37,3 +37,12 @@ def drop(stream: IO[str]) -> None:
 def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
     """List the signals that were not ignored at the start, unlike under `nohup` and a script's `command &`."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def exit_now(code: int) -> NoReturn:
+    """Exit without waiting for threads, and leave no fork server behind: `os._exit` runs no exit handlers."""
+    from sgld.engine.forkserver import FORK_SERVER
+
+    FORK_SERVER.stop()
+    sys.stderr.flush()
+    os._exit(code)

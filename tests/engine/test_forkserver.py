@@ -167,6 +167,17 @@ def test_the_parent_never_imports_torch(tmp_path: Path) -> None:
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_an_exit_that_waits_for_no_thread_leaves_no_process() -> None:
+    """Its fork server is reaped: an orphan would stay a zombie under a PID 1 that reaps nothing."""
+    code = (
+        "import threading, time; from sgld.cli.process import exit_now; from sgld.engine.forkserver import FORK_SERVER;"
+        "threading.Thread(target=time.sleep, args=(60,)).start(); FORK_SERVER.ensure_running();"
+        "print(FORK_SERVER.pid, flush=True); exit_now(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 3 and not psutil.pid_exists(int(done.stdout)), done
+
+
 async def picture(**settings: Any) -> Frames:
     async with Engine(Settings.of(**settings)) as engine:
         info = await engine.load(lambda event: None)
