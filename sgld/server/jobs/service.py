@@ -142,7 +142,7 @@ class JobService:
             raise NotReady("the server is stopping; try another one")
         most = self._max_queue
         if len(self.scheduler) + len(self.admitting) >= most:
-            raise QueueFull(f"{most} jobs wait already; try again later", None, self.scheduler.retry_after())
+            raise QueueFull(f"the queue is full ({most} waiting); try again later", None, self.scheduler.retry_after())
         return await self._admit(Job(record))
 
     async def _admit(self, job: Job) -> Job:
