@@ -38,7 +38,7 @@ REGISTRY = {
 def load_family(
     load: Load, mesh: Mesh, platform: Platform, progress: Callable[[int, int], None]
 ) -> DiffusionModel | OpaquePipeline:
-    """The model in `load.folder`; `progress(done, total)` is called as its parts are loaded.
+    """Load the model in `load.folder`. `progress(done, total)` is called after each component.
 
     Raises:
         BadRequest: settings that it cannot run with.

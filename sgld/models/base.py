@@ -55,7 +55,7 @@ class Conditioning:
 
     @property
     def branches(self) -> list[Any]:
-        """The inputs of the prompt's branch, and under guidance the negative prompt's."""
+        """Return the inputs of the prompt's branch and, under guidance, of the negative prompt's."""
         return [self.positive] if self.negative is None else [self.positive, self.negative]
 
 
@@ -188,12 +188,12 @@ class DiffusionModel(AnyModel):
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks."""
+        """Return the ranks."""
         return self.parts.mesh
 
     @property
     def transformer(self) -> Any:
-        """The transformer, or the first of two."""
+        """Return the transformer, or the first of two."""
         return self.transformers[TRANSFORMERS[0]]
 
     # ------------------------------------------------------------------------------------------------ loading
@@ -305,7 +305,7 @@ class DiffusionModel(AnyModel):
 
     @property
     def patch(self) -> Sequence[int]:
-        """The sides of a token, in latents."""
+        """Return the sides of a token, in latents."""
         raise NotImplementedError
 
     def latent_tokens(self, params: SamplingParams) -> int:

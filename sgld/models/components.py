@@ -98,14 +98,14 @@ class ComponentLoader:
             raise ModelError(f"{file}: _class_name is {name!r}; only {EULER!r} is supported")
 
     def path(self, name: str) -> Path:
-        """The folder of a component: its own, or the one that replaces it."""
+        """Return the folder of a component: its own, or the replacement."""
         folder = self._replaced.get(name, self.folder / name)
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such folder; the model lacks its {name}")
         return folder
 
     def config(self, name: str) -> dict[str, Any]:
-        """A component's config.json."""
+        """Read a component's config.json."""
         return read_json(self.path(name) / "config.json")
 
     def loaded(self, part: M) -> M:
@@ -115,7 +115,7 @@ class ComponentLoader:
         return part
 
     def share(self, heads: int, guided: bool) -> Mesh:
-        """The ranks with their work shared out, for a transformer with so many heads, and guidance by default or not.
+        """Divide the work among the ranks, for a transformer with so many heads, and guidance by default or not.
 
         Raises:
             BadRequest: heads that do not divide.
@@ -125,7 +125,7 @@ class ComponentLoader:
         return self.mesh
 
     def dtype(self, component: str) -> torch.dtype:
-        """The precision of a component: its kind's own, else the one for all, else the platform's; a VAE's is fp32."""
+        """Return the precision of a component: its kind's, else that of all, else the platform's. A VAE's is fp32."""
         s = self.settings
         if component in self.encoders:
             own = (
@@ -167,7 +167,7 @@ class ComponentLoader:
         return self.loaded(module)
 
     def module(self, name: str, make: Callable[[], M], **options: Any) -> M:
-        """Another component, strictly: what `make` builds, filled by `load_module` with these options."""
+        """Build another component by `make`, and fill it by `load_module` with these options."""
         self.torch_only(name, "its attention is built into it")
         keeper = self.offloader.keeper(name)
         return self.loaded(
@@ -179,7 +179,7 @@ class ComponentLoader:
         self._chooser.torch_only(component, why)
 
     def lora(self, modules: Mapping[str, nn.Module | None], original: Renames) -> dict[str, LoraLayers]:
-        """LoRA for these transformers; `original` tells their layers' names in the authors' own code."""
+        """Prepare LoRA for transformers. `original` has the names of the layers in the authors' code."""
         keep_bytes = self.platform.free_memory() // (LORA_SHARE * self.mesh.local_world * len(TRANSFORMERS))
         return {
             name: LoraLayers(module, original, name, keep_bytes, self.offloader.changer(name))
@@ -188,11 +188,11 @@ class ComponentLoader:
         }
 
     def defaults(self, known: Mapping[str, object]) -> dict[str, Any]:
-        """The folder's generation_config.json, else these."""
+        """Return the values of generation_config.json, or else `known`."""
         return folder_defaults(self.folder) or dict(known)
 
     def memory(self, tiling: Tiling | None, **estimate: int) -> Memory:
-        """The estimate of what an output takes, with what there is, and the offloaded weights that come for it."""
+        """Estimate the memory of an output, with the free memory and the offloaded weights that are loaded for it."""
         copies = self.mesh.local_world if self.platform.ranks_share_memory else 1
         coming = self.offloader.held_bytes
         return Memory(
@@ -205,7 +205,7 @@ class ComponentLoader:
         )
 
     def token_bytes(self, width: int, hidden: int, dtype: torch.dtype) -> int:
-        """What a block of that width and hidden width takes for each token of the sequence.
+        """Return the bytes that a block takes for each token of the sequence.
 
         In units of the weights' precision, measured in float32: 8 C and 5 C + 2 F in its two halves, and a float32
         copy where that is not its precision. Ranks of one machine add up; elsewhere each has its share.
@@ -225,7 +225,7 @@ def check_precisions(settings: Settings, encoders: int) -> None:
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:
-    """A model's own values of SamplingParams, as its generation_config.json has them, if there is one.
+    """Read a model's values of SamplingParams from its generation_config.json, if there is one.
 
     Raises:
         ModelError: the file holds what SamplingParams does not know.

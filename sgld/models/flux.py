@@ -56,7 +56,7 @@ class FluxConfig(Architecture):
 
     @property
     def dim(self) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     def fault(self) -> str | None:
@@ -213,7 +213,7 @@ class Flux(DiffusionModel):
 
     @property
     def edits(self) -> bool:
-        """Whether it edits a picture; else denoising begins with the picture."""
+        """Return true for a model that edits a picture. Others start denoising from the picture."""
         return bool(self.parts.index["_class_name"] == "FluxKontextPipeline")
 
     def known_defaults(self) -> Mapping[str, Any]:
@@ -239,7 +239,7 @@ class Flux(DiffusionModel):
 
     @property
     def side(self) -> int:
-        """Pixels of a token's side."""
+        """Return the side of a token in pixels."""
         return self.patch[0] * self.vae.spatial
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:

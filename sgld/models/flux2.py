@@ -59,12 +59,12 @@ class Flux2Config(Architecture):
 
     @property
     def dim(self) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def hidden(self) -> int:
-        """Channels inside a feed-forward layer."""
+        """Return the channels inside a feed-forward layer."""
         return int(self.dim * self.mlp_ratio)
 
     def fault(self) -> str | None:
@@ -255,7 +255,7 @@ class Flux2(DiffusionModel):
 
     @property
     def is_distilled(self) -> bool:
-        """Whether it needs neither guidance nor many steps."""
+        """Return true for a model that needs neither guidance nor many steps."""
         return bool(self.parts.index.get("is_distilled"))
 
     def known_defaults(self) -> Mapping[str, object]:

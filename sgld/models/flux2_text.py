@@ -72,7 +72,7 @@ class ChatText:
 
     @property
     def width(self) -> int:
-        """Channels of the text."""
+        """Return the channels of the text."""
         return len(self.reader.layers) * int(self.module.config.hidden_size)
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -85,7 +85,7 @@ class ChatText:
 
     @cached_property
     def chat_tokens(self) -> int:
-        """Tokens of a chat without its prompt."""
+        """Count the tokens of a chat without its prompt."""
         return len(self.tokenize(""))
 
     def encode(self, name: str, prompt: str, request: EncodeRequest) -> EncodedText:

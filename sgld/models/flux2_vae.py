@@ -71,7 +71,7 @@ class Flux2TinyAutoEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """Return the type of the weights."""
         return self.extra_encoder.weight.dtype
 
     def encode(self, pictures: Tensor) -> Tensor:

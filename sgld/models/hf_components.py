@@ -35,7 +35,7 @@ Part = Callable[[Any], nn.Module]  # a model, to what is needed of it
 
 
 def tokenizer(parts: ComponentLoader, name: str) -> Any:
-    """That component as the tokenizer of transformers that its files tell of.
+    """Load a component as the tokenizer of transformers that its files name.
 
     Raises:
         ModelError: files that are missing or broken.
@@ -80,7 +80,7 @@ class Reread(Source):
 def text_encoder(
     parts: ComponentLoader, name: str, cls: Any, layers: str = "", part: Part = lambda whole: whole
 ) -> Any:
-    """That component as the `PreTrainedModel` that `cls` is, strictly loaded and ready for inference.
+    """Load a component strictly as a `PreTrainedModel` of class `cls`, ready for inference.
 
     `part` takes what is needed of it; the rest is let go.
     With `tp_size` the ranks share the heads and hidden channels of the blocks under the submodule `layers` (tensor
@@ -203,18 +203,18 @@ class Autoencoder:
         self.tiling = Tiling.of(s.memory.vae_config, spatial) if s.memory.tiles(by_default=tiled) else None
 
     def grid(self, params: SamplingParams) -> tuple[int, int, int]:
-        """Frames, rows and columns of an output's latents."""
+        """Return the frames, rows and columns of an output's latents."""
         frames = (params.num_frames - 1) // self.temporal + 1
         return frames, params.height // self.spatial, params.width // self.spatial
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Return the type of the weights."""
         found: torch.dtype = self.module.dtype
         return found
 
     def decode(self, z: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
-        """Latents [1, C, h, w] or [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU.
+        """Decode latents [1, C, h, w] or [1, C, T, h, w] to frames u8 [N, H, W, 3] on the CPU.
 
         Ranks that share it all call it, and the first of them has the frames. `raise_if_cancelled` is called before
         each tile, by all ranks equally often.
@@ -245,7 +245,7 @@ class Autoencoder:
 
     @property
     def pixel_bytes(self) -> int:
-        """What decoding takes for each pixel of what is decoded at once, for an autoencoder of pictures.
+        """Return the bytes that an autoencoder of pictures takes for each pixel it decodes at once.
 
         Five copies of its widest level, measured on a tiny twin.
         """
@@ -254,7 +254,7 @@ class Autoencoder:
         return int(5 * widest * self.dtype.itemsize)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """The mode of the latents of pictures [1, 3, H, W] or clips [1, 3, N, H, W] in [-1, 1]; [1, C, ...]."""
+        """Encode a picture [1, 3, H, W] or clip [1, 3, N, H, W] in [-1, 1] to the mode of its latents [1, C, ...]."""
         weight = next(self.module.parameters())
         z: Tensor = self.module.encode(pictures.to(weight)).latent_dist.mode()
         return z
@@ -281,7 +281,7 @@ class Autoencoder:
 
 
 def _filled(tile: Tensor, t: Tiling) -> Tensor:
-    """Of the full size, so that all tiles can be stacked."""
+    """Pad a tile to the full size, so that all tiles can be stacked."""
     return F.pad(tile, (0, t.width - tile.shape[-1], 0, t.height - tile.shape[-2]))
 
 

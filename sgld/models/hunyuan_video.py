@@ -59,12 +59,12 @@ class HunyuanVideoConfig(Architecture):
 
     @property
     def dim(self) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def patch(self) -> Patch:
-        """Latent frames, rows and columns of a token."""
+        """Return the latent frames, rows and columns of a token."""
         return self.patch_size_t, self.patch_size, self.patch_size
 
 

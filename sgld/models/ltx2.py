@@ -126,7 +126,7 @@ class LTX2(DiffusionModel):
 
     @property
     def multi_guidance(self) -> MultiGuidance:
-        """The guidance that the checkpoint was made for."""
+        """Return the guidance that the checkpoint was made for."""
         return LTX23_GUIDANCE if self.config.cross_attn_mod else MultiGuidance()
 
     def known_defaults(self) -> Mapping[str, Any]:

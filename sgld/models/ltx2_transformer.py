@@ -72,17 +72,17 @@ class LTX2Config(Architecture):
 
     @property
     def dim(self) -> int:
-        """Channels of a video token."""
+        """Return the channels of a video token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def audio_dim(self) -> int:
-        """Channels of an audio token."""
+        """Return the channels of an audio token."""
         return self.audio_num_attention_heads * self.audio_attention_head_dim
 
     @property
     def audio_rate(self) -> float:
-        """Audio tokens a second."""
+        """Return the audio tokens a second."""
         return self.audio_sampling_rate / self.audio_hop_length / self.audio_scale_factor
 
     def fault(self) -> str | None:
@@ -110,7 +110,7 @@ class LatentLayout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the video."""
+        """Count the tokens of the video."""
         return math.prod(self.grid)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class QwenImageConfig(Architecture):
 
     @property
     def dim(self) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     def fault(self) -> str | None:
@@ -297,12 +297,12 @@ class QwenImage(DiffusionModel):
 
     @property
     def form(self) -> PromptForm:
-        """How its pipeline class presents prompts and pictures."""
+        """Return how the pipeline class presents prompts and pictures."""
         return FORMS[self.parts.index["_class_name"]]
 
     @property
     def edits(self) -> bool:
-        """Whether it edits pictures; else denoising begins with the picture."""
+        """Return true for a model that edits pictures. Others start denoising from the picture."""
         return self.form.max_pictures > 0
 
     def known_defaults(self) -> Mapping[str, Any]:

@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         return self.axis.total(self.o((weights @ v).transpose(1, 2).flatten(2)))
 
     def bias(self, length: int) -> Tensor:
-        """[H, S, S]"""
+        """Return the bias [H, S, S]."""
         table = self.relative_attention_bias
         position = torch.arange(length, device=table.weight.device)
         buckets = distance_buckets(position[None, :] - position[:, None], table.num_embeddings, self.max_distance)
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
 
 
 def distance_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """T5's buckets: half for each direction, near distances one by one, far ones logarithmically."""
+    """Return T5's buckets: half for each direction, near distances one by one, far ones logarithmically."""
     half = buckets // 2
     near = half // 2
     far = distance.abs().clamp(min=1).float()
@@ -183,7 +183,7 @@ class PromptEncoder:
         offload: Keeper | None = None,
         axis: Axis | None = None,
     ) -> PromptEncoder:
-        """From the folders of the two components; the weights go to `offload`, where there is one.
+        """Load from the folders of the two components. The weights go to `offload`, where there is one.
 
         Raises:
             ModelError: a missing or broken file, or another architecture.
@@ -205,7 +205,7 @@ class PromptEncoder:
         return cls(load_tokenizer(tokenizer / "tokenizer.json"), module)
 
     def encode(self, prompt: str, max_tokens: int) -> tuple[Tensor, str | None]:
-        """Hidden states [1, n, C] of at most `max_tokens` tokens, and a warning when the prompt was cut."""
+        """Encode a prompt to states [1, n, C] of at most `max_tokens` tokens, and warn when it was cut."""
         text = clean(prompt)
         tokens = self.tokenizer.encode(text).ids
         note = None
@@ -215,7 +215,7 @@ class PromptEncoder:
         return self.encoder(torch.tensor([tokens], device=self.encoder.shared.weight.device)), note
 
     def _cut(self, text: str, max_tokens: int) -> list[int]:
-        """The first tokens and the closing ones, as the tokenizer cuts."""
+        """Keep the first tokens and the closing ones, as the tokenizer cuts."""
         self.tokenizer.enable_truncation(max_tokens)
         tokens: list[int] = self.tokenizer.encode(text).ids
         self.tokenizer.no_truncation()
@@ -223,7 +223,7 @@ class PromptEncoder:
 
 
 def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Tensor | None]:
-    """Texts [1, n, C] as one batch [B, L, C], padded as the pipeline does: with zeros that attention does see.
+    """Pad texts [1, n, C] to one batch [B, L, C] as the pipeline does: with zeros that attention does see.
 
     m equal keys weigh as much as one with log m added to its logit; so with `fold` one zero token stands for all
     the padding, and the second value is the bias [B, 1, 1, L] that says so.
@@ -242,7 +242,7 @@ def pad(texts: list[Tensor | None], length: int, fold: bool) -> tuple[Tensor, Te
 
 
 def shared_dim(name: str) -> int | None:
-    """The dimension of a weight along which ranks share it."""
+    """Return the dimension of a weight along which ranks share it."""
     layer = name.rsplit(".", 2)[-2]
     if layer in ("q", "k", "v", "wi_0", "wi_1"):
         return 0
@@ -262,7 +262,7 @@ def check_shares(c: UMT5Config, ranks: int) -> None:
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizers file, without its own padding and truncation."""
+    """Load a file of tokenizers, without its own padding and truncation."""
     if not file.is_file():
         raise ModelError(f"{file}: no such file")
     try:
@@ -275,7 +275,7 @@ def load_tokenizer(file: Path) -> Tokenizer:
 
 
 def umt5_config(file: Path) -> UMT5Config:
-    """The numbers of a config.json.
+    """Read the numbers of a config.json.
 
     Raises:
         ModelError: another architecture than UMT5 with a gated GELU.

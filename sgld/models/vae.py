@@ -32,11 +32,11 @@ class Past(dict[nn.Module, Tensor]):
         self.rows, self.last = rows or Axis(), False
 
     def pad(self, x: Tensor, side: int) -> Tensor:
-        """Rows above and below, for a convolution that reaches `side` (0 or 1) pixels: those of other ranks."""
+        """Add the rows of other ranks above and below, for a convolution that reaches `side` (0 or 1) pixels."""
         return self.rows.with_halo(x, 2) if side and self.rows.size > 1 else x
 
     def padding(self, side: int) -> tuple[int, int]:
-        """What the convolution itself pads."""
+        """Return what the convolution itself pads."""
         return (0 if self.rows.size > 1 else side), side
 
 
@@ -166,7 +166,7 @@ class Upsample(nn.Module):
         return F.conv2d(x, conv.weight, conv.bias, padding=past.padding(1))
 
     def in_time(self, x: Tensor, past: Past) -> Tensor:
-        """[T, C, H, W] -> [2T, C, H, W]"""
+        """Double the frames: [T, C, H, W] -> [2T, C, H, W]."""
         if self.time_conv is None or not len(x):
             return x
         y: Tensor = self.time_conv(x, past)
@@ -194,7 +194,7 @@ class UpBlock(nn.Module):
         return y + self.copy(x, first) if self.shortcut else y
 
     def copy(self, x: Tensor, first: bool) -> Tensor:
-        """Channels spread over the new pixels and frames: [T, C, H, W] -> [f*T, dim, 2H, 2W]."""
+        """Spread channels over the new pixels and frames: [T, C, H, W] -> [f*T, dim, 2H, 2W]."""
         f, (T, C, H, W) = self.frames, x.shape
         x = x.repeat_interleave(self.dim * f * 4 // C, dim=1).reshape(T, self.dim, f, 2, 2, H, W)
         x = x.permute(0, 2, 1, 5, 3, 6, 4).reshape(T * f, self.dim, 2 * H, 2 * W)
@@ -222,7 +222,7 @@ class WanDecoderBlocks(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, 3, 3)
 
     def forward(self, x: Tensor, past: Past, own: Past, first: bool) -> Tensor:
-        """The rows of `own`; the first layers see whole pictures, for attention joins all of their pixels."""
+        """Decode the rows of `own`. The first layers see whole pictures: attention joins all pixels."""
         x = self.mid_block(self.conv_in(x, past), past)
         x = own.rows.share(x, 2)
         for block in self.up_blocks:
@@ -243,7 +243,7 @@ class WanDecoder(nn.Module):
     def forward(
         self, z: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None, rows: Axis | None = None
     ) -> Tensor:
-        """`raise_if_cancelled` is called before each chunk. With `rows`, each rank decodes its share of the rows."""
+        """Decode chunk by chunk, with `raise_if_cancelled` before each. With `rows`, each rank decodes its share."""
         past, own = Past(), Past(rows)
         pixels = z[0, 0].numel() * self.config.scale_factor_spatial**2 * self.config.scale_factor_temporal
         chunks = torch.split(z, max(1, CHUNK_PIXELS // pixels))
@@ -255,7 +255,7 @@ class WanDecoder(nn.Module):
         return self.unpatch(torch.cat(parts))
 
     def unpatch(self, x: Tensor) -> Tensor:
-        """[N, 3*p*p, H, W] -> [N, 3, p*H, p*W]"""
+        """Unpatch [N, 3*p*p, H, W] to [N, 3, p*H, p*W]."""
         p = self.config.patch_size
         if p is None or p == 1:
             return x
@@ -275,7 +275,7 @@ class Tiling:
 
     @classmethod
     def of(cls, c: VaeConfig, multiple: int) -> Tiling:
-        """As the settings ask; sizes are multiples of a latent pixel. Raises BadRequest."""
+        """Build from the settings. Sizes are multiples of a latent pixel. Raises BadRequest."""
         given = (
             c.tile_sample_min_height, c.tile_sample_min_width, c.tile_sample_stride_height, c.tile_sample_stride_width
         )  # fmt: skip
@@ -319,7 +319,7 @@ class Vae:
         self.rows = rows or Axis()
 
     def decode(self, x: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
-        """Latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU; call `raise_if_cancelled` again and again.
+        """Decode latents [1, C, T, H, W] to frames u8 [N, 8H, 8W, 3] on the CPU.
 
         Ranks that share the rows all call it, and the first of them has the frames.
         """
@@ -337,13 +337,13 @@ class Vae:
         raise_if_cancelled: Callable[[], None],
         finish: Callable[[Tensor], Tensor] = lambda video: video,
     ) -> Tensor:
-        """Pictures [N, 3, 8H, 8W] of latents, or of one tile; each rank sends its rows as `finish` makes them."""
+        """Decode latents, or one tile, to pictures [N, 3, 8H, 8W]. Each rank sends its rows as `finish` makes them."""
         rows = self.rows if z.shape[2] >= self.rows.size else Axis()
         return rows.join(finish(self.module(z, raise_if_cancelled, rows)), 2, z.shape[2])
 
     @property
     def chunk_pixel_bytes(self) -> int:
-        """The decoder's activations and memory of past frames, for each pixel of a chunk.
+        """Return the bytes of activations and past frames for each pixel of a chunk.
 
         Sixteen copies of its widest level, measured on the embedded model and on tiny twins (12 to 15).
         """
@@ -352,7 +352,7 @@ class Vae:
         return int(16 * max(dims) * self.mean.element_size() / (c.patch_size or 1) ** 2)
 
     def is_large(self, z: Tensor, t: Tiling) -> bool:
-        """Whether a tile is smaller than the picture."""
+        """Return true if a tile is smaller than the picture."""
         return z.shape[2] > t.height // self.spatial or z.shape[3] > t.width // self.spatial
 
     def in_tiles(self, z: Tensor, t: Tiling, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
@@ -371,7 +371,7 @@ class Vae:
 
 
 def join_tiles(rows: list[list[Tensor]], t: Tiling, shrunk: int = 1) -> Tensor:
-    """One picture of rows of tiles, each faded into the ones above and to the left; `shrunk` is pixels for each cell.
+    """Join rows of tiles, each faded into the tiles above and to the left. `shrunk` is pixels for each cell.
 
     The tiles are changed.
     """
@@ -388,7 +388,7 @@ def join_tiles(rows: list[list[Tensor]], t: Tiling, shrunk: int = 1) -> Tensor:
 
 
 def levels(video: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as u8."""
+    """Convert pictures in [-1, 1] to u8."""
     return video.float().mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)  # this is the peak
 
 
@@ -405,7 +405,7 @@ def fade(a: Tensor, b: Tensor, extent: int, dim: int) -> None:
 
 
 def vae_config(file: Path) -> WanVaeConfig:
-    """The numbers of a config.json.
+    """Read the numbers of a config.json.
 
     Raises:
         ModelError: another autoencoder, or a form that no checkpoint has.

@@ -83,7 +83,7 @@ class DownBlock(nn.Module):
         return y + self.average(x)
 
     def average(self, x: Tensor) -> Tensor:
-        """The new pixels and frames as channels, averaged to `dim`: [T, C, H, W] -> [T/f, dim, H/s, W/s]."""
+        """Average the new pixels and frames to `dim` channels: [T, C, H, W] -> [T/f, dim, H/s, W/s]."""
         f, s = self.frames, self.side
         x = F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % f, 0))  # the clip's first frame comes alone
         T, C, H, W = x.shape
@@ -130,7 +130,7 @@ class WanEncoder(nn.Module):
         self.quant_conv = CausalConv3d(2 * c.z_dim, 2 * c.z_dim, 1, 1)
 
     def forward(self, x: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
-        """`raise_if_cancelled` is called before each chunk; chunk by chunk they go to the weights' device."""
+        """Encode chunk by chunk on the weights' device, with `raise_if_cancelled` before each."""
         past = Past()
         frames = self.config.scale_factor_temporal
         many = max(1, CHUNK_PIXELS // (x[0, 0].numel() * frames))  # latent frames
@@ -144,7 +144,7 @@ class WanEncoder(nn.Module):
         return torch.cat(parts)[:, : self.config.z_dim]  # the other half are log variances
 
     def patch(self, x: Tensor) -> Tensor:
-        """[N, 3, p*H, p*W] -> [N, 3*p*p, H, W]"""
+        """Patch [N, 3, p*H, p*W] to [N, 3*p*p, H, W]."""
         p = self.config.patch_size
         if p is None or p == 1:
             return x
@@ -173,7 +173,7 @@ class VaeEncoder:
         self.tiling = Tiling.of(settings.memory.vae_config, self.spatial) if settings.memory.tiles() else None
 
     def encode(self, pictures: Tensor, raise_if_cancelled: Callable[[], None] = lambda: None) -> Tensor:
-        """Pictures [N, 3, H, W] in [-1, 1], N = 4k+1, to latents float32 [1, C, k+1, H/8, W/8].
+        """Encode pictures [N, 3, H, W] in [-1, 1], N = 4k+1, to latents float32 [1, C, k+1, H/8, W/8].
 
         They are the mode of the posterior, with mean 0 and deviation 1. `raise_if_cancelled` is called again and again.
         """

@@ -83,25 +83,25 @@ class Wan(DiffusionModel):
 
     @property
     def boundary(self) -> float | None:
-        """The share of the time above which the first of two transformers works."""
+        """Return the share of the time above which the first of two transformers works."""
         ratio: float | None = self.parts.index.get("boundary_ratio")
         return ratio
 
     @property
     def times(self) -> Sequence[int] | None:
-        """The times of a few-step model's steps."""
+        """Return the times of a few-step model's steps."""
         s = self.parts.settings
         return few_steps(s.model.model_path, self.parts.index["_class_name"], s.model.dmd_denoising_steps)
 
     @cached_property
     def expands_times(self) -> bool:
-        """Whether tokens have times of their own, of which a picture's is 0."""
+        """Return true for a model whose tokens have times of their own. A picture's time is 0."""
         residual = vae_config(self.parts.path("vae") / "config.json").is_residual
         return bool(self.parts.index.get("expand_timesteps", residual))
 
     @property
     def is_image_conditioned(self) -> bool:
-        """Whether pictures are an input of the transformer."""
+        """Return true for a transformer with pictures as an input."""
         return bool(self.config.picture_channels) or self.expands_times
 
     def known_defaults(self) -> Mapping[str, Any]:
@@ -176,7 +176,7 @@ class Wan(DiffusionModel):
         return Schedule(sigmas=sigmas, exact=True, times=self.times)
 
     def works_low(self, t: Tensor, params: SamplingParams) -> bool:
-        """Whether time `t` is below the boundary, where a second transformer takes over."""
+        """Return true for a time below the boundary, where a second transformer takes over."""
         ratio = self.boundary if params.boundary_ratio is None else params.boundary_ratio
         return ratio is not None and float(t) < ratio * self.parts.train_steps
 

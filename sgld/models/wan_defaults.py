@@ -58,14 +58,14 @@ class Form:
 
 
 def few_steps(name: str, pipeline: str, given: Sequence[int] | None) -> Sequence[int] | None:
-    """The times of a few-step model's steps: those given, else its own; None for a model of many steps."""
+    """Return the times of a few-step model's steps: the setting, or else the model's. None for many steps."""
     if given or "dmd" not in pipeline.lower():
         return given or None
     return next((times for part, times in FEW_STEPS.items() if part in name.lower()), FAST)
 
 
 def levels_of(times: Sequence[int], train: int, shift: float) -> list[float]:
-    """The noise level of each time: of the `train` shifted levels that the model was trained on, the nearest."""
+    """Find the noise level of each time: the nearest of the `train` shifted levels of the training."""
     levels = [shift * i / (train + (shift - 1) * i) for i in range(1, train + 1)]
     return [min(levels, key=lambda sigma: abs(train * sigma - t)) for t in times]
 

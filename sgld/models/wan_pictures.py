@@ -29,7 +29,7 @@ class ImageConditioning:
 
     @property
     def clean_frames(self) -> int:
-        """Latent frames that are without noise."""
+        """Count the latent frames without noise."""
         return 0 if self.first is None else 1
 
     def beside(self, x: Tensor) -> Tensor:

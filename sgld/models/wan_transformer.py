@@ -47,17 +47,17 @@ class WanConfig(Architecture):
 
     @property
     def dim(self) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def picture_channels(self) -> int:
-        """Input channels of a picture, after the noisy latents'."""
+        """Return the input channels of a picture, which follow the noisy latents."""
         return self.in_channels - self.out_channels
 
     @property
     def rope_dims(self) -> tuple[int, int, int]:
-        """Share of a head's channels that turn with time, height and width."""
+        """Return the channels of a head that rotate with time, height and width."""
         side = 2 * (self.attention_head_dim // 6)
         return self.attention_head_dim - 2 * side, side, side
 

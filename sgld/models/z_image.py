@@ -71,22 +71,22 @@ class ZImageConfig(Architecture):
 
     @property
     def patch(self) -> int:
-        """Side of a token, in latents."""
+        """Return the side of a token, in latents."""
         return self.all_patch_size[0]
 
     @property
     def time_dim(self) -> int:
-        """Channels of the embedding of the time."""
+        """Return the channels of the time embedding."""
         return min(self.dim, TIME_DIM)
 
     @property
     def hidden(self) -> int:
-        """Hidden channels of the feed-forward layers."""
+        """Return the hidden channels of the feed-forward layers."""
         return int(self.dim / 3 * 8)
 
     @property
     def max_text(self) -> int:
-        """Text tokens, filled up, that leave the picture a place on the first axis."""
+        """Return the most text tokens, filled up, that leave the picture room on the first axis."""
         return (self.axes_lens[0] - 2) // MULTIPLE * MULTIPLE
 
     def fault(self) -> str | None:

@@ -43,13 +43,13 @@ class Backend:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v through torch; q [B, S, H, D], k and v [B, L, H, D], bias [B, 1, 1, L]."""
+    """Compute softmax(q k^T / sqrt(D) + bias) v; q [B, S, H, D], k and v [B, L, H, D], bias [B, 1, 1, L]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What `sdpa` gives without a bias, [B, S, H, D], and its log-sum-exps [B, S, H], float32."""
+    """Compute `sdpa` without a bias, [B, S, H, D], and its log-sum-exps [B, S, H], float32."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     aten = torch.ops.aten
     if q.device.type == "cpu":
@@ -116,7 +116,7 @@ def _aiter() -> Backend:
 
 
 def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> Attention:
-    """A kernel that knows no bias; some versions answer with a tuple whose first element is the output."""
+    """Wrap a kernel without a bias. Some versions return a tuple whose first element is the output."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias is None, "families fold padding into a bias only where torch_sdpa is all there is"
@@ -153,7 +153,7 @@ class Entry:
     joins: bool = True  # whether it tells log-sum-exps, which a ring of workers needs
 
     def obstacle(self, platform: Platform, dtype: torch.dtype, head: int, ring: bool = False) -> str | None:
-        """Why it cannot run, if it cannot; in a `ring` of workers, or without."""
+        """Return why the backend cannot run, in a `ring` of workers or without; None if it can."""
         if self.gpu and not re.fullmatch(self.gpu, platform.gpu or ""):
             return f"it needs {self.needs}; this worker computes on {platform.gpu or 'a CPU'}"
         if not _installed(self.package):
@@ -219,7 +219,7 @@ class Chooser:
             raise BadRequest(f"this model has no such attention: {why}; leave it out", field=path)
 
     def choose(self, component: str, role: str, dtype: torch.dtype, head: int, ring: bool = False) -> Backend:
-        """The backend for a transformer's attention to itself, maybe in a `ring` of workers, or across.
+        """Choose the backend for one role of a transformer's attention, maybe in a `ring` of workers.
 
         The role's own, or the component's, or those of the first of several such components, or the one for all; else
         flash attention where it can run, and torch's own where it cannot.

@@ -56,7 +56,7 @@ class Part:
 
 
 def joined(parts: Sequence[tuple[Delta, float | Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """up [out, R] and down [R, in] of all pairs together, with their strengths, in the precision of `like`."""
+    """Join all pairs to one up [out, R] and down [R, in], with their strengths, in the precision of `like`."""
     pairs = [(d.up, d.down, strength * d.scale) for d, strength in parts if d.up is not None and d.down is not None]
     up = torch.cat([up.to(like).flatten(1) * factor for up, _, factor in pairs], 1)
     return up, torch.cat([down.to(like).flatten(1) for _, down, _ in pairs])
@@ -72,7 +72,7 @@ def add_linear(total: Tensor, parts: Sequence[tuple[Delta, float]]) -> None:
 
 
 def dora_factor(delta: Delta, changed: Tensor) -> Tensor:
-    """magnitude / ||W + part||, of the shape of the magnitude; `changed` is W + part."""
+    """Return magnitude / ||W + part||, of the shape of the magnitude. `changed` is W + part."""
     assert delta.magnitude is not None
     m = delta.magnitude.to(changed)
     across = [dim for dim, size in enumerate(m.shape) if size == 1]
@@ -92,12 +92,12 @@ def add_changes(total: Tensor, base: Tensor, parts: Sequence[Part]) -> None:
 
 
 def _float32(x: Tensor, device: torch.device) -> Tensor:
-    """A contiguous copy."""
+    """Copy to contiguous float32."""
     return x.to(device, torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def bias_change(parts: Sequence[Part], device: torch.device) -> Tensor | None:
-    """What these adapters together add to the bias, float32."""
+    """Sum what adapters add to the bias, float32."""
     terms = [
         bias.to(device, torch.float32) * factor
         for part in parts
@@ -111,7 +111,7 @@ def bias_change(parts: Sequence[Part], device: torch.device) -> Tensor | None:
 
 
 def merged_weight(base: Tensor, parts: Sequence[Part], out: Tensor | None = None) -> Tensor:
-    """Base + what these adapters add, in `out` or in a new tensor on the base's device; rounded once.
+    """Add adapters to a base weight, in `out` or in a new tensor on the base's device. Round once.
 
     On a CPU, pairs go a few rows at a time, which stay in its cache while they are float32.
     """
@@ -135,7 +135,7 @@ def merged_weight(base: Tensor, parts: Sequence[Part], out: Tensor | None = None
 
 
 def merged_bias(base: Tensor, parts: Sequence[Part], out: Tensor | None = None) -> Tensor:
-    """The same for a bias that these adapters change."""
+    """Add adapters to a bias."""
     out = torch.empty_like(base) if out is None else out
     change = bias_change(parts, out.device)
     assert change is not None
@@ -181,7 +181,7 @@ class DynamicLora:
         return self._cast(total)
 
     def _factor(self, weight: Tensor, delta: Delta) -> Tensor | float:
-        """DoRA's factor of each output, float32 [out, 1]."""
+        """Compute DoRA's factor of each output, float32 [out, 1]."""
         if delta.magnitude is None:
             return 1.0
         changed = _float32(weight, self._device)
@@ -196,7 +196,7 @@ class DynamicLora:
     def _joined(
         self, layer: Layer, parts: Sequence[Part], factors: Sequence[Tensor | float]
     ) -> tuple[Tensor, Tensor] | None:
-        """down [R, in, ...] and up [out, R] of all parts that have them."""
+        """Join down [R, in, ...] and up [out, R] of all parts that have them."""
         if all(part.delta.up is None for part in parts):
             return None
         scaled = [(part.delta, part.strength * factor) for part, factor in zip(parts, factors, strict=True)]
@@ -208,21 +208,21 @@ class DynamicLora:
         return x.to(self._device, self._dtype)
 
     def _shaped(self, layer: Layer, x: Tensor | None) -> Tensor | None:
-        """A value for each output, to be broadcast over the layer's output."""
+        """Shape a value for each output so that it broadcasts over the layer's output."""
         if x is None:
             return None
         return self._cast(x if isinstance(layer, nn.Linear) else x.view(-1, *(1,) * (layer.weight.ndim - 2)))
 
 
 def _is_dense(layer: Layer, delta: Delta) -> bool:
-    """Whether a layer's delta cannot stand as a pair of small ones."""
+    """Return true if the delta of a layer is no product of two small matrices."""
     grouped = isinstance(layer, _ConvNd) and layer.groups > 1
     across_inputs = delta.magnitude is not None and delta.magnitude.shape[0] != layer.weight.shape[0]
     return delta.diff is not None or grouped or across_inputs
 
 
 def _apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer with another weight and no bias."""
+    """Apply the layer with another weight and no bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight.flatten(1))
     y: Tensor = layer._conv_forward(x, weight, None)
@@ -230,12 +230,12 @@ def _apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gathered(layer: Layer, y: Tensor) -> Tensor:
-    """Channels last."""
+    """Move the channels to the end."""
     return y if isinstance(layer, nn.Linear) else y.movedim(-layer.weight.ndim + 1, -1)
 
 
 def _spread(layer: Layer, y: Tensor) -> Tensor:
-    """Channels where the layer has them."""
+    """Move the channels back to where the layer has them."""
     return y if isinstance(layer, nn.Linear) else y.movedim(-1, -layer.weight.ndim + 1)
 
 
@@ -276,11 +276,11 @@ class LoraLayers:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of merged weights, the active ones included."""
+        """Return the bytes of merged weights, the active ones included."""
         return sum(tensor.nbytes for tensors in self._merged.values() for tensor in tensors.values())
 
     def fit(self, adapter: Adapter, *, strict: bool = True, alpha: float | None = None) -> Fitted:
-        """The adapter in terms of this module; nothing changes. Raises `BadRequest` as `lora_formats.fit` does."""
+        """Fit an adapter to this module. Nothing changes. Raises `BadRequest` as `lora_formats.fit` does."""
         known, key = self._fitted.setdefault(adapter, {}), (strict, alpha)
         if key not in known:
             shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
@@ -363,7 +363,7 @@ class LoraLayers:
         return spare
 
     def _blank(self, name: str, spare: Mapping[str, Tensor]) -> Tensor:
-        """Where the merged parameter is to be written; its base is kept from now on."""
+        """Return the tensor for the merged parameter, and keep its base from now on."""
         parameter = self.module.get_parameter(name)
         on_cpu = parameter.device.type == "cpu"
         if name not in self._base:
@@ -374,7 +374,7 @@ class LoraLayers:
         return parameter.data
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        """In place of the parameter's own storage, or into it where that is on another device."""
+        """Replace the parameter's storage, or write into it where that is on another device."""
         parameter = self.module.get_parameter(name)
         if tensor.device == parameter.device:
             parameter.data = tensor
@@ -409,7 +409,7 @@ class LoraLayers:
 
 
 def _changes(layers: Mapping[str, list[Part]]) -> dict[str, Change]:
-    """From base to merged, by parameter."""
+    """Return the change of each parameter, from base to merged."""
     changes: dict[str, Change] = {}
     for parts in layers.values():
         delta = parts[0].delta
@@ -443,11 +443,11 @@ class AdapterCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cached adapters."""
+        """Return the bytes of the cached adapters."""
         return sum(adapter.nbytes for _, adapter in self._adapters.values())
 
     def read(self, path: Path) -> Adapter:
-        """The adapter of that file or folder, read unless an unchanged copy is here. Blocks.
+        """Read the adapter of a file or folder, unless an unchanged copy is cached. Blocks.
 
         Raises:
             BadRequest: as `read_adapter` does.
@@ -466,7 +466,7 @@ Stamp = tuple[Path, tuple[tuple[int, int], ...]]  # the file, and (mtime in ns, 
 
 
 def _stamp(path: Path) -> Stamp:
-    """Raises `BadRequest` when there is no such file."""
+    """Identify the version of a file. Raises `BadRequest` when there is no such file."""
     file = find_file(path)
     states = [entry.stat() for entry in (file, config_file(path, file)) if entry is not None]
     return file, tuple((state.st_mtime_ns, state.st_size) for state in states)

@@ -54,7 +54,7 @@ class AlphaRules:
     rank_stabilized: bool = False
 
     def scale(self, layer: str, rank: int, own: float | None, override: float | None) -> float:
-        """alpha / rank (or / sqrt(rank)); the layer's own alpha, else `override`, else the rules, else the rank."""
+        """Return alpha / rank, or alpha / sqrt(rank). Alpha is the layer's, `override`, the rules' or the rank."""
         matching = (alpha for key, alpha in self.pattern.items() if re.match(rf"(.*\.)?({key})$", layer))
         alphas = (own, override, next(matching, None), self.alpha)
         alpha = next((alpha for alpha in alphas if alpha is not None), None)
@@ -82,23 +82,23 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Host memory of its tensors."""
+        """Return the bytes of the tensors in host memory."""
         stored = (parts.values() for layers in self.layers.values() for parts in layers.values())
         return sum(s.tensor.nbytes for parts in stored for s in parts)
 
     def has(self, component: str) -> bool:
-        """Whether it holds anything for that transformer; one that never says `transformer_2` fits any."""
+        """Return true if it has layers for a transformer. An adapter that names no `transformer_2` fits any."""
         return component in self.layers or "transformer_2" not in self.layers
 
     def part(self, component: str) -> Mapping[str, Mapping[str, Stored]]:
-        """Its layers for that transformer."""
+        """Return the layers for a transformer."""
         if "transformer_2" in self.layers:
             return self.layers.get(component, {})
         return self.layers.get("transformer", {})
 
 
 def read_adapter(path: Path) -> Adapter:
-    """The adapter in a safetensors file, or in a folder with one such file.
+    """Read the adapter in a safetensors file, or in a folder with one such file.
 
     Raises:
         BadRequest: no such file, several to choose from, a pickle, a corrupt file, or one without any LoRA key.
@@ -111,7 +111,7 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, in memory of their own for the file may change, and metadata."""
+    """Read tensors and metadata. The tensors are copies, because the file may change."""
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a dict
@@ -149,7 +149,7 @@ def _sort(file: Path, tensors: Mapping[str, Tensor], rules: AlphaRules) -> Adapt
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether these are floating-point numbers, without NaN and infinity."""
+    """Return true for floating-point numbers without NaN and infinity."""
     ends = tensor.float().aminmax() if tensor.numel() else ()
     return tensor.is_floating_point() and all(end.isfinite() for end in ends)
 
@@ -164,7 +164,7 @@ def _part(match: re.Match[str]) -> str | None:
 
 
 def _unprefixed(layer: str) -> tuple[str, str]:
-    """Component and layer of a spelled name; a name that says no component is the first transformer's."""
+    """Split a name into component and layer. Without a component it is the first transformer's."""
     component = "transformer"
     while prefix := next((p for p in _PREFIXES if layer.startswith(p) and layer != p), None):
         layer = layer.removeprefix(prefix)
@@ -173,7 +173,7 @@ def _unprefixed(layer: str) -> tuple[str, str]:
 
 
 def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) -> AlphaRules:
-    """From adapter_config.json, or diffusers' copy of it in the file's metadata, or plain metadata."""
+    """Read the rules from adapter_config.json, diffusers' copy in the metadata, or plain metadata."""
     config = _config(file, metadata)
     if config_file is not None:
         try:
@@ -194,7 +194,7 @@ def _rules(file: Path, config_file: Path | None, metadata: Mapping[str, str]) ->
 
 
 def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The PEFT config that diffusers stores in the metadata, for one transformer or with its name before each key."""
+    """Read the PEFT config that diffusers stores, for one transformer or with its name before each key."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError as error:
@@ -267,12 +267,12 @@ class Delta:
 
     @property
     def changes_weight(self) -> bool:
-        """Whether it is about more than the bias."""
+        """Return true if it changes the weight."""
         return any(part is not None for part in (self.down, self.diff, self.magnitude))
 
     @property
     def changes_bias(self) -> bool:
-        """Whether it is about the bias too."""
+        """Return true if it changes the bias."""
         return self.up_bias is not None or self.diff_b is not None
 
 
@@ -297,7 +297,7 @@ def fit(
     strict: bool = True,
     alpha: float | None = None,
 ) -> Fitted:
-    """The adapter's layers for `component`, a model with parameters of these shapes.
+    """Fit the adapter's layers to `component`, a model with parameters of these shapes.
 
     `alpha` holds for layers without one of their own. Without `strict`, layers that do not fit are left out.
 
@@ -339,7 +339,7 @@ class Rows:
     total: int = 0
 
     def of(self, parts: Mapping[str, Stored]) -> Mapping[str, Stored]:
-        """What of these parts is about those outputs. Raises `Misfit`."""
+        """Cut the parts to some outputs of the layer. Raises `Misfit`."""
         if not self.pieces:
             return parts
         return {name: part if name in _SHARED else self._cut(name, part) for name, part in parts.items()}
@@ -356,7 +356,7 @@ Names = Mapping[str, Mapping[str, Rows]]  # spelling -> layers of ours
 
 
 def _vocabulary(spelled: Iterable[str], shapes: Shapes, original: Renames) -> Names:
-    """The names in the one way of spelling that knows most of these."""
+    """Return the names in the spelling that knows most of them."""
     layers = {
         name.removesuffix(".weight"): shape[0] if shape else 1
         for name, shape in shapes.items()
@@ -369,7 +369,7 @@ def _vocabulary(spelled: Iterable[str], shapes: Shapes, original: Renames) -> Na
 
 
 def _authors(layers: Mapping[str, int], renames: Renames) -> Names:
-    """The authors' names, from our layers' and their sizes."""
+    """Return the authors' names, from our layers' names and sizes."""
     found: dict[str, dict[str, list[int]]] = {}
     sizes: dict[str, dict[int, int]] = {}
     for layer, size in layers.items():
@@ -381,7 +381,7 @@ def _authors(layers: Mapping[str, int], renames: Renames) -> Names:
 
 
 def _rows(pieces: Sequence[int], sizes: Mapping[int, int]) -> Rows:
-    """Those pieces, from the sizes of all."""
+    """Return the rows of some pieces of a fused layer, from the sizes of all pieces."""
     starts = {piece: sum(size for i, size in sizes.items() if i < piece) for piece in pieces}
     return Rows(tuple(slice(start, start + sizes[i]) for i, start in starts.items()), sum(sizes.values()))
 
@@ -393,7 +393,7 @@ def _renamed(layer: str, renames: Renames) -> str:
 
 
 def _underscored(names: Names) -> Names:
-    """With `_` for every dot; names of different layers that become the same are left out."""
+    """Spell names with `_` for every dot. Leave out names that several layers would share."""
     spelled: dict[str, list[Mapping[str, Rows]]] = {}
     for name, layers in names.items():
         spelled.setdefault(name.replace(".", "_"), []).append(layers)
@@ -403,7 +403,7 @@ def _underscored(names: Names) -> Names:
 def _delta(
     layer: str, parts: Mapping[str, Stored], shapes: Shapes, rules: AlphaRules, spelled: str, alpha: float | None
 ) -> Delta:
-    """The parts of one layer, checked. Raises `Misfit`."""
+    """Check the parts of one layer, and return its delta. Raises `Misfit`."""
     weight = f"{layer}.weight" if f"{layer}.weight" in shapes else layer
     bias = f"{layer}.bias" if f"{layer}.bias" in shapes else None
     shape, stored = shapes[weight], {name: part.tensor for name, part in parts.items()}
@@ -428,7 +428,7 @@ def _delta(
 
 
 def _rank(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> int:
-    """Of a pair that fits the weight. Raises `Misfit`."""
+    """Return the rank of a pair that fits the weight. Raises `Misfit`."""
     pair = f"A {list(down.shape)} and B {list(up.shape)}"
     if len(shape) < 2 or min(down.ndim, up.ndim) < 2:
         raise Misfit(f"{pair}; the layer has {list(shape)}")
@@ -455,7 +455,7 @@ def _check_bias(name: str, given: Tensor | None, shape: tuple[int, ...] | None) 
 
 
 def _magnitude(stored: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
-    """[out, 1, ...] from PEFT's vector; kohya's `dora_scale` may also be [1, in, ...]."""
+    """Shape DoRA's magnitude [out, 1, ...] from PEFT's vector. kohya's `dora_scale` may also be [1, in, ...]."""
     vector, scale = stored.get("magnitude"), stored.get("dora_scale")
     if vector is None and scale is None:
         return None

@@ -53,7 +53,7 @@ class JointAttention(nn.Module):
             self.to_add_out = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor, text: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
-        """x [B, S/n, C] and text [B, L, C] to as much of both."""
+        """Attend from latents x [B, S/n, C] and text [B, L, C] to both; return both in their shapes."""
         q, k, v = self._picture(x, place.rope)
         text_qkv = self._text(text, place.text_rope) if self.added else self._picture(text, place.text_rope)
         y, z = (part.flatten(2) for part in self.among.joint(q, k, v, place.tokens, text_qkv))
@@ -71,7 +71,7 @@ class JointAttention(nn.Module):
 
 
 def turned(x: Tensor, rope: Tensor | None) -> Tensor:
-    """x [B, S, H, D] by rotations [S, D/2], if there are any."""
+    """Rotate x [B, S, H, D] by [S, D/2], if there are rotations."""
     return x if rope is None else rotate(x, rope)
 
 
@@ -89,12 +89,12 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Layer norm without weights, then scale and shift; [B, S, C]."""
+    """Apply layer norm without weights, then scale and shift; [B, S, C]."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def finite(x: Tensor) -> Tensor:
-    """Within the numbers of half precision, which the activations of these models leave."""
+    """Clip to the range of half precision, which the activations of these models leave."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
@@ -108,7 +108,7 @@ class DualBlock(nn.Module):
         self.ff, self.ff_context = FeedForward(dim, int(ratio * dim)), FeedForward(dim, int(ratio * dim))
 
     def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
-        """x [B, S/n, C], text [B, L, C], emb [B, C]"""
+        """Transform x [B, S/n, C] and text [B, L, C], modulated by emb [B, C]."""
         mod, text_mod = self.norm1(emb), self.norm1_context(emb)
         y, z = self.attn(modulate(x, *mod[:2]), modulate(text, *text_mod[:2]), place)
         x, text = x + mod[2] * y, text + text_mod[2] * z
@@ -128,7 +128,7 @@ class SingleBlock(nn.Module):
         self.attn = JointAttention(dim, heads, head, among, added=False, out=False)
 
     def forward(self, x: Tensor, text: Tensor, emb: Tensor, place: TokenLayout) -> tuple[Tensor, Tensor]:
-        """x [B, S/n, C], text [B, L, C], emb [B, C]"""
+        """Transform x [B, S/n, C] and text [B, L, C], modulated by emb [B, C]."""
         shift, scale, gate = self.norm(emb)
         x_norm, text_norm = modulate(x, shift, scale), modulate(text, shift, scale)
         y, z = self.attn(x_norm, text_norm, place)

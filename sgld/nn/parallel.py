@@ -41,11 +41,11 @@ class Axis:
 
     @property
     def size(self) -> int:
-        """How many share."""
+        """Return the number of ranks that share."""
         return len(self.ranks)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of `x` along `dim`; zeros fill up the last ones, so that all have the same size."""
+        """Return this rank's part of `x` along `dim`. Zeros fill up the last parts, so that sizes are equal."""
         if self.size == 1:
             return x
         each = -(-x.shape[dim] // self.size)
@@ -55,7 +55,7 @@ class Axis:
         return F.pad(part, (0, 0) * (x.ndim - 1 - dim % x.ndim) + (0, lack)) if lack else part.contiguous()
 
     def gather(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
-        """The parts of all ranks, joined along `dim` and cut to `length`."""
+        """Gather the parts of all ranks along `dim`, and cut them to `length`."""
         if self.size == 1:
             return x
         import torch.distributed as dist
@@ -67,17 +67,17 @@ class Axis:
         return whole if length is None else whole.narrow(dim, 0, length)
 
     def share(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of `x` along `dim`, which are not all of the same size."""
+        """Return this rank's part of `x` along `dim`. The parts differ in size."""
         return x.tensor_split(self.size, dim)[self.index]
 
     def share_list(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a list, cut as `share` cuts."""
+        """Return this rank's part of a list, cut as `share` cuts."""
         sizes = [len(part) for part in torch.arange(len(items)).tensor_split(self.size)]
         start = sum(sizes[: self.index])
         return items[start : start + sizes[self.index]]
 
     def join(self, x: Tensor, dim: int, units: int) -> Tensor:
-        """On the first rank, the parts that `share` made of `units`, each grown by the same factor; else `x`."""
+        """Join on the first rank the parts that `share` cut of `units`, each grown by one factor; else return `x`."""
         if self.size == 1:
             return x
         import torch.distributed as dist
@@ -93,7 +93,7 @@ class Axis:
         return torch.cat([part.narrow(dim, 0, n * grown) for part, n in zip(parts, sizes, strict=True)], dim)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """Sum over the ranks, in place."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -127,7 +127,7 @@ class Axis:
         return arrived
 
     def with_halo(self, x: Tensor, dim: int) -> Tensor:
-        """`x` between the neighbours' nearest rows along `dim`; zeros at both ends of the whole."""
+        """Put `x` between the neighbours' nearest rows along `dim`; zeros at both ends of the whole."""
         first, last = (x.narrow(dim, at, 1).contiguous() for at in (0, x.shape[dim] - 1))
         before, after = torch.zeros_like(first), torch.zeros_like(last)
         sides = [(-1, first, before)] * (self.index > 0) + [(1, last, after)] * (self.index < self.size - 1)
@@ -162,7 +162,7 @@ class Degrees:
 
     @classmethod
     def of(cls, settings: Settings, heads: int, guided: bool) -> Degrees:
-        """Those that the settings ask for; what they leave open is chosen.
+        """Return the degrees of the settings, and choose those that are not set.
 
         Guidance branches cost the least traffic, so a model that is `guided` by default splits them first, unless
         the settings name a degree of the sequence. Then as many ranks share the attention heads as divide them,
@@ -218,12 +218,12 @@ class Mesh:
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Mesh:
-        """A world of one rank."""
+        """Build a mesh of one rank."""
         return cls(0, 1, torch.device(device))
 
     @classmethod
     def join(cls, assignment: RankAssignment, platform: Platform) -> Mesh:
-        """Meet the other ranks, in a file that does not exist yet or at a port where rank 0 hosts torch's store.
+        """Join the other ranks, by a file that does not exist yet or a port where rank 0 hosts torch's store.
 
         gloo listens on the interface that GLOO_SOCKET_IFNAME names. A collective gives up after the seat's timeout.
         """
@@ -256,11 +256,11 @@ class Mesh:
 
     @property
     def all(self) -> Axis:
-        """Every rank."""
+        """Return the axis of all ranks."""
         return Axis(tuple(range(self.world)), self.rank)
 
     def split(self, degrees: Degrees) -> Mesh:
-        """The same ranks with their work shared out; every rank calls this alike."""
+        """Split the ranks into axes by these degrees. Every rank calls this alike."""
         d = degrees
         return attrs.evolve(
             self,
@@ -271,7 +271,7 @@ class Mesh:
         )
 
     def axis(self, size: int, stride: int = 1) -> Axis:
-        """The axis of `size` ranks, `stride` apart, that this one is on; every rank calls this alike."""
+        """Return this rank's axis of `size` ranks, `stride` apart. Every rank calls this alike."""
         if size in (1, self.world):
             return Axis((self.rank,)) if size == 1 else self.all
         import torch.distributed as dist
@@ -298,7 +298,7 @@ class Mesh:
         return bool(byte.item())
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag of any rank is set, on every rank."""
+        """Return true on every rank if the flag of any rank is set."""
         if self.world == 1:
             return flag
         import torch.distributed as dist

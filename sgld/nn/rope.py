@@ -12,7 +12,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=4)
 def rope_3d(grid: tuple[int, int, int], dims: tuple[int, int, int], device: torch.device, theta: float = 1e4) -> Tensor:
-    """Rotations as complex numbers [T*H*W, D/2]; `dims`, whose sum is D, are the bands of the three axes."""
+    """Return rotations as complex numbers [T*H*W, D/2]; `dims`, whose sum is D, are the bands of the axes."""
     bands = []
     for axis, (length, dim) in enumerate(zip(grid, dims, strict=True)):
         frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -24,7 +24,7 @@ def rope_3d(grid: tuple[int, int, int], dims: tuple[int, int, int], device: torc
 
 
 def rope_at(positions: Tensor, dims: Sequence[int], theta: float = 1e4) -> Tensor:
-    """Rotations as complex numbers [S, D/2] for tokens at positions [S, axes]; `dims`, whose sum is D, by axis."""
+    """Return rotations as complex numbers [S, D/2] of positions [S, axes]; `dims`, whose sum is D, by axis."""
     bands = [
         torch.outer(p, theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=p.device) / dim))
         for p, dim in zip(positions.double().T, dims, strict=True)

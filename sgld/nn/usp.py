@@ -26,14 +26,14 @@ class SequenceAttention:
         self._attend, self._attend_lse = backend.attend, backend.attend_lse
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-        """q, k and v [B, S/n, H, D] of a sequence of `tokens`, to [B, S/n, H, D]."""
+        """Attend with q, k and v [B, S/n, H, D] of a sequence of `tokens`; return [B, S/n, H, D]."""
         if self._ulysses.size == self._ring.size == 1:
             return self._attend(q, k, v, None)
         q, k, v = self._heads(q, k, v)
         return self._tokens(self._around(q, k, v, tokens, None))
 
     def across(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-        """q [B, S/n, H, D] of one sequence over k and v [B, L/n, H, D] of another of `tokens`, to [B, S/n, H, D]."""
+        """Attend from q [B, S/n, H, D] to k and v [B, L/n, H, D] of another sequence; return [B, S/n, H, D]."""
         if self._ulysses.size == self._ring.size == 1:
             return self._attend(q, k, v, None)
         (q,) = self._heads(q)
@@ -41,7 +41,7 @@ class SequenceAttention:
         return self._tokens(self._around(q, k, v, tokens, None))
 
     def joint(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, text: Joint) -> tuple[Tensor, Tensor]:
-        """The same together with `text` [B, L, H, D] each: every token attends to all of both.
+        """Attend with `text`'s q, k, v [B, L, H, D] beside: every token attends to all of both.
 
         Returns:
             [B, S/n, H, D] and [B, L, H, D], the latter the same on every rank.
@@ -58,7 +58,7 @@ class SequenceAttention:
         return self._tokens(y[:, :own]), u.gather(y[:, own:], 2)
 
     def _around(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, text: Joint | None) -> Tensor:
-        """q over the keys of all ranks of the ring, padding left out, and over the text's once."""
+        """Attend from q to the keys of all ranks of the ring, without padding, and to the text's once."""
         ring, each = self._ring, k.shape[1]
         kv = torch.stack([k, v]) if ring.size > 1 else None
         out = lse = None
@@ -81,7 +81,7 @@ class SequenceAttention:
         return out.type_as(q)
 
     def _heads(self, *parts: Tensor) -> list[Tensor]:
-        """Tokens for heads: [B, s, H, D] each -> [B, n*s, H/n, D] each; one is copied while another travels."""
+        """Exchange tokens for heads: [B, s, H, D] -> [B, n*s, H/n, D]. One is copied while another travels."""
         n = self._ulysses.size
         if n == 1:
             return list(parts)
@@ -89,7 +89,7 @@ class SequenceAttention:
         return [arrived().transpose(0, 1).flatten(1, 2) for arrived in arrivals]  # from [n, B, s, H/n, D]
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """Heads for tokens: [B, n*s, H/n, D] -> [B, s, H, D]."""
+        """Exchange heads for tokens: [B, n*s, H/n, D] -> [B, s, H, D]."""
         n = self._ulysses.size
         if n == 1:
             return x
@@ -99,7 +99,7 @@ class SequenceAttention:
 
 
 def merge(out: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from that over each, [B, S, H, D], by its log-sum-exps [B, S, H]; float32."""
+    """Merge attention over two sets of keys, [B, S, H, D] each, by log-sum-exps [B, S, H]; float32."""
     part = part.float()
     if out is None or lse is None:
         return part, part_lse

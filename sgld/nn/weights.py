@@ -25,7 +25,7 @@ INERT = {"dropout", "in_channels", "clip_output"}  # keys of diffusers' componen
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of the model.
+    """Read a JSON object from a file of the model.
 
     Raises:
         ModelError: no such file, or no JSON object in it.
@@ -42,7 +42,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def pick(config: dict[str, Any], cls: type[Any], file: Path) -> Any:
-    """An attrs class from a component's config.json; null means the default.
+    """Build an attrs class from a component's config.json. null means the default.
 
     A configuration of transformers, which has a `model_type`, may hold keys of any task: those are passed over.
 
@@ -79,12 +79,12 @@ class Architecture:
 
     @property
     def num_attention_heads(self) -> int:
-        """Heads of a block."""
+        """Return the heads of a block."""
         raise NotImplementedError
 
     @property
     def attention_head_dim(self) -> int:
-        """Channels of a head."""
+        """Return the channels of a head."""
         raise NotImplementedError
 
     def fault(self) -> str | None:
@@ -116,7 +116,7 @@ def _check_type(where: str, value: object, kind: Any) -> None:
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value of a JSON file has that type."""
+    """Check the type of a value of a JSON file."""
     inner = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, option) for option in inner)
@@ -128,7 +128,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component: one file, or the shards of an index."""
+    """Find the safetensors files of a component: one file, or the shards of an index."""
     for name in NAMES:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -169,7 +169,7 @@ def load_module(
     precise: Iterable[str] = (),
     weight_format: WeightFormat = SAFETENSORS,
 ) -> M:
-    """The module that `build` makes, with the weights of `folder`, ready for inference.
+    """Build a module and fill it with the weights of `folder`, ready for inference.
 
     `tied` names a tensor that may stand in the file under another name or twice. Tensors of the file whose names begin
     with one of `unused`, which may hold wildcards, are passed over. With `offload` only headers are read: the module
@@ -217,7 +217,7 @@ def _check(where: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[st
 
 
 def listed(what: str, names: list[str]) -> str:
-    """`5 tensors missing: a, b, c, ...`, or nothing."""
+    """Write `5 tensors missing: a, b, c, ...`, or nothing."""
     if not names:
         return ""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -12,7 +12,7 @@ _ADDRESS = slice(20, 24)
 
 
 def interface_to(host: str, port: int) -> str | None:
-    """The name of the interface whose first IPv4 address packets to `host` leave with; None where none has it.
+    """Name the interface whose first IPv4 address is the source of packets to `host`; None if there is none.
 
     Raises OSError where `host` is unknown or no route leads there.
     """
